@@ -1,0 +1,73 @@
+"""The `fot` command line. Heavy imports stay inside the commands, so that `--help` answers at once."""
+
+import errno
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from pipelines.environment import prepare_environment
+from pipelines.errors import UserError
+
+INTERRUPTED = 130
+USER_ERROR = 2
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="fot", prog_name="fot")
+def fot() -> None:
+    """Turn an existing LLaMA into one that reads far beyond its context (Focused Transformer)."""
+
+
+recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe: finetune.steps=200."
+)
+
+
+@fot.command()
+@recipe_argument
+@set_option
+def run(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Run a recipe from corpus to registered model. Finished stages are not run again."""
+    prepare_environment()
+    from jobs.run import run_recipe
+
+    run_recipe(recipe, overrides)
+
+
+@fot.command()
+@recipe_argument
+@set_option
+def status(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Show a recipe's stages: state, duration, output."""
+    prepare_environment()
+    from jobs.run import show_status
+
+    show_status(recipe, overrides)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2, an interruption 130."""
+    try:
+        fot()
+    except Exception as error:
+        if (message := user_message(error)) is None:
+            raise
+        print(f"fot: {message}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+
+def user_message(error: BaseException) -> str | None:
+    """The line to show for an error the user can mend, None for a bug. Looks through what Ray wraps around it."""
+    while (cause := getattr(error, "cause", None)) is not None and isinstance(cause, BaseException):
+        error = cause
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"no space left on the device{where}: free some, or set work_dir to a larger disk; then run again"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+        return f"{os.strerror(error.errno)}: {error.filename}: set work_dir to a directory you can write to"
+    return None

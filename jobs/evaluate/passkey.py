@@ -1,0 +1,103 @@
+"""Passkey retrieval (the Landmark Attention prompt, as LongLLaMA uses it): a number hidden in filler, asked for last.
+
+The text is read window by window into memory; the last window holds the question. Two scores: `exact`, the greedy
+continuation is the number; `choice`, the number is more likely than nine others (chance: 0.1), which still says
+something of models too small to spell it.
+
+Shapes: B trials, L tokens a window, C candidates.
+"""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+import torch
+from torch.nn import functional
+
+from fot_model import DenseMemory, FotLlamaForCausalLM
+from pipelines.errors import UserError
+from pipelines.progress import Progress
+from pipelines.tokenizer import TextTokenizer, load_tokenizer
+
+TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
+    "I will quiz you about the important information there.\n"
+)
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
+KEY = "The pass key is {key}. Remember it. {key} is the pass key.\n"
+QUESTION = "What is the pass key? The pass key is"
+CANDIDATES = 10
+
+
+def passkey(
+    model: Path, local: int, lengths: Sequence[int], trials: int, digits: int, seed: int
+) -> dict[int, dict[str, float]]:
+    """{multiple of the local context: {"exact": ..., "choice": ...}}, one Ray task a length.
+
+    Raises UserError where the prompt does not fit the shortest length.
+    """
+    tokenizer = load_tokenizer(model)
+    needed = len(_pieces(tokenizer, "0" * digits)) + 1
+    if min(lengths) * local < needed:
+        raise UserError(
+            f"passkey: {min(lengths)} x {local} tokens cannot hold the prompt of {needed}: raise "
+            f"evaluation.passkey.lengths"
+        )
+    task = ray.remote(num_cpus=1, max_retries=5)(passkey_trials)
+    tasks = {task.remote(model, local, length, trials, digits, seed): length for length in lengths}
+    results = {}
+    with Progress("passkey", len(lengths), "lengths") as progress:
+        waiting = list(tasks)
+        while waiting:
+            (done,), waiting = ray.wait(waiting)
+            results[tasks[done]] = ray.get(done)
+            progress.advance(1)
+    return {length: results[length] for length in lengths}
+
+
+def _pieces(tokenizer: TextTokenizer, key: str) -> list[int]:
+    return tokenizer.encode(TASK) + tokenizer.encode(KEY.format(key=key)) + tokenizer.encode(QUESTION + f" {key}")
+
+
+def make_prompt(tokenizer: TextTokenizer, tokens: int, key: str, depth: float, answer_room: int) -> list[int]:
+    """A prompt that ends in the question and is `tokens - answer_room` long; the key sits at `depth` (0 to 1)."""
+    head, hidden = [tokenizer.bos, *tokenizer.encode(TASK)], tokenizer.encode(KEY.format(key=key))
+    question, filler = tokenizer.encode(QUESTION), tokenizer.encode(FILLER)
+    room = tokens - answer_room - len(head) - len(hidden) - len(question)
+    before = int(room * depth) // len(filler) * len(filler)
+    around = filler * (room // len(filler) + 1)
+    return [*head, *around[:before], *hidden, *around[before:room], *question]
+
+
+@torch.inference_mode()
+def passkey_trials(model_path: Path, local: int, length: int, trials: int, digits: int, seed: int) -> dict[str, float]:
+    """One task: both scores at one length."""
+    draw = random.Random(f"{seed}/{length}")
+    tokenizer = load_tokenizer(model_path)
+    model = FotLlamaForCausalLM.from_pretrained(model_path).eval()
+    keys = [str(draw.randrange(10 ** (digits - 1), 10**digits)) for _ in range(trials)]
+    others = [[key, *(str(draw.randrange(10 ** (digits - 1), 10**digits)) for _ in range(CANDIDATES - 1))] for key in keys]
+    answers = [[tokenizer.encode(f" {candidate}") for candidate in row] for row in others]
+    room = max(len(answer) for row in answers for answer in row)
+    prompts_BT = torch.tensor(
+        [make_prompt(tokenizer, length * local, key, draw.random(), room) for key in keys], dtype=torch.long
+    )
+    memory = DenseMemory()
+    asked = (length - 1) * local
+    for start in range(0, asked, local):
+        model(prompts_BT[:, start : start + local], memory=memory)
+    exact = torch.zeros(trials, dtype=torch.bool)
+    scores_BC = torch.zeros(trials, CANDIDATES)
+    for candidate in range(CANDIDATES):
+        row = [answer[candidate] for answer in answers]
+        answer_BA = torch.tensor([answer + [tokenizer.eos] * (room - len(answer)) for answer in row])
+        real_BA = torch.arange(room) < torch.tensor([[len(answer)] for answer in row])
+        memory.truncate(asked)
+        logits = model(torch.cat([prompts_BT[:, asked:], answer_BA], dim=1), memory=memory).logits[:, -room - 1 : -1]
+        loss_BA = functional.cross_entropy(logits.transpose(1, 2), answer_BA, reduction="none")
+        scores_BC[:, candidate] = -(loss_BA * real_BA).sum(1)
+        if candidate == 0:
+            exact = ((logits.argmax(-1) == answer_BA) | ~real_BA).all(1)
+    best_other = scores_BC[:, 1:].max(1).values
+    return {"exact": exact.double().mean().item(), "choice": (scores_BC[:, 0] > best_other).double().mean().item()}

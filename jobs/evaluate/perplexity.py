@@ -1,0 +1,120 @@
+"""Perplexity by context length, on the same tokens for every length.
+
+A window is `L` consecutive tokens of a held-out document (the local context). At context c x L the c - 1 windows before
+it are read into an empty memory, one after the other, and then the window is scored. Only windows with enough of the
+document before them for the longest context are taken, so that the lengths differ in context alone.
+
+Shapes: B windows, L tokens a window.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from torch.nn import functional
+
+from fot_model import DenseMemory, FotLlamaForCausalLM
+from pipelines.config import Data
+from pipelines.errors import UserError
+from pipelines.progress import Progress
+from pipelines.sampler import split
+from pipelines.shards import TokenDataset
+
+WINDOWS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens [start, start + L] of a document are scored: L predictions from `start` on."""
+
+    document: int
+    start: int
+
+
+def choose_windows(dataset: TokenDataset, documents: np.ndarray, local: int, longest: int, count: int) -> list[Window]:
+    """Up to `count` windows, spread evenly over the documents and within each.
+
+    Raises UserError where no document is long enough.
+    """
+    per_document = {}
+    for document in documents.tolist():
+        last = (int(dataset.lengths[document]) - 1) // local  # one more token is needed as the last label
+        if last >= longest:
+            per_document[document] = [Window(document, place * local) for place in range(longest - 1, last)]
+    if not per_document:
+        longest_document = int(dataset.lengths[documents].max()) if len(documents) else 0
+        raise UserError(
+            f"no held-out document has the {longest * local + 1} tokens that perplexity at {longest} x {local} tokens "
+            f"needs (the longest of {len(documents)} has {longest_document}): hold out longer documents "
+            f"(data.sources.N.held_out) or lower evaluation.perplexity.contexts"
+        )
+    # Round after round, every document gives its next window, in an order that halves the largest gap.
+    order = {document: sorted(range(len(ws)), key=_bit_reversed) for document, ws in per_document.items()}
+    chosen: list[Window] = []
+    for turn in range(max(map(len, per_document.values()))):
+        for document, windows in per_document.items():
+            if turn < len(windows) and len(chosen) < count:
+                chosen.append(windows[order[document][turn]])
+    return chosen
+
+
+def _bit_reversed(number: int) -> int:
+    return int(f"{number:032b}"[::-1], 2)
+
+
+def perplexity(
+    model: Path, dataset: Path, data: Data, memory: dict[str, Any], local: int, contexts: Sequence[int], count: int, name: str
+) -> dict[int, float]:
+    """{multiple of the local context: perplexity per token} on held-out documents, as Ray tasks.
+
+    `memory`: settings of the model's memory layers (`mem_layers`, `mem_positionals`), also for a plain LLaMA.
+    """
+    tokens = TokenDataset(dataset)
+    windows = choose_windows(tokens, split(tokens, data)[1], local, max(contexts), count)
+    task = ray.remote(num_cpus=1, max_retries=5)(window_losses)
+    batches = [windows[first : first + WINDOWS_AT_ONCE] for first in range(0, len(windows), WINDOWS_AT_ONCE)]
+    tasks = {task.remote(model, dataset, memory, batch, local, contexts): len(batch) for batch in batches}
+    order, waiting = list(tasks), list(tasks)
+    with Progress(name, len(windows), "windows") as progress:
+        while waiting:
+            (done,), waiting = ray.wait(waiting)
+            ray.get(done)
+            progress.advance(tasks[done])
+    results = ray.get(order)
+    return {
+        context: math.exp(math.fsum(result[context] for result in results) / (len(windows) * local))
+        for context in contexts
+    }
+
+
+@torch.inference_mode()
+def window_losses(
+    model_path: Path, dataset: Path, settings: dict[str, Any], windows: list[Window], local: int, contexts: Sequence[int]
+) -> dict[int, float]:
+    """One task: summed loss (nats) of the windows at each context."""
+    tokens = TokenDataset(dataset)
+    model = FotLlamaForCausalLM.from_pretrained(model_path, **settings).eval()
+    losses = {}
+    for context in contexts:
+        memory = DenseMemory()
+        for back in range(context - 1, -1, -1):
+            inputs_BL, labels_BL = _read(tokens, windows, back * local, local)
+            logits = model(inputs_BL, memory=memory).logits
+        losses[context] = functional.cross_entropy(
+            logits.flatten(0, 1).double(), labels_BL.flatten(), reduction="sum"
+        ).item()
+    return losses
+
+
+def _read(tokens: TokenDataset, windows: list[Window], back: int, local: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = [
+        tokens.tokens(window.document, window.start - back, window.start - back + local + 1).astype(np.int64)
+        for window in windows
+    ]
+    batch = torch.from_numpy(np.stack(rows))
+    return batch[:, :-1], batch[:, 1:]

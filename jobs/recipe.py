@@ -1,0 +1,283 @@
+"""The recipe: one strict, frozen model of everything a run needs, read from YAML with `--set key=value` on top."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from pipelines.config import Data, Part, TokenizerPart
+from pipelines.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Seen = tuple[Count, Count]
+
+
+class StandardObjective(Part):
+    """Next-token prediction within the local context."""
+
+    kind: Literal["standard"] = "standard"
+    context: Positive = Field(description="tokens of the local context")
+
+    @property
+    def segments(self) -> tuple[Seen, ...]:
+        return ((0, 0),)
+
+
+class FotObjective(Part):
+    """The Focused Transformer: in memory layers a context also sees additional contexts (CrossBatch).
+
+    `segments`: (positives, negatives) for each of the consecutive contexts of a document group. `mem_layers`: by
+    default those the paper would choose for the model's depth.
+    """
+
+    kind: Literal["fot"] = "fot"
+    context: Positive = Field(description="tokens of the local context")
+    segments: Annotated[tuple[Seen, ...], Field(min_length=2)] = ((0, 0), (1, 1), (2, 1), (3, 0))
+    mem_layers: tuple[Count, ...] | None = None
+    mem_positionals: bool = True
+
+    @model_validator(mode="after")
+    def _positives_come_before(self) -> "FotObjective":
+        for place, (positives, _) in enumerate(self.segments):
+            if positives > place:
+                raise ValueError(
+                    f"segments: segment {place} asks for {positives} positives, but only {place} contexts come before it"
+                )
+        return self
+
+
+Objective = Annotated[StandardObjective | FotObjective, Field(discriminator="kind")]
+
+
+class Batch(Part):
+    """A step is `micro_batches` micro-batches of `groups` document groups. Rows of a micro-batch see one another."""
+
+    micro_batches: Positive = 2
+    groups: Positive = 4
+
+
+class Optimizer(Part):
+    """AdamW. `learning_rate` is the peak; `clip` the largest gradient norm."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: Annotated[float, Field(gt=0)] = 1.0
+
+
+class Schedule(Part):
+    """Learning rate over the steps: linear warm-up, then constant, or a cosine down to a tenth."""
+
+    kind: Literal["constant", "cosine"] = "constant"
+    warmup_steps: Count = 0
+
+
+class DeepSpeed(Part):
+    """ZeRO stage and number type."""
+
+    zero_stage: Literal[0, 1, 2] = 2
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class Training(Part):
+    """One training: pre-training of the base, or FoT fine-tuning."""
+
+    objective: Objective
+    steps: Positive
+    batch: Batch = Batch()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    deepspeed: DeepSpeed = DeepSpeed()
+    checkpoint_every: Positive = Field(100, description="steps between checkpoints")
+
+
+class ModelShape(Part):
+    """Shape of a LLaMA to pre-train, in Hugging Face's names."""
+
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    num_key_value_heads: Positive | None = None
+    rope_theta: Annotated[float, Field(gt=0)] = 10000.0
+    tie_word_embeddings: bool = True
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "ModelShape":
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError("hidden_size must be a multiple of 2 x num_attention_heads")
+        if self.num_attention_heads % (self.num_key_value_heads or self.num_attention_heads):
+            raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
+        return self
+
+
+class Pretrain(Part):
+    """How to make a base where there is none."""
+
+    shape: ModelShape
+    training: Training
+
+
+class Base(Part):
+    """The existing LLaMA: `checkpoint` (a Hugging Face directory), or `pretrain` to make one."""
+
+    checkpoint: str | None = None
+    pretrain: Pretrain | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Base":
+        if (self.checkpoint is None) == (self.pretrain is None):
+            raise ValueError(
+                "give either base.checkpoint (a Hugging Face LLaMA directory: --set base.checkpoint=DIR) or base.pretrain"
+            )
+        return self
+
+
+class Perplexity(Part):
+    """Perplexity of the same held-out tokens with 1x, 2x, ... the local context.
+
+    `windows`: how many windows of one local context are scored, spread over the held-out documents long enough.
+    """
+
+    contexts: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4, 16)
+    windows: Positive = 96
+
+
+class Passkey(Part):
+    """Passkey retrieval: a random number is hidden in filler text. `lengths` in multiples of the local context."""
+
+    lengths: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 4, 16)
+    trials: Positive = 20
+    digits: Positive = 5
+
+
+class Evaluation(Part):
+    """What is measured after training."""
+
+    perplexity: Perplexity = Perplexity()
+    passkey: Passkey = Passkey()
+
+
+class Resources(Part):
+    """Training workers, and what each takes."""
+
+    workers: Positive = 1
+    cpus_per_worker: Positive = 1
+    gpus_per_worker: Count = 0
+
+
+class Recipe(Part):
+    """A whole run. `name` becomes the registered model's name; `work_dir` holds all that is made."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    seed: int = 0
+    work_dir: str = "runs"
+    data: Data
+    tokenizer: TokenizerPart = TokenizerPart()
+    base: Base
+    finetune: Training
+    evaluation: Evaluation = Evaluation()
+    resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> "Recipe":
+        trainings = [("finetune", self.finetune)]
+        if self.base.pretrain is not None:
+            trainings.append(("base.pretrain.training", self.base.pretrain.training))
+        for name, training in trainings:
+            if training.batch.micro_batches % self.resources.workers:
+                raise ValueError(
+                    f"{name}.batch.micro_batches ({training.batch.micro_batches}) is not a multiple of "
+                    f"resources.workers ({self.resources.workers}): change one of them"
+                )
+        return self
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe. `overrides`: "key.path=value", values in YAML.
+
+    Raises UserError, one line, for whatever is wrong.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read ({error.strerror}): check the path") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"recipe {path} holds no keys: see recipes/quickstart.yaml")
+    for override in overrides:
+        _override(content, override)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"recipe {path}: {_first_error(error, content)}") from None
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: write it as key=value, for example --set finetune.steps=200")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    at: Any = content
+    names = key.split(".")
+    for place, name in enumerate(names):
+        last = place == len(names) - 1
+        if isinstance(at, list):
+            if not name.isdigit() or int(name) > len(at):
+                raise UserError(f"--set {key}: {'.'.join(names[:place])} is a list of {len(at)}, not indexed by {name!r}")
+            if int(name) == len(at):
+                at.append({})
+            index: Any = int(name)
+        else:
+            if not isinstance(at.get(name), dict | list) and not last:
+                at[name] = {}
+            index = name
+        if last:
+            at[index] = value
+        else:
+            at = at[index]
+            if not isinstance(at, dict | list):
+                raise UserError(f"--set {key}: {'.'.join(names[: place + 1])} is a value and has no keys")
+
+
+def _first_error(error: ValidationError, content: Any) -> str:
+    """The first error as one line that names the key and the nearest right one."""
+    first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    names = [str(name) for name in first["loc"] if name not in ("standard", "fot")]
+    where = ".".join(names)
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(names[-1], set(_keys(Recipe, names[:-1])), 1, 0.5)
+        hint = f": did you mean {'.'.join([*names[:-1], near[0]])}?" if near else ": remove it"
+        return f"unknown key {where}{hint}"
+    if first["type"] == "missing":
+        return f"{where} is missing: give it in the file or with --set {where}=VALUE"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if not where or first["type"] == "value_error":
+        return message
+    return f"{where} = {first['input']!r}: {message}"
+
+
+def _keys(model: Any, path: Iterable[str]) -> list[str]:
+    """Names of the keys a recipe takes at a path."""
+    models = [model]
+    for name in path:
+        if not name.isdigit():
+            found = [child.model_fields[name].annotation for child in models if name in child.model_fields]
+            models = [child for annotation in found for child in _models_in(annotation)]
+    return [name for child in models for name in child.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The models a type annotation speaks of, inside unions, tuples and Annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]

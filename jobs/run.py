@@ -1,0 +1,86 @@
+"""`fot run` and `fot status`: a recipe's workflow in this process, with Ray beside it."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from jobs.recipe import Recipe, load_recipe
+from jobs.registry import tracking_uri
+from jobs.stages import recipe_stages
+from jobs.train.launch import last_metrics
+from jobs.train.spec import METRICS, MODEL
+from pipelines.cluster import check_workers, ray_cluster
+from pipelines.progress import console, quiet
+from pipelines.store import Output, Store
+from pipelines.workflow import run_workflow, workflow_status
+
+
+def run_recipe(path: Path, overrides: Sequence[str]) -> None:
+    """Run everything that is not done yet and print what was made.
+
+    Raises UserError for a mistake in recipe, corpus, checkpoint or machine.
+    """
+    recipe = load_recipe(path, overrides)
+    work_dir = Path(recipe.work_dir)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    log = work_dir / "logs" / f"{recipe.name}.log"
+    with quiet(log):
+        stages = recipe_stages(recipe)
+        console.print(f"[bold]{recipe.name}[/bold]: {len(stages)} stages; library output goes to {log}")
+        with ray_cluster():
+            resources = recipe.resources
+            check_workers(resources.workers, resources.cpus_per_worker, resources.gpus_per_worker)
+            outputs = run_workflow(stages, Store(work_dir / "store"), report=_report, warn=console.print)
+    _closing_table(recipe, outputs, time.monotonic() - began)
+
+
+def show_status(path: Path, overrides: Sequence[str]) -> None:
+    """Print the stages with state, duration and output."""
+    recipe = load_recipe(path, overrides)
+    table = Table("stage", "state", "duration", "output", title=recipe.name)
+    for stage, state, seconds, where in workflow_status(recipe_stages(recipe), Store(Path(recipe.work_dir) / "store")):
+        detail = ""
+        if state in ("running", "interrupted") and (last := last_metrics(Path(where) / METRICS)):
+            detail = f" at step {last['step']}"
+        table.add_row(stage.name, state + detail, _duration(seconds) if seconds else "", where)
+    console.print(table)
+
+
+def _report(output: Output) -> None:
+    how = "found" if output.reused else f"done in {_duration(output.seconds)}"
+    console.print(f"{output.stage:>12} [green]{how}[/green] {output.path}", soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _closing_table(recipe: Recipe, outputs: Mapping[str, Output], seconds: float) -> None:
+    """What was made, where it lies, how to look at it."""
+    results = json.loads((outputs["perplexity"].path / "perplexity.json").read_text())
+    keys = json.loads((outputs["passkey"].path / "passkey.json").read_text())
+    run = json.loads((outputs["register"].path / "run.json").read_text())
+    local = results["local_context"]
+
+    table = Table("context", "tokens", "perplexity base", "perplexity FoT", title="held-out documents")
+    for context, value in results["fot"].items():
+        table.add_row(f"{context}x", str(int(context) * local), f"{results['base'][context]:.3f}", f"{value:.3f}")
+    console.print(table)
+    table = Table("context", "tokens", "exact", "1 of 10", title="passkey")
+    for length, scores in keys.items():
+        if length != "local_context":
+            table.add_row(f"{length}x", str(int(length) * local), f"{scores['exact']:.0%}", f"{scores['choice']:.0%}")
+    console.print(table)
+
+    made = Table("what", "where", title=f"{recipe.name}: done in {_duration(seconds)}", show_header=False)
+    made.add_row("FoT model (Hugging Face)", str(outputs["finetune"].path / MODEL))
+    made.add_row("token shards, manifest", str(outputs["shards"].path))
+    made.add_row("plot", str(outputs["perplexity"].path / "perplexity.png"))
+    made.add_row("MLflow run", run["run_id"])
+    made.add_row("registered model", f"models:/{run['model']}/{run['version']}")
+    made.add_row("look at it", f"mlflow ui --backend-store-uri {tracking_uri(Path(recipe.work_dir))}")
+    console.print(made)

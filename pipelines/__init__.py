@@ -1,0 +1,1 @@
+"""Data as Ray tasks: corpus -> tokenizer -> token shards -> document groups -> CrossBatch batches; and the workflow."""

@@ -1,0 +1,48 @@
+"""A connection to Ray: the cluster of RAY_ADDRESS, or one started on this machine."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from pipelines.environment import WORKERS
+from pipelines.errors import UserError
+
+OBJECT_STORE_BYTES = 200_000_000  # tasks pass paths and counts, not data
+
+@contextmanager
+def ray_cluster() -> Iterator[None]:
+    """Ray for the block. A local one ends with it, or with this process.
+
+    Raises UserError where RAY_ADDRESS names a cluster that does not answer.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    local = {} if address else {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+            runtime_env={"env_vars": WORKERS},
+            **local,
+        )
+    except ConnectionError as error:
+        raise UserError(f"no Ray cluster at RAY_ADDRESS={address}: start it or unset RAY_ADDRESS") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_workers(workers: int, cpus: int, gpus: int) -> None:
+    """Raises UserError where the cluster cannot hold this many training workers at once."""
+    for kind, each in (("CPU", cpus), ("GPU", gpus)):
+        there = int(ray.cluster_resources().get(kind, 0))
+        if workers * each > there:
+            raise UserError(
+                f"resources: {workers} workers with {each} {kind} each need {workers * each}, Ray has {there}: lower "
+                f"resources.workers (--set resources.workers={max(1, there // each)}) or use a larger machine"
+            )

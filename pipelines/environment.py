@@ -1,0 +1,23 @@
+"""Environment variables that Ray, DeepSpeed, MLflow and transformers read while they are imported."""
+
+import os
+import secrets
+
+WORKERS = {
+    "OMP_NUM_THREADS": "1",  # two busy OpenMP pools on two cores collapse
+    "TOKENIZERS_PARALLELISM": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+
+
+def prepare_environment() -> None:
+    """Set them for this process and those it starts. To be called before any of these libraries is imported."""
+    os.environ.update(WORKERS)
+    if "RAY_ADDRESS" not in os.environ:
+        # A Ray of our own gets a token of its own; Ray's choice depends on what an earlier one left in the home.
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))

@@ -1,0 +1,166 @@
+"""Stages and their content-addressed store.
+
+A stage's key is the hash of everything that makes its output: name, version, parameters, and the hashes of the outputs
+it reads. Its output is a directory `<root>/<stage>/<key>`; it is built as `<key>.partial`, where an interrupted stage
+finds what it had done, and renamed when complete. A finished stage is not run again: its files are verified by size and
+checksum, and built anew if they differ. Nothing else is needed (no server, no database), so the same stages run
+in-process, in a Ray job, or under an orchestrator.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipelines.errors import UserError
+from pipelines.files import write_atomically
+from pipelines.hashing import hash_file, hash_json
+
+RECORD = "stage.json"
+State = Literal["done", "running", "interrupted", "to do", "waiting"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of a workflow: `run(output, inputs)` writes files into `output`, reading the directories of `inputs`.
+
+    `version` changes when the code makes something else of the same inputs. `params` is JSON.
+    """
+
+    name: str
+    run: Callable[[Path, Mapping[str, Path]], None]
+    params: Mapping[str, Any]
+    inputs: tuple[str, ...] = ()
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class Output:
+    """A finished stage. `seconds`: time spent in all its runs; `files`: sha256 and size of each file, by name."""
+
+    stage: str
+    key: str
+    path: Path
+    files: dict[str, list[Any]] = field(repr=False)
+    seconds: float
+    reused: bool = False
+
+    @property
+    def hash(self) -> str:
+        """Names the output's content."""
+        return hash_json(self.files)
+
+
+class Store:
+    """The store under `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def key(self, stage: Stage, outputs: Mapping[str, Output]) -> str:
+        return hash_json(
+            {
+                "stage": stage.name,
+                "version": stage.version,
+                "params": stage.params,
+                "inputs": {name: outputs[name].hash for name in stage.inputs},
+            }
+        )[:16]
+
+    def build(self, stage: Stage, outputs: Mapping[str, Output], warn: Callable[[str], None]) -> Output:
+        """The stage's output, found and verified or made now.
+
+        Raises UserError while another process builds it, and whatever the stage raises; then what was done so far
+        stays in the partial directory.
+        """
+        key = self.key(stage, outputs)
+        path = self.root / stage.name / key
+        partial = path.with_name(f"{key}.partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with self._locked(path):
+            if path.exists():
+                output = self.read(path)
+                if (damage := _damage(output)) is None:
+                    return Output(**{**vars(output), "reused": True})
+                warn(f"stage {stage.name}: {damage}; it is made again")
+                shutil.rmtree(path)
+            partial.mkdir(exist_ok=True)
+            for left_behind in partial.rglob(".*.tmp"):  # by a process that was killed while writing
+                left_behind.unlink()
+            began, before = time.monotonic(), _read_seconds(partial)
+            try:
+                stage.run(partial, {name: outputs[name].path for name in stage.inputs})
+            finally:
+                seconds = before + time.monotonic() - began
+                write_atomically(partial / ".seconds", str(seconds).encode())
+            (partial / ".seconds").unlink()
+            output = Output(stage.name, key, path, _checksums(partial), seconds)
+            record = {**asdict(output), "path": None, "params": stage.params, "version": stage.version}
+            record["inputs"] = {name: outputs[name].key for name in stage.inputs}
+            write_atomically(partial / RECORD, json.dumps(record, indent=1, sort_keys=True).encode())
+            os.rename(partial, path)
+            return output
+
+    def read(self, path: Path) -> Output:
+        """A finished output from its directory."""
+        record = json.loads((path / RECORD).read_text())
+        return Output(record["stage"], record["key"], path, record["files"], record["seconds"])
+
+    def find(self, stage: Stage, outputs: Mapping[str, Output]) -> tuple[State, float, Path | None]:
+        """(state, seconds spent, where) of a stage, without running or verifying anything."""
+        if any(name not in outputs for name in stage.inputs):
+            return "waiting", 0.0, None
+        path = self.root / stage.name / self.key(stage, outputs)
+        partial = path.with_name(f"{path.name}.partial")
+        if path.exists():
+            return "done", self.read(path).seconds, path
+        if partial.exists():
+            return ("running" if self._is_locked(path) else "interrupted"), _read_seconds(partial), partial
+        return "to do", 0.0, None
+
+    @contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
+        """Hold the stage's lock, which the system releases however the process ends."""
+        with open(path.with_name(f"{path.name}.lock"), "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"stage {path.parent.name} is being built by another process in {path.parent}: wait for it, or "
+                    f"use another work_dir"
+                ) from None
+            yield
+
+    def _is_locked(self, path: Path) -> bool:
+        try:
+            with self._locked(path):
+                return False
+        except UserError:
+            return True
+
+
+def _read_seconds(partial: Path) -> float:
+    file = partial / ".seconds"
+    return float(file.read_text()) if file.exists() else 0.0
+
+
+def _checksums(directory: Path) -> dict[str, list[Any]]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): [hash_file(path), path.stat().st_size] for path in files}
+
+
+def _damage(output: Output) -> str | None:
+    """What is wrong with an output's files, None if nothing is."""
+    for name, (checksum, size) in output.files.items():
+        file = output.path / name
+        if not file.exists():
+            return f"{file} is missing"
+        if file.stat().st_size != size or hash_file(file) != checksum:
+            return f"{file} is corrupt"
+    return None

@@ -1,0 +1,26 @@
+"""Runs the stages of a workflow one after the other through the store."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from pipelines.store import Output, Stage, State, Store
+
+
+def run_workflow(
+    stages: Sequence[Stage], store: Store, *, report: Callable[[Output], None], warn: Callable[[str], None]
+) -> dict[str, Output]:
+    """Build every stage in order; `report` is told of each as it is done. Returns the outputs by stage name."""
+    outputs: dict[str, Output] = {}
+    for stage in stages:
+        outputs[stage.name] = store.build(stage, outputs, warn)
+        report(outputs[stage.name])
+    return outputs
+
+
+def workflow_status(stages: Sequence[Stage], store: Store) -> Iterator[tuple[Stage, State, float, str]]:
+    """(stage, state, seconds, path or "") of every stage, without running anything."""
+    outputs: dict[str, Output] = {}
+    for stage in stages:
+        state, seconds, path = store.find(stage, outputs)
+        if state == "done" and path is not None:
+            outputs[stage.name] = store.read(path)
+        yield stage, state, seconds, str(path or "")
