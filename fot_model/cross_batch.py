@@ -58,7 +58,8 @@ def pad_plan(plan: Sequence[Sequence[int]]) -> Tensor:
     width = max((len(seen) for seen in plan), default=0)
     for row, seen in enumerate(plan):
         assert row not in seen, f"row {row} sees itself"
-    return torch.tensor([list(seen) + [-1] * (width - len(seen)) for seen in plan], dtype=torch.long).view(len(plan), width)
+    padded = [[*seen, *[-1] * (width - len(seen))] for seen in plan]
+    return torch.tensor(padded, dtype=torch.long).view(len(plan), width)
 
 
 def cross_batch_attention(

@@ -75,12 +75,13 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: FotLlamaConfig) -> None:
         super().__init__(config)
-        if bad := [layer for layer in config.mem_layers if not 0 <= layer < config.num_hidden_layers]:
+        mem_layers = config.mem_layers or []
+        if bad := [layer for layer in mem_layers if not 0 <= layer < config.num_hidden_layers]:
             raise ValueError(
                 f"mem_layers {bad} out of range: the model has {config.num_hidden_layers} layers, "
                 f"0 to {config.num_hidden_layers - 1}"
             )
-        for layer in config.mem_layers:
+        for layer in mem_layers:
             self.model.layers[layer].self_attn = FotAttention(config, layer)
         self.post_init()
 

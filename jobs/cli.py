@@ -34,7 +34,11 @@ def run(recipe: Path, overrides: tuple[str, ...]) -> None:
     prepare_environment()
     from jobs.run import run_recipe
 
-    run_recipe(recipe, overrides)
+    try:
+        run_recipe(recipe, overrides)
+    except KeyboardInterrupt:
+        print("fot: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 @fot.command()

@@ -45,7 +45,7 @@ class FotObjective(Part):
         for place, (positives, _) in enumerate(self.segments):
             if positives > place:
                 raise ValueError(
-                    f"segments: segment {place} asks for {positives} positives, but only {place} contexts come before it"
+                    f"segments: segment {place} asks for {positives} positives, only {place} contexts come before it"
                 )
         return self
 
@@ -132,7 +132,7 @@ class Base(Part):
     def _one_of_both(self) -> "Base":
         if (self.checkpoint is None) == (self.pretrain is None):
             raise ValueError(
-                "give either base.checkpoint (a Hugging Face LLaMA directory: --set base.checkpoint=DIR) or base.pretrain"
+                "base: give either a Hugging Face LLaMA directory (--set base.checkpoint=DIR) or base.pretrain"
             )
         return self
 
@@ -232,7 +232,9 @@ def _override(content: dict[str, Any], override: str) -> None:
         last = place == len(names) - 1
         if isinstance(at, list):
             if not name.isdigit() or int(name) > len(at):
-                raise UserError(f"--set {key}: {'.'.join(names[:place])} is a list of {len(at)}, not indexed by {name!r}")
+                raise UserError(
+                    f"--set {key}: {'.'.join(names[:place])} is a list of {len(at)}, not indexed by {name!r}"
+                )
             if int(name) == len(at):
                 at.append({})
             index: Any = int(name)

@@ -100,5 +100,3 @@ def _model_version(client: MlflowClient, run: Run, outcome: Outcome) -> str:
         version = str(created.version)
     client.set_registered_model_alias(outcome.name, ALIAS, version)
     return version
-
-

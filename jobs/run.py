@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from jobs.recipe import Recipe, load_recipe
-from jobs.registry import tracking_uri
+from jobs.registry import ALIAS, tracking_uri
 from jobs.stages import recipe_stages
 from jobs.train.launch import last_metrics
 from jobs.train.spec import METRICS, MODEL
@@ -24,7 +24,7 @@ def run_recipe(path: Path, overrides: Sequence[str]) -> None:
     Raises UserError for a mistake in recipe, corpus, checkpoint or machine.
     """
     recipe = load_recipe(path, overrides)
-    work_dir = Path(recipe.work_dir)
+    work_dir = Path(recipe.work_dir).resolve()  # workers have working directories of their own
     work_dir.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     log = work_dir / "logs" / f"{recipe.name}.log"
@@ -42,7 +42,7 @@ def show_status(path: Path, overrides: Sequence[str]) -> None:
     """Print the stages with state, duration and output."""
     recipe = load_recipe(path, overrides)
     table = Table("stage", "state", "duration", "output", title=recipe.name)
-    for stage, state, seconds, where in workflow_status(recipe_stages(recipe), Store(Path(recipe.work_dir) / "store")):
+    for stage, state, seconds, where in workflow_status(recipe_stages(recipe), Store(Path(recipe.work_dir).resolve() / "store")):
         detail = ""
         if state in ("running", "interrupted") and (last := last_metrics(Path(where) / METRICS)):
             detail = f" at step {last['step']}"
@@ -76,11 +76,17 @@ def _closing_table(recipe: Recipe, outputs: Mapping[str, Output], seconds: float
             table.add_row(f"{length}x", str(int(length) * local), f"{scores['exact']:.0%}", f"{scores['choice']:.0%}")
     console.print(table)
 
-    made = Table("what", "where", title=f"{recipe.name}: done in {_duration(seconds)}", show_header=False)
-    made.add_row("FoT model (Hugging Face)", str(outputs["finetune"].path / MODEL))
-    made.add_row("token shards, manifest", str(outputs["shards"].path))
-    made.add_row("plot", str(outputs["perplexity"].path / "perplexity.png"))
-    made.add_row("MLflow run", run["run_id"])
-    made.add_row("registered model", f"models:/{run['model']}/{run['version']}")
-    made.add_row("look at it", f"mlflow ui --backend-store-uri {tracking_uri(Path(recipe.work_dir))}")
-    console.print(made)
+    made = {
+        "FoT model (Hugging Face directory)": outputs["finetune"].path / MODEL,
+        "token shards and manifest": outputs["shards"].path,
+        "plot": outputs["perplexity"].path / "perplexity.png",
+        "MLflow run": run["run_id"],
+        "registered model": f"models:/{run['model']}/{run['version']} (alias {ALIAS})",
+        "look at runs, plots and models": f"mlflow ui --backend-store-uri {tracking_uri(Path(recipe.work_dir))}",
+    }
+    table = Table(title=f"{recipe.name}: done in {_duration(seconds)}", show_header=False, box=None, title_style="bold")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for what, where in made.items():
+        table.add_row(what, str(where))
+    console.print(table, soft_wrap=True)

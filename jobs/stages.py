@@ -1,16 +1,15 @@
 """The stages of a recipe: what each makes, of what, by which function.
 
-    corpus files -> tokenizer -> shards -> base -> finetune -> perplexity, passkey -> register
+corpus files -> tokenizer -> shards -> base -> finetune -> perplexity, passkey -> register
 """
 
 import json
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jobs.evaluate.passkey import passkey
-from jobs.evaluate.perplexity import choose_windows, perplexity
+from jobs.evaluate.perplexity import Scoring, choose_windows, perplexity
 from jobs.plot import plot_perplexity
 from jobs.recipe import FotObjective, Recipe, Training
 from jobs.registry import Outcome, record
@@ -37,7 +36,7 @@ def recipe_stages(recipe: Recipe) -> list[Stage]:
 
     Raises UserError for what is missing or unusable there.
     """
-    work_dir = Path(recipe.work_dir)
+    work_dir = Path(recipe.work_dir).resolve()
     hashes = FileHashes(work_dir / "file-hashes.json")
     units = list_units(recipe.data, recipe.seed, hashes)
     corpus = hash_json([recipe_part(recipe.data), [unit.identity() for unit in units]])
@@ -111,8 +110,8 @@ def _base_stage(recipe: Recipe, hashes: FileHashes) -> Stage:
         (output / MODEL).unlink(missing_ok=True)
         (output / MODEL).symlink_to(path, target_is_directory=True)
 
-    objective = recipe.finetune.objective
-    params = {"path": str(path), "files": files, "context": objective.context, "mem_layers": _mem_layers(recipe.finetune)}
+    needs = {"context": recipe.finetune.objective.context, "mem_layers": _mem_layers(recipe.finetune)}
+    params = {"path": str(path), "files": files, **needs}
     return Stage("base", bring, params, inputs=("tokenizer",))
 
 
@@ -132,9 +131,12 @@ def _perplexity_stage(recipe: Recipe) -> Stage:
         memory = _memory_settings(inputs["finetune"] / MODEL)
         results = {
             name: perplexity(
-                inputs[stage] / MODEL, inputs["shards"], recipe.data, memory, local, settings.contexts, settings.windows, bar
+                Scoring(inputs[stage] / MODEL, memory, inputs["shards"], local, settings.contexts),
+                recipe.data,
+                settings.windows,
+                f"ppl {name}",
             )
-            for name, stage, bar in (("base", "base", "ppl of base"), ("fot", "finetune", "ppl of FoT"))
+            for name, stage in (("base", "base"), ("fot", "finetune"))
         }
         write_atomically(output / "perplexity.json", json.dumps({"local_context": local, **results}, indent=1).encode())
         plot_perplexity(results["base"], results["fot"], local, output / "perplexity.png")
@@ -200,6 +202,7 @@ def _outcome(recipe: Recipe, recipe_hash: str, inputs: Inputs, output: Path) -> 
         for score, value in scores.items()
     ]
     base = inputs["base"] / MODEL
+    origin = str(base.resolve()) if base.is_symlink() else f"pre-trained here, stage key {inputs['base'].name}"
     return Outcome(
         key=hash_json([recipe_hash, *(path.name for path in inputs.values())])[:16],
         name=recipe.name,
@@ -207,7 +210,7 @@ def _outcome(recipe: Recipe, recipe_hash: str, inputs: Inputs, output: Path) -> 
             "fot.recipe": recipe_hash,
             "fot.code": code_version(),
             "fot.manifest": manifest.hash,
-            "fot.base": str(base.resolve()) if base.is_symlink() else f"pretrained here, stage key {inputs['base'].name}",
+            "fot.base": origin,
             "fot.tokens_seen": str(int(read_metrics(inputs["finetune"] / METRICS)[-1]["tokens"])),
         },
         params={
@@ -240,9 +243,9 @@ def _train_spec(recipe: Recipe, name: str, training: Training, base: Any, output
         data=recipe.data,
         seed=recipe.seed,
         base=base,
-        dataset=inputs["shards"].resolve(),
-        tokenizer=inputs["tokenizer"].resolve(),
-        output=output.resolve(),
+        dataset=inputs["shards"],
+        tokenizer=inputs["tokenizer"],
+        output=output,
     )
 
 

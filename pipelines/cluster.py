@@ -12,6 +12,7 @@ from pipelines.errors import UserError
 
 OBJECT_STORE_BYTES = 200_000_000  # tasks pass paths and counts, not data
 
+
 @contextmanager
 def ray_cluster() -> Iterator[None]:
     """Ray for the block. A local one ends with it, or with this process.

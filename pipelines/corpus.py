@@ -16,7 +16,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from pipelines.config import Data, Source
 from pipelines.errors import UserError
@@ -107,9 +107,7 @@ def _list_source(source: Source, seed: int, hashes: FileHashes, task_bytes: int)
     units: list[Unit] = []
     whole: list[tuple[str, tuple[File, ...]]] = []
     for name, paths in _documents(source, seed):
-        files = tuple(
-            File(inner, str(path), path.stat().st_size, hashes.hash(path)) for inner, path in paths
-        )
+        files = tuple(File(inner, str(path), path.stat().st_size, hashes.hash(path)) for inner, path in paths)
         if len(files) == 1 and files[0].path.endswith(LINES):
             units += [Unit(source.name, ((name, files),), span) for span in _line_spans(files[0], task_bytes)]
         else:
@@ -270,7 +268,7 @@ def _parse_line(
 
 
 def _open(file: File) -> IO[bytes]:
-    return gzip.open(file.path, "rb") if file.path.endswith(".gz") else open(file.path, "rb")
+    return cast(IO[bytes], gzip.open(file.path)) if file.path.endswith(".gz") else open(file.path, "rb")
 
 
 def _unreadable(file: File, error: Exception) -> UserError:

@@ -1,6 +1,6 @@
 """The CrossBatch sampler: the batch of step t as a pure function of (data set, batch shape, seed, t).
 
-The unit is the *micro-batch*: G document groups of k contexts whose rows may see one another. A step is M micro-batches;
+The unit is the *micro-batch*: G document groups of k contexts whose rows may see one another. A step is M of them;
 ranks take them in strides, so the batch of a step does not depend on how many ranks there are. Groups come in a seeded
 order, a new permutation each epoch, computed by index (a Feistel network), so seeking to any step costs nothing.
 """
@@ -100,7 +100,7 @@ class CrossBatchSampler:
             group=[group for group in range(G) for _ in range(k)],
             segment=list(range(k)) * G,
             related=[[bool(held[a] & held[b]) for b in range(G)] for a in range(G)],
-            documents=[tuple(dict.fromkeys(self._dataset.ids[document] for document, _, _ in group)) for group in pieces],
+            documents=[tuple(self._dataset.ids[document] for document in sorted(group)) for group in held],
         )
 
     def _read(self, pieces: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -167,4 +167,3 @@ class TokenDataset:
         values, offsets = self._batches[batch]
         first, last = offsets[row], offsets[row + 1]
         return values[first + start : last if end is None else min(first + end, last)]
-

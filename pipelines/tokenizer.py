@@ -54,12 +54,14 @@ def load_tokenizer(directory: Path) -> TextTokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     config = json.loads((directory / "tokenizer_config.json").read_text())
-    bos, eos = (tokenizer.token_to_id(_content(config[name])) for name in ("bos_token", "eos_token"))
+    bos, eos = (_token_id(tokenizer, config[name]) for name in ("bos_token", "eos_token"))
     return TextTokenizer(tokenizer, bos, eos)
 
 
-def _content(token: str | dict[str, str]) -> str:
-    return token if isinstance(token, str) else token["content"]
+def _token_id(tokenizer: Tokenizer, token: str | dict[str, str]) -> int:
+    number = tokenizer.token_to_id(token if isinstance(token, str) else token["content"])
+    assert number is not None, f"{token} is not in the vocabulary of its own tokenizer"
+    return int(number)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> None:

@@ -1,8 +1,8 @@
 """Passkey retrieval (the Landmark Attention prompt, as LongLLaMA uses it): a number hidden in filler, asked for last.
 
 The text is read window by window into memory; the last window holds the question. Two scores: `exact`, the greedy
-continuation is the number; `choice`, the number is more likely than nine others (chance: 0.1), which still says
-something of models too small to spell it.
+continuation is the number (every token of it is the likeliest after those before); `choice`, the number is likelier
+than nine others (chance: 0.1), which still says something of models too small to spell it.
 
 Shapes: B trials, L tokens a window, C candidates.
 """
@@ -76,18 +76,19 @@ def passkey_trials(model_path: Path, local: int, length: int, trials: int, digit
     draw = random.Random(f"{seed}/{length}")
     tokenizer = load_tokenizer(model_path)
     model = FotLlamaForCausalLM.from_pretrained(model_path).eval()
-    keys = [str(draw.randrange(10 ** (digits - 1), 10**digits)) for _ in range(trials)]
-    others = [[key, *(str(draw.randrange(10 ** (digits - 1), 10**digits)) for _ in range(CANDIDATES - 1))] for key in keys]
-    answers = [[tokenizer.encode(f" {candidate}") for candidate in row] for row in others]
+    candidates = [
+        [str(key) for key in draw.sample(range(10 ** (digits - 1), 10**digits), CANDIDATES)] for _ in range(trials)
+    ]
+    answers = [[tokenizer.encode(f" {key}") for key in row] for row in candidates]
     room = max(len(answer) for row in answers for answer in row)
     prompts_BT = torch.tensor(
-        [make_prompt(tokenizer, length * local, key, draw.random(), room) for key in keys], dtype=torch.long
+        [make_prompt(tokenizer, length * local, row[0], draw.random(), room) for row in candidates], dtype=torch.long
     )
     memory = DenseMemory()
     asked = (length - 1) * local
     for start in range(0, asked, local):
         model(prompts_BT[:, start : start + local], memory=memory)
-    exact = torch.zeros(trials, dtype=torch.bool)
+    exact_B = torch.zeros(trials, dtype=torch.bool)
     scores_BC = torch.zeros(trials, CANDIDATES)
     for candidate in range(CANDIDATES):
         row = [answer[candidate] for answer in answers]
@@ -98,6 +99,6 @@ def passkey_trials(model_path: Path, local: int, length: int, trials: int, digit
         loss_BA = functional.cross_entropy(logits.transpose(1, 2), answer_BA, reduction="none")
         scores_BC[:, candidate] = -(loss_BA * real_BA).sum(1)
         if candidate == 0:
-            exact = ((logits.argmax(-1) == answer_BA) | ~real_BA).all(1)
+            exact_B = ((logits.argmax(-1) == answer_BA) | ~real_BA).all(1)
     best_other = scores_BC[:, 1:].max(1).values
-    return {"exact": exact.double().mean().item(), "choice": (scores_BC[:, 0] > best_other).double().mean().item()}
+    return {"exact": exact_B.double().mean().item(), "choice": (scores_BC[:, 0] > best_other).double().mean().item()}

@@ -8,7 +8,7 @@ Shapes: B windows, L tokens a window.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,18 @@ from pipelines.sampler import split
 from pipelines.shards import TokenDataset
 
 WINDOWS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is scored: a model with its memory layers' settings (`mem_layers`, `mem_positionals`; for a plain LLaMA
+    too), on a data set, at multiples (`contexts`) of the local context (`local`, tokens)."""
+
+    model: Path
+    memory: Mapping[str, Any]
+    dataset: Path
+    local: int
+    contexts: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -67,18 +79,16 @@ def _bit_reversed(number: int) -> int:
     return int(f"{number:032b}"[::-1], 2)
 
 
-def perplexity(
-    model: Path, dataset: Path, data: Data, memory: dict[str, Any], local: int, contexts: Sequence[int], count: int, name: str
-) -> dict[int, float]:
-    """{multiple of the local context: perplexity per token} on held-out documents, as Ray tasks.
+def perplexity(scoring: Scoring, data: Data, count: int, name: str) -> dict[int, float]:
+    """{multiple of the local context: perplexity per token} on `count` windows of held-out documents, as Ray tasks.
 
-    `memory`: settings of the model's memory layers (`mem_layers`, `mem_positionals`), also for a plain LLaMA.
+    Raises UserError where no document is long enough.
     """
-    tokens = TokenDataset(dataset)
-    windows = choose_windows(tokens, split(tokens, data)[1], local, max(contexts), count)
+    tokens = TokenDataset(scoring.dataset)
+    windows = choose_windows(tokens, split(tokens, data)[1], scoring.local, max(scoring.contexts), count)
     task = ray.remote(num_cpus=1, max_retries=5)(window_losses)
     batches = [windows[first : first + WINDOWS_AT_ONCE] for first in range(0, len(windows), WINDOWS_AT_ONCE)]
-    tasks = {task.remote(model, dataset, memory, batch, local, contexts): len(batch) for batch in batches}
+    tasks = {task.remote(scoring, batch): len(batch) for batch in batches}
     order, waiting = list(tasks), list(tasks)
     with Progress(name, len(windows), "windows") as progress:
         while waiting:
@@ -87,20 +97,18 @@ def perplexity(
             progress.advance(tasks[done])
     results = ray.get(order)
     return {
-        context: math.exp(math.fsum(result[context] for result in results) / (len(windows) * local))
-        for context in contexts
+        context: math.exp(math.fsum(result[context] for result in results) / (len(windows) * scoring.local))
+        for context in scoring.contexts
     }
 
 
 @torch.inference_mode()
-def window_losses(
-    model_path: Path, dataset: Path, settings: dict[str, Any], windows: list[Window], local: int, contexts: Sequence[int]
-) -> dict[int, float]:
+def window_losses(scoring: Scoring, windows: list[Window]) -> dict[int, float]:
     """One task: summed loss (nats) of the windows at each context."""
-    tokens = TokenDataset(dataset)
-    model = FotLlamaForCausalLM.from_pretrained(model_path, **settings).eval()
+    tokens, local = TokenDataset(scoring.dataset), scoring.local
+    model = FotLlamaForCausalLM.from_pretrained(scoring.model, **scoring.memory).eval()
     losses = {}
-    for context in contexts:
+    for context in scoring.contexts:
         memory = DenseMemory()
         for back in range(context - 1, -1, -1):
             inputs_BL, labels_BL = _read(tokens, windows, back * local, local)

@@ -1,0 +1,106 @@
+"""A corpus, a recipe and a `fot` small enough for tests, all made on the spot."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+FOT = str(Path(sys.executable).with_name("fot"))
+
+
+def words(count: int, seed: int) -> str:
+    draw = random.Random(seed)
+    names = ["".join(draw.choices("abcdefgh", k=5)) for _ in range(30)]
+    return " ".join(draw.choice(names) for _ in range(count))
+
+
+def training(kind: str, **changes: object) -> dict:
+    objective: dict = {"kind": kind, "context": 16}
+    if kind == "fot":
+        objective |= {"mem_layers": [1], "segments": [[0, 0], [1, 1]]}
+    return {
+        "objective": objective,
+        "steps": 6,
+        "batch": {"micro_batches": 2, "groups": 2},
+        "optimizer": {"learning_rate": 1e-3},
+        "checkpoint_every": 2,
+        **changes,
+    }
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus.jsonl"
+    lines = [json.dumps({"id": f"d{n}", "text": words(150 + 10 * n, n)}) for n in range(24)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, corpus: Path) -> dict:
+    """A whole run of a few steps."""
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return {
+        "name": "tiny",
+        "work_dir": "runs",
+        "data": {"sources": [{"name": "words", "path": str(corpus), "held_out": 0.3}]},
+        "tokenizer": {"vocab_size": 300},
+        "base": {"pretrain": {"shape": shape, "training": training("standard")}},
+        "finetune": training("fot"),
+        "evaluation": {
+            "perplexity": {"contexts": [1, 2, 4], "windows": 8},
+            "passkey": {"lengths": [20], "trials": 2, "digits": 2},
+        },
+        "resources": {"workers": 2},
+    }
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path):
+    def write(recipe: dict) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def start_fot(tmp_path: Path):
+    """Starts `fot ...` as a user would, stdout and stderr joined; `prefix` is a command to start it with."""
+    started: list[subprocess.Popen] = []
+
+    def start(*arguments: object, prefix: tuple[str, ...] = ()) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [*prefix, FOT, *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "COLUMNS": "250"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def fot(start_fot):
+    """Runs `fot ...` to its end. Returns the finished process."""
+
+    def run(*arguments: object, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+        process = start_fot(*arguments, prefix=prefix)
+        printed, _ = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, printed)
+
+    return run

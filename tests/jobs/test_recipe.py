@@ -1,0 +1,93 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from jobs.recipe import load_recipe
+from pipelines.errors import UserError
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_recipe_is_valid(path: Path) -> None:
+    needed = ["base.checkpoint=/model", "data.sources.0.path=/text"] if path.name == "finetune.yaml" else []
+    assert load_recipe(path, needed).name == path.stem
+
+
+def test_the_finetune_recipe_says_what_it_needs() -> None:
+    with pytest.raises(UserError, match=r"--set data\.sources\.0\.path=VALUE"):
+        load_recipe(RECIPES / "finetune.yaml")
+    with pytest.raises(UserError, match=r"--set base\.checkpoint=DIR"):
+        load_recipe(RECIPES / "finetune.yaml", ["data.sources.0.path=/text"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("finetune.stepz=3", "unknown key finetune.stepz: did you mean finetune.steps?"),
+        ("finetune.objective.mem_layer=[1]", "did you mean finetune.objective.mem_layers?"),
+        ("data.sources.0.paht=x", "unknown key data.sources.0.paht: did you mean data.sources.0.path?"),
+        ("base.pretrain.shape.hiden_size=8", "did you mean base.pretrain.shape.hidden_size?"),
+        ("evaluations.x=1", "unknown key evaluations: did you mean evaluation?"),
+        ("zzzz=1", "unknown key zzzz: remove it"),
+        ("finetune.steps=many", "finetune.steps = 'many'"),
+        ("finetune.steps=0", "finetune.steps = 0: input should be greater than 0"),
+        ("finetune.objective.kind=fto", "finetune.objective"),
+        ("finetune.objective.segments=[[1,0],[1,1]]", "segment 0 asks for 1 positives"),
+        ("base.checkpoint=/model", "either a Hugging Face LLaMA directory"),
+        ("resources.workers=3", "finetune.batch.micro_batches (2) is not a multiple of resources.workers (3)"),
+        ("base.pretrain.shape.num_attention_heads=5", "hidden_size must be a multiple of 2 x num_attention_heads"),
+        ("data.sources.7.path=x", "data.sources is a list of 1"),
+        ("name.x=1", "name = {'x': 1}: input should be a valid string"),
+        ("finetune.objective.segments.0.0.x=1", "finetune.objective.segments.0.0 is a value and has no keys"),
+        ("finetune.steps", "write it as key=value"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_key(recipe: dict, write_recipe, override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_recipe(write_recipe(recipe), [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_overrides_change_keys_add_list_items_and_take_yaml_values(recipe: dict, write_recipe) -> None:
+    made = load_recipe(
+        write_recipe(recipe),
+        [
+            "finetune.steps=9",
+            "finetune.optimizer.learning_rate=2.0e-4",
+            "data.sources.1.name=more",
+            "data.sources.1.path=/x=y",
+            "finetune.objective.segments=[[0, 0], [1, 2]]",
+        ],
+    )
+    assert made.finetune.steps == 9
+    assert made.finetune.optimizer.learning_rate == 2e-4
+    assert made.data.sources[1].path == "/x=y"
+    assert made.finetune.objective.segments == ((0, 0), (1, 2))
+
+
+def test_a_recipe_that_is_missing_or_broken_is_one_line(tmp_path: Path) -> None:
+    for content in (None, "a: [1", "- 1\n", ""):
+        path = tmp_path / "recipe.yaml"
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(UserError) as error:
+            load_recipe(path)
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_recipe_cannot_be_changed_once_read(recipe: dict, write_recipe) -> None:
+    made = load_recipe(write_recipe(recipe))
+    with pytest.raises(ValidationError):
+        made.seed = 3
+
+
+def test_what_is_written_reads_back_the_same(recipe: dict, write_recipe) -> None:
+    made = load_recipe(write_recipe(recipe))
+    again = write_recipe(yaml.safe_load(yaml.safe_dump(made.model_dump(mode="json"))))
+    assert load_recipe(again) == made

@@ -1,0 +1,31 @@
+import pytest
+from pydantic import ValidationError
+
+from pipelines.config import Data, Source
+
+SOURCE = {"name": "s", "path": "x"}
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"sources": []}, "sources"),
+        ({"sources": [{**SOURCE, "typo": 1}]}, "typo"),
+        ({"sources": [{"name": "s"}]}, "path"),
+        ({"sources": [{**SOURCE, "name": "with space"}]}, "name"),
+        ({"sources": [{**SOURCE, "held_out": 1.5}]}, "held_out"),
+        ({"sources": [{**SOURCE, "directory": "other"}]}, "directory"),
+        ({"task_bytes": 0}, "task_bytes"),
+        ({"max_bad_lines": -1}, "max_bad_lines"),
+        ({"typo": 1}, "typo"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_refused_and_located(change, where):
+    with pytest.raises(ValidationError, match=where):
+        Data(**{"sources": [SOURCE], **change})
+
+
+def test_a_recipe_part_cannot_be_changed():
+    source = Source(**SOURCE)
+    with pytest.raises(ValidationError):
+        source.path = "y"
