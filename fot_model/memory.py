@@ -78,6 +78,7 @@ class DenseMemory:
 
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
+        assert length >= 0, length
         self._length = {layer: min(length, held) for layer, held in self._length.items()}
 
     def reset(self) -> None:

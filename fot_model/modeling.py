@@ -21,7 +21,14 @@ from fot_model.memory import DenseMemory, merge, partial_attention, repeat_heads
 
 
 class FotAttention(LlamaAttention):
-    """A memory layer's attention. Same parameters as a LLaMA's, so checkpoints go both ways."""
+    """A memory layer's attention. Same parameters as a LLaMA's, so checkpoints go both ways.
+
+    `rope_scale`: what the kind of RoPE multiplies rotated queries and keys with (YaRN, longrope), 1 otherwise.
+    """
+
+    def __init__(self, config: FotLlamaConfig, layer_idx: int, rope_scale: float) -> None:
+        super().__init__(config, layer_idx)
+        self.rope_scale = rope_scale if config.mem_positionals else 1.0
 
     def forward(
         self,
@@ -42,9 +49,10 @@ class FotAttention(LlamaAttention):
 
         B, L, _ = hidden_states.shape
         q_BHLD = self.q_proj(hidden_states).view(B, L, -1, self.head_dim).transpose(1, 2)
-        far_k_BHkLD = self.k_proj(hidden_states).view(B, L, -1, self.head_dim).transpose(1, 2)
+        k_BHkLD = self.k_proj(hidden_states).view(B, L, -1, self.head_dim).transpose(1, 2)
         v_BHkLD = self.v_proj(hidden_states).view(B, L, -1, self.head_dim).transpose(1, 2)
-        q_BHLD, k_BHkLD = apply_rotary_pos_emb(q_BHLD, far_k_BHkLD, cos, sin)
+        far_k_BHkLD = k_BHkLD * self.rope_scale  # the rotation of position 0
+        q_BHLD, k_BHkLD = apply_rotary_pos_emb(q_BHLD, k_BHkLD, cos, sin)
 
         heads = q_BHLD.shape[1]
         k_BHLD, v_BHLD = repeat_heads(k_BHkLD, heads), repeat_heads(v_BHkLD, heads)
@@ -67,27 +75,56 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
     """`FotLlamaForCausalLM.from_pretrained(path_or_hub_id, mem_layers=[...])` loads any LLaMA checkpoint.
 
     Forward takes, besides a LLaMA's arguments, `plan` (a CrossBatch plan [R, d]; every row is one context) or
-    `memory` (a `DenseMemory`, attended to and appended to; no padding). Raises ValueError for both at once, and for a
-    memory layer that is not there.
+    `memory` (a `DenseMemory`, attended to and appended to). Raises ValueError for both at once, for padding or
+    past_key_values with either, and for a memory layer that is not there.
     """
 
     config_class = FotLlamaConfig
 
     def __init__(self, config: FotLlamaConfig) -> None:
         super().__init__(config)
-        mem_layers = config.mem_layers or []
-        if bad := [layer for layer in mem_layers if not 0 <= layer < config.num_hidden_layers]:
+        config.mem_layers = sorted(set(config.mem_layers or []))  # from_pretrained sets it as given
+        if bad := [layer for layer in config.mem_layers if not 0 <= layer < config.num_hidden_layers]:
             raise ValueError(
                 f"mem_layers {bad} out of range: the model has {config.num_hidden_layers} layers, "
                 f"0 to {config.num_hidden_layers - 1}"
             )
-        for layer in mem_layers:
-            self.model.layers[layer].self_attn = FotAttention(config, layer)
+        for layer in config.mem_layers:
+            self.model.layers[layer].self_attn = FotAttention(config, layer, self.model.rotary_emb.attention_scaling)
         self.post_init()
 
-    def forward(self, *args: Any, plan: Tensor | None = None, memory: DenseMemory | None = None, **kwargs: Any) -> Any:
-        if plan is not None and memory is not None:
-            raise ValueError("plan (training) and memory (reading) exclude each other: give one")
-        if memory is not None:
-            kwargs["use_cache"] = False
-        return super().forward(*args, plan=plan, memory=memory, **kwargs)
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        plan: Tensor | None = None,
+        memory: DenseMemory | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if plan is not None or memory is not None:
+            if plan is not None and memory is not None:
+                raise ValueError("plan (training) and memory (reading) exclude each other: give one")
+            if past_key_values is not None:
+                raise ValueError("past_key_values with plan or memory: the memory holds the past")
+            if attention_mask is not None and not attention_mask.all():
+                raise ValueError("padding with plan or memory: give rows of equal length without padding")
+            attention_mask, use_cache = None, False
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            plan=plan,
+            memory=memory,
+            **kwargs,
+        )

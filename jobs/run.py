@@ -42,7 +42,9 @@ def show_status(path: Path, overrides: Sequence[str]) -> None:
     """Print the stages with state, duration and output."""
     recipe = load_recipe(path, overrides)
     table = Table("stage", "state", "duration", "output", title=recipe.name)
-    for stage, state, seconds, where in workflow_status(recipe_stages(recipe), Store(Path(recipe.work_dir).resolve() / "store")):
+    for stage, state, seconds, where in workflow_status(
+        recipe_stages(recipe), Store(Path(recipe.work_dir).resolve() / "store")
+    ):
         detail = ""
         if state in ("running", "interrupted") and (last := last_metrics(Path(where) / METRICS)):
             detail = f" at step {last['step']}"
