@@ -62,8 +62,7 @@ class FotAttention(LlamaAttention):
             )
         else:
             assert memory is not None
-            causal_LL = torch.ones(L, L, dtype=torch.bool, device=q_BHLD.device).tril()
-            attended = partial_attention(q_BHLD, k_BHLD, v_BHLD, self.scaling, causal_LL)
+            attended = partial_attention(q_BHLD, k_BHLD, v_BHLD, self.scaling, causal=True)
             if (remembered := memory.attend(self.layer_idx, q_BHLD, self.scaling)) is not None:
                 attended = merge(attended, remembered)
             memory.append(self.layer_idx, far_k_BHkLD, v_BHkLD)

@@ -15,9 +15,14 @@ WORKERS = {
 }
 
 
+OWN_RAY = {
+    "RAY_AUTH_MODE": "token",  # with a token of its own: Ray's choice depends on what an earlier one left in the home
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # despite the name: all its servers listen on loopback only
+}
+
+
 def prepare_environment() -> None:
     """Set them for this process and those it starts. To be called before any of these libraries is imported."""
     os.environ.update(WORKERS)
     if "RAY_ADDRESS" not in os.environ:
-        # A Ray of our own gets a token of its own; Ray's choice depends on what an earlier one left in the home.
-        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+        os.environ.update(OWN_RAY, RAY_AUTH_TOKEN=secrets.token_hex(32))

@@ -1,6 +1,7 @@
 """Shapes: B batch, H query heads, Hk key/value heads, L local tokens, M tokens in memory, D head size."""
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -32,6 +33,13 @@ def naive_attention(q_BHLD: Tensor, k_BHkMD: Tensor, v_BHkMD: Tensor) -> tuple[T
         out.append(scores_BLM.softmax(-1) @ v_BHkMD[:, head // group])
         lse.append(scores_BLM.exp().sum(-1).log())
     return torch.stack(out, 1), torch.stack(lse, 1)
+
+
+@pytest.fixture(autouse=True, scope="module", params=["fused kernel", "written out"])
+def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Without gradients torch's fused kernel does the work, with them the formula written out."""
+    with torch.set_grad_enabled(request.param == "written out"):
+        yield
 
 
 def filled(k_BHkMD: Tensor, v_BHkMD: Tensor, sizes: list[int]) -> DenseMemory:
@@ -70,7 +78,7 @@ def test_merged_partial_attentions_are_one_softmax_over_the_union(sizes: list[in
 @settings(deadline=None, max_examples=25)
 def test_masked_partial_attention_is_a_softmax_over_the_keys_left(L: int, seed: int) -> None:
     q_BHLD, k_BHLD, v_BHLD = randn(seed, 2, 2, L, 3), randn(seed + 1, 2, 2, L, 3), randn(seed + 2, 2, 2, L, 3)
-    out_BHLD, lse_BHL = partial_attention(q_BHLD, k_BHLD, v_BHLD, SCALE, torch.ones(L, L, dtype=torch.bool).tril())
+    out_BHLD, lse_BHL = partial_attention(q_BHLD, k_BHLD, v_BHLD, SCALE, causal=True)
     for at in range(L):
         seen = slice(0, at + 1)
         expected = naive_attention(q_BHLD[:, :, at : at + 1], k_BHLD[:, :, seen], v_BHLD[:, :, seen])
@@ -215,6 +223,7 @@ def test_what_was_remembered_does_not_change_with_the_tensor_it_came_from() -> N
     torch.testing.assert_close(attended(memory, q_BHLD), before, rtol=0, atol=0)
 
 
+@torch.enable_grad()
 def test_memory_is_not_differentiated_but_queries_of_several_windows_are() -> None:
     q_BHLD, k_BHkMD, v_BHkMD = (randn(seed, 1, 2, 3, 4).requires_grad_() for seed in range(3))
     memory = DenseMemory()
