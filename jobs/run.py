@@ -86,9 +86,6 @@ def _closing_table(recipe: Recipe, outputs: Mapping[str, Output], seconds: float
         "registered model": f"models:/{run['model']}/{run['version']} (alias {ALIAS})",
         "look at runs, plots and models": f"mlflow ui --backend-store-uri {tracking_uri(Path(recipe.work_dir))}",
     }
-    table = Table(title=f"{recipe.name}: done in {_duration(seconds)}", show_header=False, box=None, title_style="bold")
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for what, where in made.items():
-        table.add_row(what, str(where))
-    console.print(table, soft_wrap=True)
+    console.print(f"[bold]{recipe.name}: done in {_duration(seconds)}[/bold]")
+    for what, where in made.items():  # a line each, never folded, so that paths can be copied
+        console.print(f"  {what:<{max(map(len, made))}}  {where}", soft_wrap=True, markup=False)

@@ -61,7 +61,8 @@ def _tokenizer_stage(recipe: Recipe, units: list[Unit], corpus: str, hashes: Fil
             with Progress("tokenizer", sum(unit.bytes for unit in units), "B") as progress:
                 train_tokenizer(_training_texts(units, recipe.data, progress), recipe.tokenizer.vocab_size, output)
 
-        return Stage("tokenizer", learn, {"corpus": corpus, "vocab_size": recipe.tokenizer.vocab_size})
+        params = {"corpus": corpus, "vocab_size": recipe.tokenizer.vocab_size, "held_out": _held_out(recipe)}
+        return Stage("tokenizer", learn, params)
 
     def bring(output: Path, inputs: Inputs) -> None:
         import_tokenizer(given, output)
@@ -97,7 +98,7 @@ def _base_stage(recipe: Recipe, hashes: FileHashes) -> Stage:
             train(_train_spec(recipe, "base", pretrain.training, pretrain.shape, output, inputs))
 
         return Stage(
-            "base", make, {"pretrain": _dump(pretrain), **_seed_and_ranks(recipe)}, inputs=("tokenizer", "shards")
+            "base", make, {"pretrain": _dump(pretrain), **_what_else_decides(recipe)}, inputs=("tokenizer", "shards")
         )
 
     assert checkpoint is not None, "a recipe has one of the two"
@@ -120,7 +121,7 @@ def _finetune_stage(recipe: Recipe) -> Stage:
         _check_data(recipe, inputs["shards"])
         train(_train_spec(recipe, "finetune", recipe.finetune, inputs["base"] / MODEL, output, inputs))
 
-    params = {"training": _dump(recipe.finetune), **_seed_and_ranks(recipe)}
+    params = {"training": _dump(recipe.finetune), **_what_else_decides(recipe)}
     return Stage("finetune", run, params, inputs=("tokenizer", "shards", "base"))
 
 
@@ -141,7 +142,7 @@ def _perplexity_stage(recipe: Recipe) -> Stage:
         write_atomically(output / "perplexity.json", json.dumps({"local_context": local, **results}, indent=1).encode())
         plot_perplexity(results["base"], results["fot"], local, output / "perplexity.png")
 
-    params = {**_dump(settings), "local": local, "held_out": [source.held_out for source in recipe.data.sources]}
+    params = {**_dump(settings), "local": local, "held_out": _held_out(recipe)}
     return Stage("perplexity", run, params, inputs=("shards", "base", "finetune"))
 
 
@@ -310,9 +311,13 @@ def _checkpoint_files(directory: str, hashes: FileHashes, pattern: str) -> dict[
     return {file.name: hashes.hash(file) for file in sorted(path.glob(pattern)) if file.is_file()}
 
 
-def _seed_and_ranks(recipe: Recipe) -> dict[str, Any]:
-    """What else decides a training's numbers: sums over ranks differ in their last bits with the number of ranks."""
-    return {"seed": recipe.seed, "workers": recipe.resources.workers}
+def _what_else_decides(recipe: Recipe) -> dict[str, Any]:
+    """A training's numbers depend on these too: sums over ranks differ in their last bits with the number of ranks."""
+    return {"seed": recipe.seed, "workers": recipe.resources.workers, "held_out": _held_out(recipe)}
+
+
+def _held_out(recipe: Recipe) -> dict[str, float]:
+    return {source.name: source.held_out for source in recipe.data.sources}
 
 
 def _dump(part: Any) -> dict[str, Any]:

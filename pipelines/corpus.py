@@ -13,6 +13,7 @@ import json
 import os
 import random
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,22 +106,29 @@ def list_units(data: Data, seed: int, hashes: FileHashes) -> list[Unit]:
 
 def _list_source(source: Source, seed: int, hashes: FileHashes, task_bytes: int) -> list[Unit]:
     units: list[Unit] = []
-    whole: list[tuple[str, tuple[File, ...]]] = []
-    for name, paths in _documents(source, seed):
-        files = tuple(File(inner, str(path), path.stat().st_size, hashes.hash(path)) for inner, path in paths)
-        if len(files) == 1 and files[0].path.endswith(LINES):
-            units += [Unit(source.name, ((name, files),), span) for span in _line_spans(files[0], task_bytes)]
-        else:
-            whole.append((name, files))
     pending: list[tuple[str, tuple[File, ...]]] = []
-    for document in whole:
-        pending.append(document)
-        if sum(file.size for _, files in pending for file in files) >= task_bytes:
+    pending_bytes = 0
+    for name, paths, lines in _documents(source, seed):
+        files = tuple(
+            File(_printable(inner), str(path), path.stat().st_size, hashes.hash(path)) for inner, path in paths
+        )
+        if lines:
+            spans = _line_spans(files[0], task_bytes)
+            units += [Unit(source.name, ((_printable(name), files),), span) for span in spans]
+            continue
+        pending.append((_printable(name), files))
+        pending_bytes += sum(file.size for file in files)
+        if pending_bytes >= task_bytes:
             units.append(Unit(source.name, tuple(pending), None))
-            pending = []
+            pending, pending_bytes = [], 0
     if pending:
         units.append(Unit(source.name, tuple(pending), None))
     return units
+
+
+def _printable(name: str) -> str:
+    """A file name as valid Unicode: bytes that are not UTF-8 are escaped."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _line_spans(file: File, task_bytes: int) -> list[tuple[int, int]]:
@@ -130,35 +138,57 @@ def _line_spans(file: File, task_bytes: int) -> list[tuple[int, int]]:
     return [(start, min(start + task_bytes, file.size)) for start in range(0, file.size, task_bytes)]
 
 
-def _documents(source: Source, seed: int) -> Iterator[tuple[str, list[tuple[str, Path]]]]:
-    """(name, [(name of the file inside, its path)]) for every document file or tree of the source, by name."""
-    if source.path == STDLIB:
-        roots = [Path(sysconfig.get_paths()["stdlib"])]
-    else:
-        path = os.path.expanduser(source.path)
-        roots = [Path(path)] if os.path.lexists(path) else sorted(map(Path, glob.glob(path, recursive=True)))
-    if not roots:
-        raise UserError(f"source {source.name!r}: {source.path} does not exist: check data.sources")
-    for root in roots:
+Found = tuple[str, list[tuple[str, Path]], bool]  # a document's name, its files (name, path), whether it is of lines
+
+
+def _documents(source: Source, seed: int) -> Iterator[Found]:
+    """Every whole document of the source, and every .jsonl file, in order of names."""
+    for name, root in _roots(source):
         if not os.access(root, os.R_OK):
-            raise UserError(f"source {source.name!r}: {root} cannot be read: check that it exists and its permissions")
+            raise UserError(f"source {source.name!r}: {root} cannot be read: check its permissions")
         if root.is_file():
-            yield root.name, [(root.name, root)]
+            yield name or root.name, [(name or root.name, root)], root.name.endswith(LINES)
         elif source.directory == "one_document":
-            yield root.name, _tree(root, source, seed)
+            if files := _tree(root, source, seed):
+                yield name or root.resolve().name, files, False
         else:
             for entry in sorted(root.iterdir()):
-                if _excluded(entry.name, source):
-                    continue
-                if entry.is_dir():
-                    if files := _tree(entry, source, seed):
-                        yield entry.name, files
-                elif _wanted(entry, source):
-                    yield entry.name, [(entry.name, entry)]
+                if not _excluded(entry.name, source):
+                    yield from _entry(os.path.join(name, entry.name), entry, source, seed)
+
+
+def _roots(source: Source) -> list[tuple[str, Path]]:
+    """The paths a source names. Those of a glob have names relative to its fixed part, a path by itself has none."""
+    if source.path == STDLIB:
+        return [("", Path(sysconfig.get_paths()["stdlib"]))]
+    path = os.path.expanduser(source.path)
+    if os.path.lexists(path):
+        return [("", Path(path))]
+    fixed = Path(path)
+    while glob.has_magic(str(fixed)):
+        fixed = fixed.parent
+    found = sorted(map(Path, glob.glob(path, recursive=True)))
+    if not found:
+        raise UserError(f"source {source.name!r}: {source.path} does not exist: check data.sources")
+    return [(str(root.relative_to(fixed)), root) for root in found]
+
+
+def _entry(name: str, entry: Path, source: Source, seed: int) -> Iterator[Found]:
+    """A directory's entry: a file, or a subdirectory as one document beside its .jsonl files."""
+    if entry.is_dir():
+        files = _tree(entry, source, seed)
+        lines = sorted((inner, path) for inner, path in files if path.name.endswith(LINES))
+        if text := [(inner, path) for inner, path in files if not path.name.endswith(LINES)]:
+            yield name, text, False
+        for inner, path in lines:
+            yield inner, [(inner, path)], True
+    elif _wanted(entry, source):
+        yield name, [(name, entry)], entry.name.endswith(LINES)
 
 
 def _tree(root: Path, source: Source, seed: int) -> list[tuple[str, Path]]:
     """A tree's files, directory by directory, both in seeded random order."""
+    root = root.resolve()
     directories = []
     for directory, inner, names in os.walk(root):
         inner[:] = sorted(name for name in inner if not _excluded(name, source))
@@ -197,7 +227,7 @@ def read_unit(unit: Unit, text_field: str, id_field: str) -> Iterator[Document |
                 with _open(file) as stream:
                     content = stream.read()
                 text = content.decode("utf-8-sig")
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, zlib.error) as error:
                 raise _unreadable(file, error) from error
             except UnicodeDecodeError:
                 yield Dropped("not UTF-8", file.path)
@@ -222,7 +252,7 @@ def _read_lines(
             for number, start, line in _lines(stream, file, span):
                 if line.strip():
                     yield _parse_line(source, file, number, start, line, text_field, id_field)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(file, error) from error
 
 
@@ -249,20 +279,20 @@ def _parse_line(
 ) -> Document | Dropped:
     where = f"{file.path}, line {number}" if number is not None else f"{file.path}, byte {start}"
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         return Dropped("line is not UTF-8", where, bad_line=True)
-    except ValueError:
+    except (ValueError, RecursionError):
         return Dropped("line is not JSON", where, bad_line=True)
     text = record.get(text_field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         return Dropped(f"line has no text in field {text_field!r}", where, bad_line=True)
     if not text.strip():
         return Dropped("empty", where)
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    identity = record.get(id_field)
+    if any("\ud800" <= character <= "\udfff" for character in f"{identity}{text}"):
         return Dropped("text is not Unicode (lone surrogates)", where, bad_line=True)
     content_hash = _content_hash(text)
-    identity = record.get(id_field)
     name = content_hash[:16] if identity is None else str(identity)
     return Document(f"{source}/{name}", source, text, file.name, start, start + len(line), content_hash)
 
@@ -272,7 +302,7 @@ def _open(file: File) -> IO[bytes]:
 
 
 def _unreadable(file: File, error: Exception) -> UserError:
-    return UserError(f"{file.path} cannot be read ({error}): mend or remove the file, or leave it out by `exclude`")
+    return UserError(f"{file.path} cannot be read ({error}): mend or remove the file")
 
 
 def _content_hash(text: str) -> str:

@@ -1,6 +1,7 @@
 """Progress of a stage: bar, rate and ETA on a terminal; one plain line every few seconds elsewhere."""
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ console = Console(stderr=True, highlight=False)  # the program's one voice
 def quiet(log: Path) -> Iterator[None]:
     """For the block, everything but `console` (libraries, their child processes, native code) prints to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    _flush()
     saved = os.dup(1), os.dup(2)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     try:
@@ -29,6 +31,7 @@ def quiet(log: Path) -> Iterator[None]:
             os.dup2(file, 2)
             yield
     finally:
+        _flush()
         for number, original in enumerate(saved, start=1):
             os.dup2(original, number)
             os.close(original)
@@ -36,10 +39,15 @@ def quiet(log: Path) -> Iterator[None]:
         console.file = os.fdopen(os.dup(2), "w", buffering=1)
 
 
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
 def human(amount: float) -> str:
     """1234567 -> '1.2M'."""
     for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if amount >= limit:
+        if amount >= 0.99995 * limit:
             return f"{amount / limit:.1f}{suffix}"
     return f"{amount:.0f}" if amount >= 10 or amount == int(amount) else f"{amount:.1f}"
 
@@ -65,6 +73,8 @@ class Progress:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
                 console=console,
+                redirect_stdout=False,
+                redirect_stderr=False,
             )
             self._task = self._bar.add_task(self._name, total=self._total or 1, note="")
             self._bar.start()

@@ -149,16 +149,17 @@ class TokenDataset:
 
     @staticmethod
     def _without_copies(ids: list[str], hashes: list[str]) -> np.ndarray:
-        first: dict[str, str] = {}
+        known: dict[str, str] = {}
         admitted = []
         for number, (name, content) in enumerate(zip(ids, hashes, strict=True)):
-            if first.setdefault(name, content) != content:
+            if name not in known:
+                known[name] = content
+                admitted.append(number)
+            elif known[name] != content:
                 raise UserError(
                     f"two documents have the id {name!r} but different text: make the ids unique, or name the field "
                     f"that holds them with data.sources.N.id_field"
                 )
-            if first[name] is content:
-                admitted.append(number)
         return np.array(admitted, dtype=np.int64)
 
     def tokens(self, document: int, start: int = 0, end: int | None = None) -> np.ndarray:

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,13 +86,14 @@ class Store:
         with self._locked(path):
             if path.exists():
                 output = self.read(path)
-                if (damage := _damage(output)) is None:
-                    return Output(**{**vars(output), "reused": True})
+                if output is not None and (damage := _damage(output)) is None:
+                    return replace(output, reused=True)
+                damage = damage if output is not None else f"{path / RECORD} is missing or damaged"
                 warn(f"stage {stage.name}: {damage}; it is made again")
                 shutil.rmtree(path)
             partial.mkdir(exist_ok=True)
-            for left_behind in partial.rglob(".*.tmp"):  # by a process that was killed while writing
-                left_behind.unlink()
+            (partial / RECORD).unlink(missing_ok=True)
+            _remove_temporaries(partial)
             began, before = time.monotonic(), _read_seconds(partial)
             try:
                 stage.run(partial, {name: outputs[name].path for name in stage.inputs})
@@ -100,6 +101,7 @@ class Store:
                 seconds = before + time.monotonic() - began
                 write_atomically(partial / ".seconds", str(seconds).encode())
             (partial / ".seconds").unlink()
+            _remove_temporaries(partial)
             output = Output(stage.name, key, path, _checksums(partial), seconds)
             record = {**asdict(output), "path": None, "params": stage.params, "version": stage.version}
             record["inputs"] = {name: outputs[name].key for name in stage.inputs}
@@ -107,10 +109,13 @@ class Store:
             os.rename(partial, path)
             return output
 
-    def read(self, path: Path) -> Output:
-        """A finished output from its directory."""
-        record = json.loads((path / RECORD).read_text())
-        return Output(record["stage"], record["key"], path, record["files"], record["seconds"])
+    def read(self, path: Path) -> Output | None:
+        """A finished output from its directory, None if its record is missing or damaged."""
+        try:
+            record = json.loads((path / RECORD).read_text())
+            return Output(record["stage"], record["key"], path, record["files"], record["seconds"])
+        except (OSError, ValueError, KeyError):
+            return None
 
     def find(self, stage: Stage, outputs: Mapping[str, Output]) -> tuple[State, float, Path | None]:
         """(state, seconds spent, where) of a stage, without running or verifying anything."""
@@ -118,8 +123,8 @@ class Store:
             return "waiting", 0.0, None
         path = self.root / stage.name / self.key(stage, outputs)
         partial = path.with_name(f"{path.name}.partial")
-        if path.exists():
-            return "done", self.read(path).seconds, path
+        if (output := self.read(path)) is not None:
+            return "done", output.seconds, path
         if partial.exists():
             return ("running" if self._is_locked(path) else "interrupted"), _read_seconds(partial), partial
         return "to do", 0.0, None
@@ -143,6 +148,15 @@ class Store:
                 return False
         except UserError:
             return True
+
+
+def _remove_temporaries(directory: Path) -> None:
+    """What processes left behind that were killed while writing."""
+    for temporary in directory.rglob(".*.tmp"):
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink()
 
 
 def _read_seconds(partial: Path) -> float:

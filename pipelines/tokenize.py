@@ -27,8 +27,8 @@ BATCH_CHARACTERS = 1_000_000  # text encoded and written at once: bounds a task'
 
 
 def recipe_part(data: Data) -> dict[str, Any]:
-    """What of the recipe decides the shards' content (paths do not: the content hashes of their files do)."""
-    sources = [source.model_dump(mode="json", exclude={"path"}) for source in data.sources]
+    """What of the recipe decides the shards' content: not the paths (their files' content hashes do), nor the split."""
+    sources = [source.model_dump(mode="json", exclude={"path", "held_out"}) for source in data.sources]
     return {"sources": sources, "task_bytes": data.task_bytes}
 
 
@@ -37,24 +37,28 @@ def tokenize(units: list[Unit], data: Data, tokenizer: Path, output: Path, progr
 
     Raises UserError for broken lines beyond `data.max_bad_lines` and for a corpus without a single document.
     """
-    task = ray.remote(num_cpus=1, max_retries=5)(tokenize_unit)
+    tokenize_task = ray.remote(num_cpus=1, max_retries=5)(tokenize_unit)
     at_once = 2 * int(ray.cluster_resources().get("CPU", 1))
     running: dict[ray.ObjectRef, int] = {}
     shards: dict[int, Shard] = {}
-    bad_lines: list[str] = []
+    bad_lines, first_bad_line = 0, ""
     pending = iter(range(len(units)))
-    while len(shards) < len(units):
-        for number in itertools.islice(pending, at_once - len(running)):
-            running[task.remote(units[number], number, data, tokenizer, output)] = number
-        (done,), _ = ray.wait(list(running), num_returns=1)
-        number = running.pop(done)
-        shards[number], bad = ray.get(done)
-        bad_lines += bad
-        if len(bad_lines) > data.max_bad_lines:
-            raise UserError(
-                f"{bad_lines[0]}: mend the line, or tolerate up to N such lines with --set data.max_bad_lines=N"
-            )
-        progress.advance(units[number].bytes)
+    try:
+        while len(shards) < len(units):
+            for number in itertools.islice(pending, at_once - len(running)):
+                running[tokenize_task.remote(units[number], number, data, tokenizer, output)] = number
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            number = running.pop(done)
+            shards[number], bad, first = ray.get(done)
+            bad_lines, first_bad_line = bad_lines + bad, first_bad_line or first
+            if bad_lines > data.max_bad_lines:
+                raise UserError(
+                    f"{first_bad_line}: mend the line, or tolerate up to N such lines with --set data.max_bad_lines=N"
+                )
+            progress.advance(units[number].bytes)
+    finally:
+        for task in running:
+            ray.cancel(task, force=True)
     manifest = Manifest(
         tokenizer=load_tokenizer(tokenizer).fingerprint,
         recipe=recipe_part(data),
@@ -64,25 +68,25 @@ def tokenize(units: list[Unit], data: Data, tokenizer: Path, output: Path, progr
         dropped = ", ".join(f"{count} {reason}" for reason, count in manifest.dropped.items()) or "nothing in the files"
         raise UserError(f"the corpus is empty, no source holds a document ({dropped}): check data.sources")
     manifest.write(output)
-    for record in output.glob("*.record.json"):
-        record.unlink()
+    for made_on_the_way in (*output.glob("*.record.json"), *output.glob(".*.tmp")):
+        made_on_the_way.unlink()
     return manifest
 
 
-def tokenize_unit(unit: Unit, number: int, data: Data, tokenizer: Path, output: Path) -> tuple[Shard, list[str]]:
-    """One task: the unit's shard and its bad lines ("file, line N: reason"), made now or found complete."""
+def tokenize_unit(unit: Unit, number: int, data: Data, tokenizer: Path, output: Path) -> tuple[Shard, int, str]:
+    """One task: the unit's shard, its number of bad lines and the first ("file, line N: reason"), made or found."""
     path = output / f"shard-{number:05d}-{hash_json(unit.identity())[:12]}.arrow"
     record = path.with_suffix(".record.json")
     if record.exists():
         known = json.loads(record.read_text())
         shard = Shard(**known["shard"])
         if path.exists() and hash_file(path) == shard.sha256:
-            return shard, known["bad_lines"]
+            return shard, known["bad_lines"], known["first_bad_line"]
 
     source = next(source for source in data.sources if source.name == unit.source)
     text_tokenizer = load_tokenizer(tokenizer)
     dropped: Counter[str] = Counter()
-    bad_lines: list[str] = []
+    bad: list[str] = []  # as many entries as bad lines, only the first says where
 
     def documents() -> Iterator[Document]:
         for item in read_unit(unit, source.text_field, source.id_field):
@@ -90,14 +94,16 @@ def tokenize_unit(unit: Unit, number: int, data: Data, tokenizer: Path, output: 
                 yield item
             else:
                 dropped[item.reason] += 1
-                if item.bad_line and len(bad_lines) <= data.max_bad_lines:
-                    bad_lines.append(f"{item.where}: {item.reason}")
+                if item.bad_line:
+                    bad.append("" if bad else f"{item.where}: {item.reason}")
 
     batches = _encoded(documents(), text_tokenizer)
     counts = write_shard(path, batches, text_tokenizer.vocab_size)
     shard = Shard(path.name, hash_file(path), *counts, dict(sorted(dropped.items())))
-    write_atomically(record, json.dumps({"shard": asdict(shard), "bad_lines": bad_lines}).encode())
-    return shard, bad_lines
+    found = len(bad), bad[0] if bad else ""
+    known = {"shard": asdict(shard), "bad_lines": found[0], "first_bad_line": found[1]}
+    write_atomically(record, json.dumps(known).encode())
+    return shard, *found
 
 
 def _encoded(

@@ -21,6 +21,6 @@ def workflow_status(stages: Sequence[Stage], store: Store) -> Iterator[tuple[Sta
     outputs: dict[str, Output] = {}
     for stage in stages:
         state, seconds, path = store.find(stage, outputs)
-        if state == "done" and path is not None:
-            outputs[stage.name] = store.read(path)
+        if path is not None and (output := store.read(path)) is not None:
+            outputs[stage.name] = output
         yield stage, state, seconds, str(path or "")

@@ -13,7 +13,7 @@ from pathlib import Path
 from pipelines.progress import console, quiet
 
 def speak(when):
-    print(f"python {when}")
+    print(f"python {when}", flush={flush})
     print(f"python error {when}", file=sys.stderr)
     os.write(1, f"native {when}\\n".encode())
     os.write(2, f"native error {when}\\n".encode())
@@ -47,27 +47,28 @@ def run(script, tmp_path, **options):
     return subprocess.run([sys.executable, "-c", script], cwd=tmp_path, **options)
 
 
+def every_voice(within, flush):
+    return EVERY_VOICE.replace("{within}", within).replace("{flush}", str(flush))
+
+
 def said(text):
     return sorted(text.splitlines())
 
 
 @pytest.mark.parametrize("within", ["pass", "raise ValueError"])
-def test_inside_quiet_only_the_console_is_heard(tmp_path, within):
-    process = run(EVERY_VOICE.replace("{within}", within), tmp_path)
-    loud, inside = ["before", "after"], (tmp_path / "logs/log.txt").read_text()
-    assert said(process.stdout) == said(
-        "\n".join(f"{who} {when}" for when in loud for who in ("python", "native", "child"))
-    )
-    errors = [f"{who} error {when}" for when in loud for who in ("python", "native", "child")]
+@pytest.mark.parametrize("flush", [True, False], ids=["flushed", "buffered"])
+def test_inside_quiet_only_the_console_is_heard(tmp_path, within, flush):
+    process = run(every_voice(within, flush), tmp_path)
+    inside, voices = (tmp_path / "logs/log.txt").read_text(), ("python", "native", "child")
+    assert said(process.stdout) == sorted(f"{who} {when}" for who in voices for when in ("before", "after"))
+    errors = [f"{who} error {when}" for who in voices for when in ("before", "after")]
     assert said(process.stderr) == sorted([*errors, *(f"console {when}" for when in ("before", "inside", "after"))])
-    assert said(inside) == sorted(
-        f"{who}{error} inside" for who in ("python", "native", "child") for error in ("", " error")
-    )
+    assert said(inside) == sorted(f"{who}{error} inside" for who in voices for error in ("", " error"))
 
 
 def test_the_log_grows_from_run_to_run(tmp_path):
     for _ in range(2):
-        run(EVERY_VOICE.replace("{within}", "pass"), tmp_path)
+        run(every_voice("pass", True), tmp_path)
     assert (tmp_path / "logs/log.txt").read_text().count("native inside") == 2
 
 

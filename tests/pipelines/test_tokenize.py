@@ -108,7 +108,7 @@ def test_tasks_in_any_order_dying_at_any_point_make_the_same_bytes(
     units, output = units_of(recipe), fresh()
     numbers = range(len(units))
     for number in data.draw(st.permutations(numbers)):
-        shard, _ = tokenize_unit(units[number], number, recipe, tokenizer_directory, output)
+        shard, *_ = tokenize_unit(units[number], number, recipe, tokenizer_directory, output)
         path = output / shard.file
         data.draw(st.sampled_from(DAMAGES))(path, path.with_suffix(".record.json"))
     for number in data.draw(st.permutations(numbers)):
@@ -124,7 +124,7 @@ def test_running_again_goes_on_from_what_is_complete(
     recipe = data_of(corpus, task_bytes=500)
     units, output = units_of(recipe), fresh()
     for number in range(0, len(units), 2):
-        shard, _ = tokenize_unit(units[number], number, recipe, tokenizer_directory, output)
+        shard, *_ = tokenize_unit(units[number], number, recipe, tokenizer_directory, output)
         if number == 2:
             damage(output / shard.file, (output / shard.file).with_suffix(".record.json"))
     complete = {path: path.stat().st_mtime_ns for path in output.glob("shard-00000*.arrow")}
