@@ -13,6 +13,7 @@ from jobs.stages import recipe_stages
 from jobs.train.launch import last_metrics
 from jobs.train.spec import METRICS, MODEL
 from pipelines.cluster import check_workers, ray_cluster
+from pipelines.errors import UserError
 from pipelines.progress import console, quiet
 from pipelines.store import Output, Store
 from pipelines.workflow import run_workflow, workflow_status
@@ -25,7 +26,10 @@ def run_recipe(path: Path, overrides: Sequence[str]) -> None:
     """
     recipe = load_recipe(path, overrides)
     work_dir = Path(recipe.work_dir).resolve()  # workers have working directories of their own
-    work_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"work_dir {work_dir} cannot be made ({error.strerror}): set another one") from None
     began = time.monotonic()
     log = work_dir / "logs" / f"{recipe.name}.log"
     with quiet(log):
