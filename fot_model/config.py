@@ -24,7 +24,8 @@ class FotLlamaConfig(LlamaConfig):
 
     `mem_layers`: indices of the layers that see additional contexts in training and the memory at inference; empty
     makes an ordinary LLaMA. `mem_positionals`: whether memory layers keep RoPE (LongLLaMA) or use no positions at
-    all (the paper's small models). Loads from any LLaMA checkpoint's configuration.
+    all (the paper's small models). `local_context`: tokens of the windows it was fine-tuned with, to be read with.
+    Loads from any LLaMA checkpoint's configuration.
 
     Raises ValueError for a checkpoint that is no LLaMA.
     """
@@ -33,6 +34,7 @@ class FotLlamaConfig(LlamaConfig):
 
     mem_layers: list[int] | None = None
     mem_positionals: bool = True
+    local_context: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.mem_layers = sorted(set(self.mem_layers or []))

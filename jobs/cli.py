@@ -10,6 +10,7 @@ import click
 from pipelines.environment import prepare_environment
 from pipelines.errors import UserError
 
+DISK_FULL = ("No space left on device", "Disk quota exceeded", "database or disk is full", "PytorchStreamWriter failed")
 INTERRUPTED = 130
 USER_ERROR = 2
 
@@ -32,9 +33,9 @@ set_option = click.option(
 def run(recipe: Path, overrides: tuple[str, ...]) -> None:
     """Run a recipe from corpus to registered model. Finished stages are not run again."""
     prepare_environment()
-    from jobs.run import run_recipe
-
     try:
+        from jobs.run import run_recipe
+
         run_recipe(recipe, overrides)
     except KeyboardInterrupt:
         print("fot: interrupted; the same command goes on from here", file=sys.stderr)
@@ -69,9 +70,9 @@ def user_message(error: BaseException) -> str | None:
         error = cause
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" while writing {error.filename}" if error.filename else ""
+    if any(sign in str(error) for sign in DISK_FULL):  # safetensors, SQLite and torch have errors of their own for it
+        where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
         return f"no space left on the device{where}: free some, or set work_dir to a larger disk; then run again"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
-        return f"{os.strerror(error.errno)}: {error.filename}: set work_dir to a directory you can write to"
+        return f"{error.filename}: {os.strerror(error.errno)}: check permissions, or set another work_dir"
     return None

@@ -12,7 +12,7 @@ def plot_perplexity(base: Mapping[int, float], fot: Mapping[int, float], local: 
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6, 4), dpi=150)
-    for label, values, style in (("base", base, "s--"), ("FoT", fot, "o-")):
+    for label, values, style in (("base, memory layers untrained", base, "s--"), ("FoT", fot, "o-")):
         axes.plot([context * local for context in values], list(values.values()), style, label=label)
     axes.set_xscale("log", base=2)
     ticks = [context * local for context in fot]

@@ -37,7 +37,7 @@ class FotObjective(Part):
     kind: Literal["fot"] = "fot"
     context: Positive = Field(description="tokens of the local context")
     segments: Annotated[tuple[Seen, ...], Field(min_length=2)] = ((0, 0), (1, 1), (2, 1), (3, 0))
-    mem_layers: tuple[Count, ...] | None = None
+    mem_layers: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
     mem_positionals: bool = True
 
     @model_validator(mode="after")
@@ -121,6 +121,12 @@ class Pretrain(Part):
     shape: ModelShape
     training: Training
 
+    @model_validator(mode="after")
+    def _is_plain(self) -> "Pretrain":
+        if self.training.objective.kind != "standard":
+            raise ValueError("base.pretrain.training.objective.kind must be standard: memory layers come with finetune")
+        return self
+
 
 class Base(Part):
     """The existing LLaMA: `checkpoint` (a Hugging Face directory), or `pretrain` to make one."""
@@ -152,7 +158,7 @@ class Passkey(Part):
 
     lengths: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 4, 16)
     trials: Positive = 20
-    digits: Positive = 5
+    digits: Annotated[int, Field(ge=2, le=9)] = 5
 
 
 class Evaluation(Part):
@@ -163,7 +169,7 @@ class Evaluation(Part):
 
 
 class Resources(Part):
-    """Training workers, and what each takes."""
+    """Training workers, and what Ray reserves for each."""
 
     workers: Positive = 1
     cpus_per_worker: Positive = 1
@@ -182,6 +188,24 @@ class Recipe(Part):
     finetune: Training
     evaluation: Evaluation = Evaluation()
     resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _finetune_fits_the_pretrained(self) -> "Recipe":
+        if self.base.pretrain is None:
+            return self
+        objective, made = self.finetune.objective, self.base.pretrain
+        if objective.context > made.training.objective.context:
+            raise ValueError(
+                f"finetune.objective.context ({objective.context}) is longer than the base is pre-trained with "
+                f"({made.training.objective.context})"
+            )
+        layers = made.shape.num_hidden_layers
+        if isinstance(objective, FotObjective) and max(objective.mem_layers or (0,)) >= layers:
+            raise ValueError(
+                f"finetune.objective.mem_layers {list(objective.mem_layers or ())}: the base has {layers} layers, "
+                f"0 to {layers - 1}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batches_divide(self) -> "Recipe":
@@ -206,6 +230,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UserError(f"recipe {path} cannot be read ({error.strerror}): check the path") from None
+    except UnicodeDecodeError:
+        raise UserError(f"recipe {path} is not UTF-8 text") from None
     except yaml.YAMLError as error:
         raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -215,7 +241,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"recipe {path}: {_first_error(error, content)}") from None
+        raise UserError(f"recipe {path}: {_first_error(error)}") from None
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -250,10 +276,12 @@ def _override(content: dict[str, Any], override: str) -> None:
                 raise UserError(f"--set {key}: {'.'.join(names[: place + 1])} is a value and has no keys")
 
 
-def _first_error(error: ValidationError, content: Any) -> str:
+def _first_error(error: ValidationError) -> str:
     """The first error as one line that names the key and the nearest right one."""
     first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-    names = [str(name) for name in first["loc"] if name not in ("standard", "fot")]
+    names = [str(name) for name in first["loc"]]
+    if "objective" in names[:-1]:  # pydantic puts the kind of objective behind its name
+        del names[names.index("objective") + 1]
     where = ".".join(names)
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(names[-1], set(_keys(Recipe, names[:-1])), 1, 0.5)

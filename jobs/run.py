@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from jobs.recipe import Recipe, load_recipe
@@ -34,11 +35,11 @@ def run_recipe(path: Path, overrides: Sequence[str]) -> None:
     log = work_dir / "logs" / f"{recipe.name}.log"
     with quiet(log):
         stages = recipe_stages(recipe)
-        console.print(f"[bold]{recipe.name}[/bold]: {len(stages)} stages; library output goes to {log}")
+        console.print(f"[bold]{recipe.name}[/bold]: {len(stages)} stages; library output goes to {escape(str(log))}")
         with ray_cluster():
             resources = recipe.resources
             check_workers(resources.workers, resources.cpus_per_worker, resources.gpus_per_worker)
-            outputs = run_workflow(stages, Store(work_dir / "store"), report=_report, warn=console.print)
+            outputs = run_workflow(stages, Store(work_dir / "store"), report=_report, warn=_warn)
     _closing_table(recipe, outputs, time.monotonic() - began)
 
 
@@ -56,9 +57,13 @@ def show_status(path: Path, overrides: Sequence[str]) -> None:
     console.print(table)
 
 
+def _warn(message: str) -> None:
+    console.print(message, soft_wrap=True, markup=False)
+
+
 def _report(output: Output) -> None:
     how = "found" if output.reused else f"done in {_duration(output.seconds)}"
-    console.print(f"{output.stage:>12} [green]{how}[/green] {output.path}", soft_wrap=True)
+    console.print(f"{output.stage:>12} [green]{how}[/green] {escape(str(output.path))}", soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:
@@ -72,7 +77,13 @@ def _closing_table(recipe: Recipe, outputs: Mapping[str, Output], seconds: float
     run = json.loads((outputs["register"].path / "run.json").read_text())
     local = results["local_context"]
 
-    table = Table("context", "tokens", "perplexity base", "perplexity FoT", title="held-out documents")
+    table = Table(
+        "context",
+        "tokens",
+        "perplexity base",
+        "perplexity FoT",
+        title="held-out documents (base: same memory layers, untrained)",
+    )
     for context, value in results["fot"].items():
         table.add_row(f"{context}x", str(int(context) * local), f"{results['base'][context]:.3f}", f"{value:.3f}")
     console.print(table)

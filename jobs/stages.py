@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.evaluate.passkey import passkey
+from jobs.base import asked_mem_layers, check_llama, read_llama_config
+from jobs.evaluate.passkey import check_lengths, passkey
 from jobs.evaluate.perplexity import Scoring, choose_windows, perplexity
 from jobs.plot import plot_perplexity
-from jobs.recipe import FotObjective, Recipe, Training
+from jobs.recipe import Recipe, Training
 from jobs.registry import Outcome, record
+from jobs.train.batches import make_sampler
 from jobs.train.launch import read_metrics, train
 from jobs.train.spec import METRICS, MODEL, TrainSpec
 from jobs.version import code_version
@@ -29,6 +31,7 @@ from pipelines.tokenize import recipe_part, tokenize
 from pipelines.tokenizer import import_tokenizer, load_tokenizer, train_tokenizer
 
 Inputs = Mapping[str, Path]
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def recipe_stages(recipe: Recipe) -> list[Stage]:
@@ -64,10 +67,13 @@ def _tokenizer_stage(recipe: Recipe, units: list[Unit], corpus: str, hashes: Fil
         params = {"corpus": corpus, "vocab_size": recipe.tokenizer.vocab_size, "held_out": _held_out(recipe)}
         return Stage("tokenizer", learn, params)
 
-    def bring(output: Path, inputs: Inputs) -> None:
-        import_tokenizer(given, output)
+    path = Path(given).expanduser().resolve()
 
-    return Stage("tokenizer", bring, {"files": _checkpoint_files(given, hashes, "*token*")})
+    def bring(output: Path, inputs: Inputs) -> None:
+        import_tokenizer(path, output)
+
+    files = {name: hash for name, hash in _checkpoint_files(path, hashes).items() if not name.endswith(WEIGHTS)}
+    return Stage("tokenizer", bring, {"files": files})
 
 
 def _training_texts(units: list[Unit], data: Data, progress: Progress) -> Iterator[str]:
@@ -94,35 +100,35 @@ def _base_stage(recipe: Recipe, hashes: FileHashes) -> Stage:
     if pretrain is not None:
 
         def make(output: Path, inputs: Inputs) -> None:
-            _check_data(recipe, inputs["shards"])
+            _check_data(recipe, inputs)
             train(_train_spec(recipe, "base", pretrain.training, pretrain.shape, output, inputs))
 
-        return Stage(
-            "base", make, {"pretrain": _dump(pretrain), **_what_else_decides(recipe)}, inputs=("tokenizer", "shards")
-        )
+        params = {"pretrain": _dump(pretrain), **_what_else_decides(recipe)}
+        return Stage("base", make, params, inputs=("tokenizer", "shards"), content=MODEL)
 
     assert checkpoint is not None, "a recipe has one of the two"
-    path, files = Path(checkpoint).expanduser().resolve(), _checkpoint_files(checkpoint, hashes, "*")
-    config = _llama_config(path)
+    path = Path(checkpoint).expanduser().resolve()
+    files = _checkpoint_files(path, hashes)
+    config = read_llama_config(path)
 
     def bring(output: Path, inputs: Inputs) -> None:
-        _check_base(config, recipe.finetune, path, load_tokenizer(inputs["tokenizer"]).vocab_size)
+        check_llama(path, config, recipe.finetune, load_tokenizer(inputs["tokenizer"]).vocab_size)
         write_atomically(output / "base.json", json.dumps(files, indent=1).encode())
         (output / MODEL).unlink(missing_ok=True)
         (output / MODEL).symlink_to(path, target_is_directory=True)
 
-    needs = {"context": recipe.finetune.objective.context, "mem_layers": _mem_layers(recipe.finetune)}
+    needs = {"context": recipe.finetune.objective.context, "mem_layers": asked_mem_layers(recipe.finetune)}
     params = {"path": str(path), "files": files, **needs}
     return Stage("base", bring, params, inputs=("tokenizer",))
 
 
 def _finetune_stage(recipe: Recipe) -> Stage:
     def run(output: Path, inputs: Inputs) -> None:
-        _check_data(recipe, inputs["shards"])
+        _check_data(recipe, inputs)
         train(_train_spec(recipe, "finetune", recipe.finetune, inputs["base"] / MODEL, output, inputs))
 
     params = {"training": _dump(recipe.finetune), **_what_else_decides(recipe)}
-    return Stage("finetune", run, params, inputs=("tokenizer", "shards", "base"))
+    return Stage("finetune", run, params, inputs=("tokenizer", "shards", "base"), content=MODEL)
 
 
 def _perplexity_stage(recipe: Recipe) -> Stage:
@@ -247,55 +253,19 @@ def _train_spec(recipe: Recipe, name: str, training: Training, base: Any, output
         dataset=inputs["shards"],
         tokenizer=inputs["tokenizer"],
         output=output,
+        logs=Path(recipe.work_dir).resolve() / "logs" / f"{name}-{output.stem}",
     )
 
 
-def _check_data(recipe: Recipe, shards: Path) -> None:
-    """Find out before hours of training whether the evaluation after it has what it needs."""
-    dataset = TokenDataset(shards)
-    settings = recipe.evaluation.perplexity
-    choose_windows(
-        dataset, split(dataset, recipe.data)[1], recipe.finetune.objective.context, max(settings.contexts), 1
-    )
-
-
-def _llama_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        raise UserError(f"base.checkpoint {path} is no Hugging Face checkpoint: it has no config.json") from None
-    except ValueError:
-        raise UserError(f"base.checkpoint {path}: its config.json is not JSON") from None
-    model_type = config.get("model_type")
-    if model_type not in ("llama", "fot_llama"):
-        raise UserError(f"base.checkpoint {path} is no LLaMA: its config.json says model_type {model_type!r}")
-    if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
-        raise UserError(f"base.checkpoint {path} holds no weights (*.safetensors): download or convert them")
-    return dict(config)
-
-
-def _check_base(config: Mapping[str, Any], training: Training, path: Path, vocab_size: int) -> None:
-    if vocab_size > config["vocab_size"]:
-        raise UserError(
-            f"the tokenizer has {vocab_size} tokens, the model in {path} only {config['vocab_size']}: set "
-            f"tokenizer.path to the model's own tokenizer"
-        )
-    longest = config["max_position_embeddings"]
-    if training.objective.context > longest:
-        raise UserError(
-            f"finetune.objective.context is {training.objective.context}, the model in {path} was made for {longest}: "
-            f"set it to {longest} or less"
-        )
-    layers = config["num_hidden_layers"]
-    if bad := [layer for layer in _mem_layers(training) or () if layer >= layers]:
-        raise UserError(
-            f"finetune.objective.mem_layers {bad}: the model in {path} has {layers} layers, 0 to {layers - 1}"
-        )
-
-
-def _mem_layers(training: Training) -> list[int] | None:
-    objective = training.objective
-    return list(objective.mem_layers) if isinstance(objective, FotObjective) and objective.mem_layers else None
+def _check_data(recipe: Recipe, inputs: Inputs) -> None:
+    """Find out before hours of training whether all that comes after has what it needs."""
+    dataset = TokenDataset(inputs["shards"])
+    local, settings = recipe.finetune.objective.context, recipe.evaluation
+    if recipe.base.pretrain is not None:
+        make_sampler(dataset, recipe.base.pretrain.training, recipe.data, recipe.seed)
+    make_sampler(dataset, recipe.finetune, recipe.data, recipe.seed)
+    choose_windows(dataset, split(dataset, recipe.data)[1], local, max(settings.perplexity.contexts), 1)
+    check_lengths(inputs["tokenizer"], local, settings.passkey.lengths, settings.passkey.digits)
 
 
 def _memory_settings(model: Path) -> dict[str, Any]:
@@ -303,12 +273,11 @@ def _memory_settings(model: Path) -> dict[str, Any]:
     return {name: config[name] for name in ("mem_layers", "mem_positionals")}
 
 
-def _checkpoint_files(directory: str, hashes: FileHashes, pattern: str) -> dict[str, str]:
+def _checkpoint_files(path: Path, hashes: FileHashes) -> dict[str, str]:
     """Content hashes of a model or tokenizer directory's files."""
-    path = Path(directory).expanduser()
     if not path.is_dir():
-        raise UserError(f"{directory} is no directory: give a Hugging Face checkpoint directory")
-    return {file.name: hashes.hash(file) for file in sorted(path.glob(pattern)) if file.is_file()}
+        raise UserError(f"{path} is no directory: give a Hugging Face checkpoint directory")
+    return {file.name: hashes.hash(file) for file in sorted(path.iterdir()) if file.is_file()}
 
 
 def _what_else_decides(recipe: Recipe) -> dict[str, Any]:

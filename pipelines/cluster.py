@@ -19,8 +19,8 @@ def ray_cluster() -> Iterator[None]:
 
     Raises UserError where RAY_ADDRESS names a cluster that does not answer.
     """
-    address = os.environ.get("RAY_ADDRESS")
-    local = {} if address else {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if address == "local" else {}
     try:
         ray.init(
             address=address,
@@ -30,7 +30,9 @@ def ray_cluster() -> Iterator[None]:
             runtime_env={"env_vars": WORKERS},
             **local,
         )
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:
+        if address == "local":
+            raise
         raise UserError(f"no Ray cluster at RAY_ADDRESS={address}: start it or unset RAY_ADDRESS") from error
     try:
         yield
@@ -43,7 +45,9 @@ def check_workers(workers: int, cpus: int, gpus: int) -> None:
     for kind, each in (("CPU", cpus), ("GPU", gpus)):
         there = int(ray.cluster_resources().get(kind, 0))
         if workers * each > there:
+            fit = there // each
+            remedy = f"lower resources.workers (--set resources.workers={fit}) or " if fit else ""
             raise UserError(
-                f"resources: {workers} workers with {each} {kind} each need {workers * each}, Ray has {there}: lower "
-                f"resources.workers (--set resources.workers={max(1, there // each)}) or use a larger machine"
+                f"resources: {workers} workers with {each} {kind} each need {workers * each}, Ray has {there}: "
+                f"{remedy}use a larger machine"
             )

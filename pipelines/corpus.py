@@ -66,7 +66,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class Document:
-    """A document's text with its lineage. `start`, `end`: its bytes in `file` (decompressed, lines without newline)."""
+    """A document's text with its lineage.
+
+    `start`, `end`: its bytes in `file` (decompressed, lines without newline); of a tree, `file` is the document's name
+    and the bytes are those of the joined text.
+    """
 
     id: str
     source: str
@@ -168,6 +172,8 @@ def _roots(source: Source) -> list[tuple[str, Path]]:
     while glob.has_magic(str(fixed)):
         fixed = fixed.parent
     found = sorted(map(Path, glob.glob(path, recursive=True)))
+    if "**" in path:  # it matches directories and what lies in them: take each file once
+        found = [each for each in found if each.is_file()]
     if not found:
         raise UserError(f"source {source.name!r}: {source.path} does not exist: check data.sources")
     return [(str(root.relative_to(fixed)), root) for root in found]
@@ -190,7 +196,7 @@ def _tree(root: Path, source: Source, seed: int) -> list[tuple[str, Path]]:
     """A tree's files, directory by directory, both in seeded random order."""
     root = root.resolve()
     directories = []
-    for directory, inner, names in os.walk(root):
+    for directory, inner, names in os.walk(root, onerror=_refuse):
         inner[:] = sorted(name for name in inner if not _excluded(name, source))
         files = sorted(Path(directory, name) for name in names)
         wanted = [file for file in files if not _excluded(file.name, source) and _wanted(file, source)]
@@ -201,6 +207,10 @@ def _tree(root: Path, source: Source, seed: int) -> list[tuple[str, Path]]:
     for wanted in directories:
         shuffled.shuffle(wanted)
     return [(str(file.relative_to(root.parent)), file) for wanted in directories for file in wanted]
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename} cannot be read ({error.strerror}): check its permissions")
 
 
 def _excluded(name: str, source: Source) -> bool:

@@ -24,5 +24,5 @@ OWN_RAY = {
 def prepare_environment() -> None:
     """Set them for this process and those it starts. To be called before any of these libraries is imported."""
     os.environ.update(WORKERS)
-    if "RAY_ADDRESS" not in os.environ:
+    if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
         os.environ.update(OWN_RAY, RAY_AUTH_TOKEN=secrets.token_hex(32))

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from pipelines.errors import UserError
 from pipelines.files import write_atomically
 
 
@@ -36,7 +37,13 @@ class FileHashes:
                 self._known = {}
 
     def hash(self, path: Path) -> str:
-        """sha256 (hex) of the file."""
+        """sha256 (hex) of the file. Raises UserError where it cannot be read."""
+        try:
+            return self._hash(path)
+        except PermissionError:
+            raise UserError(f"{path} cannot be read: check its permissions") from None
+
+    def _hash(self, path: Path) -> str:
         stat = os.stat(path)
         identity = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
         name = str(path.resolve())
@@ -46,5 +53,6 @@ class FileHashes:
         return str(known[3])
 
     def save(self) -> None:
-        """Keep what was learned for the next run."""
-        write_atomically(self._cache, json.dumps(self._known).encode())
+        """Keep what was learned for the next run, if its directory is there."""
+        if self._cache.parent.is_dir():
+            write_atomically(self._cache, json.dumps(self._known).encode())

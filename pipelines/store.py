@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from pipelines.errors import UserError
 from pipelines.files import write_atomically
@@ -30,7 +30,8 @@ State = Literal["done", "running", "interrupted", "to do", "waiting"]
 class Stage:
     """A step of a workflow: `run(output, inputs)` writes files into `output`, reading the directories of `inputs`.
 
-    `version` changes when the code makes something else of the same inputs. `params` is JSON.
+    `version` changes when the code makes something else of the same inputs. `params` is JSON. `content` names the part
+    of the output that later stages depend on, where the rest (logs of a training, say) differs from run to run.
     """
 
     name: str
@@ -38,23 +39,24 @@ class Stage:
     params: Mapping[str, Any]
     inputs: tuple[str, ...] = ()
     version: int = 1
+    content: str = ""
 
 
 @dataclass(frozen=True)
 class Output:
-    """A finished stage. `seconds`: time spent in all its runs; `files`: sha256 and size of each file, by name."""
+    """A finished stage.
+
+    `seconds`: time spent in all its runs, killed ones excepted; `files`: sha256 and size of each file, by name; `hash`
+    names the content.
+    """
 
     stage: str
     key: str
     path: Path
     files: dict[str, list[Any]] = field(repr=False)
     seconds: float
+    hash: str
     reused: bool = False
-
-    @property
-    def hash(self) -> str:
-        """Names the output's content."""
-        return hash_json(self.files)
 
 
 class Store:
@@ -102,7 +104,9 @@ class Store:
                 write_atomically(partial / ".seconds", str(seconds).encode())
             (partial / ".seconds").unlink()
             _remove_temporaries(partial)
-            output = Output(stage.name, key, path, _checksums(partial), seconds)
+            files = _checksums(partial)
+            content = {name: file for name, file in files.items() if name.startswith(stage.content)}
+            output = Output(stage.name, key, path, files, seconds, hash_json(content))
             record = {**asdict(output), "path": None, "params": stage.params, "version": stage.version}
             record["inputs"] = {name: outputs[name].key for name in stage.inputs}
             write_atomically(partial / RECORD, json.dumps(record, indent=1, sort_keys=True).encode())
@@ -113,7 +117,7 @@ class Store:
         """A finished output from its directory, None if its record is missing or damaged."""
         try:
             record = json.loads((path / RECORD).read_text())
-            return Output(record["stage"], record["key"], path, record["files"], record["seconds"])
+            return Output(record["stage"], record["key"], path, record["files"], record["seconds"], record["hash"])
         except (OSError, ValueError, KeyError):
             return None
 
@@ -133,21 +137,32 @@ class Store:
     def _locked(self, path: Path) -> Iterator[None]:
         """Hold the stage's lock, which the system releases however the process ends."""
         with open(path.with_name(f"{path.name}.lock"), "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            for patience in (0.5, 0.5, 0.0):  # `is_locked` of another process holds it for a moment
+                if _try_lock(lock, fcntl.LOCK_EX):
+                    break
+                time.sleep(patience)
+            else:
                 raise UserError(
                     f"stage {path.parent.name} is being built by another process in {path.parent}: wait for it, or "
                     f"use another work_dir"
-                ) from None
+                )
             yield
 
-    def _is_locked(self, path: Path) -> bool:
-        try:
-            with self._locked(path):
-                return False
-        except UserError:
-            return True
+    @staticmethod
+    def _is_locked(path: Path) -> bool:
+        file = path.with_name(f"{path.name}.lock")
+        if not file.exists():
+            return False
+        with open(file) as lock:
+            return not _try_lock(lock, fcntl.LOCK_SH)
+
+
+def _try_lock(lock: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _remove_temporaries(directory: Path) -> None:

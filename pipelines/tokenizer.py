@@ -81,8 +81,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
 
 
-def import_tokenizer(path: str, directory: Path) -> None:
-    """Bring any Hugging Face tokenizer (a directory or hub id) into the directory.
+def import_tokenizer(path: Path, directory: Path) -> None:
+    """Bring any Hugging Face tokenizer directory into the directory.
 
     Raises UserError where there is none and where it has no bos or eos token.
     """

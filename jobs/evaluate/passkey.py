@@ -37,13 +37,7 @@ def passkey(
 
     Raises UserError where the prompt does not fit the shortest length.
     """
-    tokenizer = load_tokenizer(model)
-    needed = len(_pieces(tokenizer, "0" * digits)) + 1
-    if min(lengths) * local < needed:
-        raise UserError(
-            f"passkey: {min(lengths)} x {local} tokens cannot hold the prompt of {needed}: raise "
-            f"evaluation.passkey.lengths"
-        )
+    check_lengths(model, local, lengths, digits)
     task = ray.remote(num_cpus=1, max_retries=5)(passkey_trials)
     tasks = {task.remote(model, local, length, trials, digits, seed): length for length in lengths}
     results = {}
@@ -56,8 +50,16 @@ def passkey(
     return {length: results[length] for length in lengths}
 
 
-def _pieces(tokenizer: TextTokenizer, key: str) -> list[int]:
-    return tokenizer.encode(TASK) + tokenizer.encode(KEY.format(key=key)) + tokenizer.encode(QUESTION + f" {key}")
+def check_lengths(tokenizer_directory: Path, local: int, lengths: Sequence[int], digits: int) -> None:
+    """Raises UserError where the prompt may not fit the shortest length."""
+    tokenizer = load_tokenizer(tokenizer_directory)
+    pieces = (TASK, KEY.format(key=""), QUESTION)
+    needed = 1 + sum(len(tokenizer.encode(piece)) for piece in pieces) + 3 * (2 * digits + 2)  # byte by byte, at worst
+    if min(lengths) * local < needed:
+        raise UserError(
+            f"passkey at {min(lengths)} x {local} tokens: the prompt needs up to {needed}; raise the shortest of "
+            f"evaluation.passkey.lengths to {-(-needed // local)}"
+        )
 
 
 def make_prompt(tokenizer: TextTokenizer, tokens: int, key: str, depth: float, answer_room: int) -> list[int]:

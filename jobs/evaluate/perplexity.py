@@ -7,6 +7,7 @@ document before them for the longest context are taken, so that the lengths diff
 Shapes: B windows, L tokens a window.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,30 +54,29 @@ def choose_windows(dataset: TokenDataset, documents: np.ndarray, local: int, lon
 
     Raises UserError where no document is long enough.
     """
-    per_document = {}
-    for document in documents.tolist():
-        last = (int(dataset.lengths[document]) - 1) // local  # one more token is needed as the last label
-        if last >= longest:
-            per_document[document] = [Window(document, place * local) for place in range(longest - 1, last)]
-    if not per_document:
+    needed = longest * local + 1  # one more token: the last label
+    long_enough = [number for number in documents.tolist() if dataset.lengths[number] >= needed]
+    if not long_enough:
         longest_document = int(dataset.lengths[documents].max()) if len(documents) else 0
         raise UserError(
-            f"no held-out document has the {longest * local + 1} tokens that perplexity at {longest} x {local} tokens "
-            f"needs (the longest of {len(documents)} has {longest_document}): hold out longer documents "
+            f"no held-out document has the {needed} tokens that perplexity at {longest} x {local} tokens needs (the "
+            f"longest of {len(documents)} has {longest_document}): hold out longer documents "
             f"(data.sources.N.held_out) or lower evaluation.perplexity.contexts"
         )
-    # Round after round, every document gives its next window, in an order that halves the largest gap.
-    order = {document: sorted(range(len(ws)), key=_bit_reversed) for document, ws in per_document.items()}
-    chosen: list[Window] = []
-    for turn in range(max(map(len, per_document.values()))):
-        for document, windows in per_document.items():
-            if turn < len(windows) and len(chosen) < count:
-                chosen.append(windows[order[document][turn]])
-    return chosen
-
-
-def _bit_reversed(number: int) -> int:
-    return int(f"{number:032b}"[::-1], 2)
+    # Round after round every document gives a window; documents in an order without meaning, sources mixed.
+    long_enough.sort(key=lambda number: hashlib.sha256(dataset.ids[number].encode()).digest())
+    offered = {number: (int(dataset.lengths[number]) - 1) // local - longest + 1 for number in long_enough}
+    quota = dict.fromkeys(long_enough, 0)
+    left = count
+    while left and (open_ones := [number for number in long_enough if quota[number] < offered[number]]):
+        for number in open_ones[:left]:
+            quota[number] += 1
+        left -= len(open_ones[:left])
+    return [
+        Window(number, (longest - 1 + turn * offered[number] // quota[number]) * local)
+        for number in long_enough
+        for turn in range(quota[number])
+    ]
 
 
 def perplexity(scoring: Scoring, data: Data, count: int, name: str) -> dict[int, float]:

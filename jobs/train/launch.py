@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import threading
 from pathlib import Path
 
@@ -11,8 +12,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs.train.spec import CHECKPOINT, METRICS, TrainSpec
-from pipelines.errors import UserError
-from pipelines.progress import Progress
+from pipelines.progress import Progress, console
 
 RAY_DIRECTORY = "ray"
 POLL = 1.0  # seconds between looks at the metrics
@@ -29,6 +29,7 @@ def train(spec: TrainSpec) -> None:
     if (spec.output / CHECKPOINT).exists():  # all done but for marking the stage complete
         shutil.rmtree(spec.output / RAY_DIRECTORY, ignore_errors=True)
         return
+    _drop_damaged_state(spec.output / RAY_DIRECTORY)
     resources = spec.resources
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
@@ -47,11 +48,14 @@ def train(spec: TrainSpec) -> None:
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     )
+    interrupt = signal.getsignal(signal.SIGINT)  # Ray Train puts its own handler in place and leaves it there
     with _Follower(spec):
         try:
             result = trainer.fit()
         except ray.train.TrainingFailedError as error:
             raise _cause(error) from error
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
     assert result.checkpoint is not None, "the last step always saves a checkpoint"
     os.rename(result.checkpoint.path, spec.output / CHECKPOINT)
     shutil.rmtree(spec.output / RAY_DIRECTORY)
@@ -63,13 +67,23 @@ def _worker(spec: TrainSpec) -> None:
     train_loop(spec)
 
 
+def _drop_damaged_state(directory: Path) -> None:
+    """Ray Train writes its list of checkpoints in place: a kill in that moment leaves half of it, which it refuses."""
+    for snapshot in directory.glob("*/*snapshot*.json"):
+        try:
+            json.loads(snapshot.read_text())
+        except ValueError:
+            console.print(f"{snapshot} was cut off by a kill: this training starts again", soft_wrap=True, markup=False)
+            shutil.rmtree(directory)
+            return
+
+
 def _cause(error: ray.train.TrainingFailedError) -> Exception:
     """What went wrong in the first worker that says so."""
     failures = getattr(error, "worker_failures", None) or {}
     for rank in sorted(failures):
-        failure = failures[rank]
-        cause = getattr(failure, "cause", None) or failure
-        if isinstance(cause, UserError | OSError):
+        cause = getattr(failures[rank], "cause", None) or failures[rank]
+        if isinstance(cause, Exception):
             return cause
     return error
 

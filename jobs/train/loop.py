@@ -22,10 +22,12 @@ from torch.nn import functional
 
 from fot_model import FotLlamaConfig, FotLlamaForCausalLM, cross_batch_plan, default_mem_layers
 from jobs.recipe import FotObjective, ModelShape, Objective, Schedule, Training
+from jobs.train.batches import make_sampler
 from jobs.train.spec import METRICS, MODEL, TrainSpec
 from pipelines.files import write_atomically
-from pipelines.sampler import IGNORE, CrossBatchSampler, MicroBatch, split
+from pipelines.sampler import IGNORE, CrossBatchSampler, MicroBatch
 from pipelines.shards import TokenDataset
+from pipelines.store import RECORD
 from pipelines.tokenizer import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,13 +38,13 @@ def train_loop(spec: TrainSpec) -> None:
     training, objective = spec.training, spec.training.objective
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    _log_to_file(spec.output / "logs" / f"rank{rank}.log")
+    _log_to_file(spec.logs / f"rank{rank}.log")
     device = ray.train.torch.get_device()
     torch.manual_seed(spec.seed)
 
     engine = _engine(build_model(spec), training, world)
     dataset = TokenDataset(spec.dataset)
-    sampler = make_sampler(dataset, spec)
+    sampler = make_sampler(dataset, spec.training, spec.data, spec.seed)
     step = _restore(engine)
     metrics = Metrics(spec.output / METRICS, step) if rank == 0 else None
 
@@ -62,7 +64,7 @@ def train_loop(spec: TrainSpec) -> None:
         if metrics is not None:
             metrics.write(step, total.item(), engine.optimizer.param_groups[0]["lr"], sampler, began)
         if step % training.checkpoint_every == 0 or step == training.steps:
-            _save(engine, step)
+            _save(engine, step, spec.output)
 
     if rank == 0:
         _export(engine, spec)
@@ -92,21 +94,8 @@ def build_model(spec: TrainSpec) -> FotLlamaForCausalLM:
     if isinstance(objective, FotObjective):
         config.mem_layers = list(objective.mem_layers or default_mem_layers(config.num_hidden_layers))
         config.mem_positionals = objective.mem_positionals
+        config.local_context = objective.context
     return FotLlamaForCausalLM.from_pretrained(spec.base, config=config, dtype=dtype)
-
-
-def make_sampler(dataset: TokenDataset, spec: TrainSpec) -> CrossBatchSampler:
-    """Batches over the training documents, in the shape the recipe asks for."""
-    training = spec.training
-    return CrossBatchSampler(
-        dataset,
-        split(dataset, spec.data)[0],
-        context=training.objective.context,
-        contexts_per_group=len(training.objective.segments),
-        groups_per_micro_batch=training.batch.groups,
-        micro_batches=training.batch.micro_batches,
-        seed=spec.seed,
-    )
 
 
 def batch_loss(model: torch.nn.Module, batch: MicroBatch, objective: Objective, device: torch.device) -> Tensor:
@@ -130,7 +119,7 @@ def schedule_factor(schedule: Schedule, step: int, steps: int) -> float:
 
 
 class Metrics:
-    """The log of a training, a JSON line a step. Steps at or after `start` are of a run that died: they are dropped."""
+    """The log of a training, a JSON line a step. Steps after `start` are of a run that died: they are dropped."""
 
     def __init__(self, path: Path, start: int) -> None:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -183,9 +172,9 @@ def _restore(engine: Any) -> int:
     return int(state["step"])
 
 
-def _save(engine: Any, step: int) -> None:
+def _save(engine: Any, step: int, output: Path) -> None:
     """A checkpoint of all ranks: every rank hands its files to Ray Train, which completes it or leaves it invisible."""
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(dir=output, prefix=".checkpoint.", suffix=".tmp") as directory:
         engine.save_checkpoint(directory, tag="state", client_state={"step": step})
         torch.distributed.barrier()
         ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(directory))
@@ -200,7 +189,7 @@ def _export(engine: Any, spec: TrainSpec) -> None:
         unfinished = Path(temporary) / MODEL
         engine.module.save_pretrained(unfinished)
         for file in spec.tokenizer.iterdir():
-            if file.suffix == ".json" and file.name != "stage.json":
+            if file.suffix == ".json" and file.name != RECORD:
                 (unfinished / file.name).write_bytes(file.read_bytes())
         os.rename(unfinished, target)
 

@@ -13,7 +13,8 @@ CHECKPOINT = "checkpoint"  # the last DeepSpeed checkpoint, optimizer state incl
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """`base`: a LLaMA directory to start from, or the shape of one to make. `output`: where results are written."""
+    """`base`: a LLaMA directory to start from, or the shape of one to make. `output`: where results are written;
+    `logs`: where workers' output goes."""
 
     name: str
     training: Training
@@ -24,3 +25,4 @@ class TrainSpec:
     dataset: Path
     tokenizer: Path
     output: Path
+    logs: Path

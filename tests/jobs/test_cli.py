@@ -1,4 +1,5 @@
 import errno
+import json
 import time
 from pathlib import Path
 
@@ -74,6 +75,9 @@ def test_a_checkpoint_that_is_no_llama_is_one_line(one_line, recipe: dict, write
     (model / "config.json").write_text('{"model_type": "gpt2"}')
     assert "is no LLaMA: its config.json says model_type 'gpt2'" in one_line(path)
     (model / "config.json").write_text('{"model_type": "llama"}')
+    assert "its config.json has no vocab_size" in one_line(path)
+    sizes = {"vocab_size": 300, "num_hidden_layers": 1, "max_position_embeddings": 32, "hidden_size": 8}
+    (model / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
     assert "holds no weights" in one_line(path)
 
 

@@ -37,6 +37,12 @@ def test_the_finetune_recipe_says_what_it_needs() -> None:
         ("finetune.objective.kind=fto", "finetune.objective"),
         ("finetune.objective.segments=[[1,0],[1,1]]", "segment 0 asks for 1 positives"),
         ("base.checkpoint=/model", "either a Hugging Face LLaMA directory"),
+        ("finetune.objective.mem_layers=[5]", "mem_layers [5]: the base has 2 layers, 0 to 1"),
+        ("finetune.objective.mem_layers=[]", "finetune.objective.mem_layers"),
+        ("finetune.objective.context=32", "is longer than the base is pre-trained with (16)"),
+        ("base.pretrain.training.objective.kind=fot", "kind must be standard"),
+        ("evaluation.passkey.digits=1", "evaluation.passkey.digits = 1"),
+        ("fot.steps=5", "unknown key fot"),
         ("resources.workers=3", "finetune.batch.micro_batches (2) is not a multiple of resources.workers (3)"),
         ("base.pretrain.shape.num_attention_heads=5", "hidden_size must be a multiple of 2 x num_attention_heads"),
         ("data.sources.7.path=x", "data.sources is a list of 1"),
@@ -79,6 +85,12 @@ def test_a_recipe_that_is_missing_or_broken_is_one_line(tmp_path: Path) -> None:
             load_recipe(path)
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)
+
+
+def test_a_recipe_that_is_not_text_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        load_recipe(tmp_path / "recipe.yaml")
 
 
 def test_a_recipe_cannot_be_changed_once_read(recipe: dict, write_recipe) -> None:

@@ -9,15 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
-import psutil
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fot_model import DenseMemory, FotLlamaForCausalLM
 from jobs.registry import tracking_uri
 from jobs.train.launch import last_metrics, read_metrics
 from jobs.train.spec import METRICS
+from pipelines.tokenizer import train_tokenizer
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 STAGES = ["tokenizer", "shards", "base", "finetune", "perplexity", "passkey", "register"]
 
 
@@ -84,7 +86,10 @@ def test_a_run_makes_all_it_promises_and_a_second_one_finds_it(fot, path: Path, 
     assert all(f"{stage} found" in mended.stdout for stage in STAGES if stage != "shards")
 
 
-def at_step(stage: str, step: int) -> Callable[[Path], bool]:
+Moment = Callable[[Path], bool]
+
+
+def at_step(stage: str, step: int) -> Moment:
     def reached(work_dir: Path) -> bool:
         for metrics in (work_dir / "store" / stage).glob(f"*.partial/{METRICS}"):
             last = last_metrics(metrics)
@@ -102,16 +107,17 @@ def perplexity_begun(work_dir: Path) -> bool:
     return any((work_dir / "store" / "perplexity").glob("*.partial"))
 
 
-def check_kills(moments: list[Callable[[Path], bool]], signal_number: int, fot, start_fot, path: Path) -> None:
+def check_kills(moments: list[Moment], signal_number: int, fot, start_fot, arguments: list[str], cwd: Path) -> None:
     """A run that is killed at each of the moments, and then left to end, has the losses of one that was not."""
-    work_dir = path.parent / "runs"
-    assert fot("run", path).returncode == 0
-    stages = ("base", "finetune")
-    undisturbed = {stage: read_metrics(outputs(work_dir)[stage] / METRICS) for stage in stages}
+    work_dir = cwd / "runs"
+    answer = fot("run", *arguments)
+    assert answer.returncode == 0, answer.stdout
+    undisturbed = losses(work_dir)
+    assert undisturbed["finetune"]
     shutil.rmtree(work_dir)
 
     for moment in moments:
-        process = start_fot("run", path)
+        process = start_fot("run", *arguments)
         while not moment(work_dir):
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.02)
@@ -119,47 +125,99 @@ def check_kills(moments: list[Callable[[Path], bool]], signal_number: int, fot, 
         printed = process.communicate(timeout=60)[0]
         assert process.returncode == (-9 if signal_number == signal.SIGKILL else 130), printed
         assert "Traceback" not in printed
-        shown = fot("status", path).stdout
+        shown = fot("status", *arguments).stdout
         assert "interrupted" in shown, shown
-    answer = fot("run", path)
+    answer = fot("run", *arguments)
     assert answer.returncode == 0, answer.stdout
+    assert losses(work_dir) == undisturbed
+
+
+def losses(work_dir: Path) -> dict[str, list[tuple[float, float]]]:
     made = outputs(work_dir)
-    for stage in stages:
-        losses = [(entry["step"], entry["loss"]) for entry in read_metrics(made[stage] / METRICS)]
-        assert losses == [(entry["step"], entry["loss"]) for entry in undisturbed[stage]]
-    assert not [process for process in psutil.process_iter(["cmdline"]) if str(path) in (process.info["cmdline"] or [])]
+    return {
+        stage: [(entry["step"], entry["loss"]) for entry in read_metrics(made[stage] / METRICS)]
+        for stage in ("base", "finetune")
+    }
 
 
-def test_a_run_killed_in_training_goes_on_bit_for_bit(fot, start_fot, path: Path) -> None:
-    check_kills([at_step("finetune", 50)], signal.SIGKILL, fot, start_fot, path)
+@pytest.fixture
+def own_material(tmp_path: Path, corpus: Path) -> list[str]:
+    """The shipped recipe for one's own LLaMA and text, at a small size."""
+    model = tmp_path / "llama"
+    model.mkdir()
+    train_tokenizer([corpus.read_text()], 300, model)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(model)
+    settings = {
+        "base.checkpoint": model,
+        "data.sources.0.path": corpus,
+        "data.sources.0.held_out": 0.3,
+        "finetune.objective.context": 16,
+        "finetune.steps": 200,
+        "finetune.checkpoint_every": 20,
+        "finetune.optimizer.learning_rate": 0.001,
+        "evaluation.perplexity": "{contexts: [1, 4], windows: 8}",
+        "evaluation.passkey": "{lengths: [20], trials: 2, digits: 2}",
+    }
+    return [str(RECIPES / "finetune.yaml"), *(f"--set={key}={value}" for key, value in settings.items())]
+
+
+def test_ones_own_llama_is_fine_tuned_and_a_kill_in_training_changes_nothing(
+    fot, start_fot, own_material: list[str], tmp_path: Path
+) -> None:
+    check_kills([at_step("finetune", 50)], signal.SIGKILL, fot, start_fot, own_material, tmp_path)
+    made = outputs(tmp_path / "runs")
+    tuned = FotLlamaForCausalLM.from_pretrained(made["finetune"] / "model")
+    assert (tuned.config.mem_layers, tuned.config.local_context) == ([1], 16)
+    assert tuned.config.num_key_value_heads == 2
+    assert (made["base"] / "model").resolve() == tmp_path / "llama"
+
+    for problem, message in (
+        ("finetune.objective.context=64", "was made for 32"),
+        ("finetune.objective.mem_layers=[7]", "has 2 layers, 0 to 1"),
+    ):
+        answer = fot("run", *own_material, f"--set={problem}")
+        assert answer.returncode == 2
+        assert message in answer.stdout.splitlines()[-1]
+    weights = tmp_path / "llama" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    answer = fot("run", *own_material)
+    assert answer.returncode == 2
+    assert f"{weights} is damaged" in answer.stdout.splitlines()[-1]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_run_killed_in_every_stage_goes_on_bit_for_bit(fot, start_fot, path: Path) -> None:
     moments = [a_shard, at_step("base", 5), at_step("base", 110), at_step("finetune", 50), perplexity_begun]
-    check_kills(moments, signal.SIGKILL, fot, start_fot, path)
+    check_kills(moments, signal.SIGKILL, fot, start_fot, [str(path)], path.parent)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ctrl_c_leaves_one_line_and_the_same_command_goes_on(fot, start_fot, path: Path) -> None:
-    check_kills([at_step("base", 30), at_step("finetune", 50)], signal.SIGINT, fot, start_fot, path)
+    moments = [at_step("base", 30), at_step("finetune", 50), perplexity_begun]
+    check_kills(moments, signal.SIGINT, fot, start_fot, [str(path)], path.parent)
 
 
-def test_a_full_disk_is_one_line(fot, path: Path, tmp_path: Path) -> None:
-    """In a mount namespace of its own: work_dir on a file system of 400 kB."""
+@pytest.mark.parametrize("size", ["400k", pytest.param("3500k", marks=pytest.mark.slow)])
+def test_a_full_disk_is_one_line(fot, path: Path, tmp_path: Path, size: str) -> None:
+    """In a mount namespace of its own: work_dir on a file system that fills up in the shards, or at a checkpoint."""
     work_dir = tmp_path / "runs"
     work_dir.mkdir()
-    mount = (
-        "unshare",
-        "--mount",
-        "--map-root-user",
-        "sh",
-        "-c",
-        f'mount -t tmpfs -o size=400k t {work_dir} && "$@"',
-        "sh",
-    )
+    script = f'mount -t tmpfs -o size={size} tmpfs {work_dir} && "$@"'
+    mount = ("unshare", "--mount", "--map-root-user", "sh", "-c", script, "sh")
     if subprocess.run([*mount, "true"], capture_output=True).returncode != 0:
         pytest.skip("this machine allows no mount namespaces, so no small file system can be had")
     answer = fot("run", path, prefix=mount)

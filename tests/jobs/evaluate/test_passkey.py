@@ -70,5 +70,5 @@ def test_a_model_that_knows_scores_all_and_one_that_avoids_the_key_scores_nothin
 
 
 def test_a_length_that_cannot_hold_the_prompt_is_a_users_error(tokenizer_dir: Path) -> None:
-    with pytest.raises(UserError, match="cannot hold the prompt"):
+    with pytest.raises(UserError, match="the prompt needs up to"):
         passkey(tokenizer_dir, 8, [1], 1, 5, 0)

@@ -16,12 +16,14 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from fot_model import FotLlamaForCausalLM
 from jobs.recipe import Recipe
+from jobs.train.batches import make_sampler
 from jobs.train.launch import last_metrics, read_metrics, train
-from jobs.train.loop import batch_loss, build_model, make_sampler, schedule_factor
+from jobs.train.loop import batch_loss, build_model, schedule_factor
 from jobs.train.spec import CHECKPOINT, METRICS, MODEL, TrainSpec
 from pipelines.corpus import list_units
 from pipelines.hashing import FileHashes
 from pipelines.progress import Progress
+from pipelines.sampler import CrossBatchSampler
 from pipelines.shards import TokenDataset
 from pipelines.tokenize import tokenize
 from pipelines.tokenizer import train_tokenizer
@@ -54,6 +56,7 @@ def spec(local_ray, recipe: dict, tmp_path: Path) -> TrainSpec:
         dataset=shards,
         tokenizer=tokenizer,
         output=output,
+        logs=tmp_path / "logs",
     )
     torch.manual_seed(1)
     build_model(spec).save_pretrained(base)
@@ -66,9 +69,13 @@ def losses(output: Path) -> list[float]:
     return [entry["loss"] for entry in entries]
 
 
+def _sampler(spec: TrainSpec) -> CrossBatchSampler:
+    return make_sampler(TokenDataset(spec.dataset), spec.training, spec.data, spec.seed)
+
+
 def plain_torch_losses(spec: TrainSpec) -> list[float]:
     """The same training written without Ray and DeepSpeed, in one process."""
-    model, sampler, training = build_model(spec), make_sampler(TokenDataset(spec.dataset), spec), spec.training
+    model, sampler, training = build_model(spec), _sampler(spec), spec.training
     settings = training.optimizer
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
