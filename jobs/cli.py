@@ -10,7 +10,13 @@ import click
 from pipelines.environment import prepare_environment
 from pipelines.errors import UserError
 
-DISK_FULL = ("No space left on device", "Disk quota exceeded", "database or disk is full", "PytorchStreamWriter failed")
+DISK_FULL = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "database or disk is full",
+    "PytorchStreamWriter failed",
+    "unexpected pos",
+)
 INTERRUPTED = 130
 USER_ERROR = 2
 
