@@ -1,6 +1,7 @@
 """`fot run` and `fot status`: a recipe's workflow in this process, with Ray beside it."""
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,15 +47,13 @@ def run_recipe(path: Path, overrides: Sequence[str]) -> None:
 def show_status(path: Path, overrides: Sequence[str]) -> None:
     """Print the stages with state, duration and output."""
     recipe = load_recipe(path, overrides)
-    table = Table("stage", "state", "duration", "output", title=recipe.name)
-    for stage, state, seconds, where in workflow_status(
-        recipe_stages(recipe), Store(Path(recipe.work_dir).resolve() / "store")
-    ):
+    store = Store(Path(recipe.work_dir).resolve() / "store")
+    print(f"{'stage':>12}  {'state':<24}  {'duration':>8}  output")
+    for stage, state, seconds, where in workflow_status(recipe_stages(recipe), store):
         detail = ""
         if state in ("running", "interrupted") and (last := last_metrics(Path(where) / METRICS)):
             detail = f" at step {last['step']}"
-        table.add_row(stage.name, state + detail, _duration(seconds) if seconds else "", where)
-    console.print(table)
+        print(f"{stage.name:>12}  {state + detail:<24}  {_duration(seconds) if seconds else '':>8}  {where}")
 
 
 def _warn(message: str) -> None:
@@ -93,13 +92,14 @@ def _closing_table(recipe: Recipe, outputs: Mapping[str, Output], seconds: float
             table.add_row(f"{length}x", str(int(length) * local), f"{scores['exact']:.0%}", f"{scores['choice']:.0%}")
     console.print(table)
 
+    mlflow = Path(sys.executable).with_name("mlflow")
     made = {
         "FoT model (Hugging Face directory)": outputs["finetune"].path / MODEL,
         "token shards and manifest": outputs["shards"].path,
         "plot": outputs["perplexity"].path / "perplexity.png",
         "MLflow run": run["run_id"],
         "registered model": f"models:/{run['model']}/{run['version']} (alias {ALIAS})",
-        "look at runs, plots and models": f"mlflow ui --backend-store-uri {tracking_uri(Path(recipe.work_dir))}",
+        "look at runs, plots and models": f"{mlflow} ui --backend-store-uri {tracking_uri(Path(recipe.work_dir))}",
     }
     console.print(f"[bold]{recipe.name}: done in {_duration(seconds)}[/bold]")
     for what, where in made.items():  # a line each, never folded, so that paths can be copied
