@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import threading
 from pathlib import Path
 
@@ -48,14 +47,12 @@ def train(spec: TrainSpec) -> None:
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
         ),
     )
-    interrupt = signal.getsignal(signal.SIGINT)  # Ray Train puts its own handler in place and leaves it there
-    with _Follower(spec):
-        try:
-            result = trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise _cause(error) from error
-        finally:
-            signal.signal(signal.SIGINT, interrupt)
+    fit = _Fit(trainer)
+    _follow(fit, spec)
+    if fit.error is not None:
+        raise _cause(fit.error) from fit.error
+    result = fit.result
+    assert result is not None, "a training that ends without an error has a result"
     assert result.checkpoint is not None, "the last step always saves a checkpoint"
     os.rename(result.checkpoint.path, spec.output / CHECKPOINT)
     shutil.rmtree(spec.output / RAY_DIRECTORY)
@@ -78,7 +75,7 @@ def _drop_damaged_state(directory: Path) -> None:
             return
 
 
-def _cause(error: ray.train.TrainingFailedError) -> Exception:
+def _cause(error: Exception) -> Exception:
     """What went wrong in the first worker that says so."""
     failures = getattr(error, "worker_failures", None) or {}
     for rank in sorted(failures):
@@ -88,34 +85,35 @@ def _cause(error: ray.train.TrainingFailedError) -> Exception:
     return error
 
 
-class _Follower:
-    """Shows the metrics that rank 0 writes as a progress bar, until the training ends."""
+class _Fit(threading.Thread):
+    """`trainer.fit()` in a thread: in the main one Ray Train takes Ctrl-C for itself and ends the process with 1."""
 
-    def __init__(self, spec: TrainSpec) -> None:
-        self._metrics, self._steps = spec.output / METRICS, spec.training.steps
-        self._progress = Progress(spec.name, self._steps, "steps")
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
+    def __init__(self, trainer: TorchTrainer) -> None:
+        super().__init__(daemon=True)
+        self.trainer = trainer
+        self.result: ray.train.Result | None = None
+        self.error: Exception | None = None
 
-    def __enter__(self) -> None:
-        self._progress.__enter__()
-        self._thread.start()
+    def run(self) -> None:
+        try:
+            self.result = self.trainer.fit()
+        except Exception as error:
+            self.error = error
 
-    def __exit__(self, *failure: object) -> None:
-        self._end.set()
-        self._thread.join()
-        self._progress.__exit__(*failure)  # type: ignore[arg-type]
 
-    def _follow(self) -> None:
-        begun = False
-        while not self._end.wait(POLL):
-            last = last_metrics(self._metrics)
-            if last is None:
-                continue
-            if not begun:
-                begun = True
-                self._progress.resume_at(last["step"])
-            self._progress.set(last["step"], f"loss {last['loss']:.3f}")
+def _follow(fit: _Fit, spec: TrainSpec) -> None:
+    """Show the metrics that rank 0 writes as a progress bar, until the training ends."""
+    begun = False
+    with Progress(spec.name, spec.training.steps, "steps") as progress:
+        fit.start()
+        while fit.is_alive():
+            fit.join(POLL)
+            last = last_metrics(spec.output / METRICS)
+            if last is not None:
+                if not begun:
+                    begun = True
+                    progress.resume_at(last["step"])
+                progress.set(last["step"], f"loss {last['loss']:.3f}")
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
