@@ -2,18 +2,30 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fot_model.config import FotLlamaConfig, default_mem_layers
-from fot_model.cross_batch import cross_batch_plan
-from fot_model.memory import DenseMemory
-from fot_model.modeling import FotLlamaForCausalLM
+from fot_model.cache import FotCache
+from fot_model.config import FotLlamaConfig, LongLlamaConfig, default_mem_layers
+from fot_model.mass import attention_mass
+from fot_model.memory import DenseMemory, TopKMemory
+from fot_model.modeling import FotLlamaForCausalLM, LongLlamaForCausalLM
+from fot_model.plan import c_prev_plan, check_plan, cross_batch_plan, longllama_plan
 
 AutoConfig.register(FotLlamaConfig.model_type, FotLlamaConfig)
+AutoConfig.register(LongLlamaConfig.model_type, LongLlamaConfig)
 AutoModelForCausalLM.register(FotLlamaConfig, FotLlamaForCausalLM)
+AutoModelForCausalLM.register(LongLlamaConfig, LongLlamaForCausalLM)
 
 __all__ = [
     "DenseMemory",
+    "FotCache",
     "FotLlamaConfig",
     "FotLlamaForCausalLM",
+    "LongLlamaConfig",
+    "LongLlamaForCausalLM",
+    "TopKMemory",
+    "attention_mass",
+    "c_prev_plan",
+    "check_plan",
     "cross_batch_plan",
     "default_mem_layers",
+    "longllama_plan",
 ]

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import torch
 from transformers import LlamaConfig
 
-LLAMA_MODEL_TYPES = ("llama", "fot_llama")
+LLAMA_MODEL_TYPES = ("llama", "fot_llama", "longllama")
+MEMORY_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def default_mem_layers(num_hidden_layers: int) -> list[int]:
@@ -20,25 +22,58 @@ def default_mem_layers(num_hidden_layers: int) -> list[int]:
 
 
 class FotLlamaConfig(LlamaConfig):
-    """A LLaMA configuration with memory layers.
+    """A LLaMA configuration with memory layers. Loads from any LLaMA or LongLLaMA checkpoint's configuration.
 
-    `mem_layers`: indices of the layers that see additional contexts in training and the memory at inference; empty
-    makes an ordinary LLaMA. `mem_positionals`: whether memory layers keep RoPE (LongLLaMA) or use no positions at
-    all (the paper's small models). `local_context`: tokens of the windows it was fine-tuned with, to be read with.
-    Loads from any LLaMA checkpoint's configuration.
+    - `mem_layers`: indices of the layers that see additional contexts in training and the memory at inference; empty
+      makes an ordinary LLaMA.
+    - `mem_positionals`: whether memory layers keep RoPE (LongLLaMA) or use no positions at all (the paper's small
+      models).
+    - `mem_dtype`: number type of keys and values in memory ("float32", "bfloat16", "float16"); None is the model's.
+    - `mem_gate`: memory joins through a learnt gate a head, as in the Memorizing Transformer; adds parameters.
+    - `local_context`: tokens of the local context (the window); None is `max_position_embeddings`.
+    - `last_context_length`: tokens that stay local when a long input goes to memory. None, the default, makes windows
+      that do not depend on how an input was split into calls; a number follows LongLLaMA's code: of each longer input
+      all but that many last tokens go to memory, window by window.
 
-    Raises ValueError for a checkpoint that is no LLaMA.
+    Raises ValueError for a checkpoint that is no LLaMA, and for values out of range.
     """
 
     model_type = "fot_llama"
 
     mem_layers: list[int] | None = None
     mem_positionals: bool = True
+    mem_dtype: str | None = None
+    mem_gate: bool = False
     local_context: int | None = None
+    last_context_length: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.mem_layers = sorted(set(self.mem_layers or []))
         super().__post_init__(**kwargs)
+
+    @property
+    def window(self) -> int:
+        """Tokens of the local context."""
+        return self.local_context or self.max_position_embeddings
+
+    @property
+    def memory_dtype(self) -> torch.dtype | None:
+        """`mem_dtype` as torch names it."""
+        return None if self.mem_dtype is None else MEMORY_DTYPES[self.mem_dtype]
+
+    def check(self) -> None:
+        """Raises ValueError for a value out of range."""
+        layers = self.num_hidden_layers
+        if bad := [layer for layer in self.mem_layers or [] if not 0 <= layer < layers]:
+            raise ValueError(f"mem_layers {bad} out of range: the model has {layers} layers, 0 to {layers - 1}")
+        if self.mem_dtype not in (None, *MEMORY_DTYPES):
+            raise ValueError(f"mem_dtype {self.mem_dtype!r}: give one of {', '.join(MEMORY_DTYPES)}")
+        self.check_last_context(self.last_context_length)
+
+    def check_last_context(self, length: int | None) -> None:
+        """Raises ValueError for a `last_context_length` that the window cannot hold."""
+        if length is not None and not 1 <= length <= self.window:
+            raise ValueError(f"last_context_length {length}: the local context holds 1 to {self.window} tokens")
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -46,5 +81,53 @@ class FotLlamaConfig(LlamaConfig):
         model_type = config.get("model_type")
         if config and model_type not in LLAMA_MODEL_TYPES:
             raise ValueError(f"the checkpoint is no LLaMA: its config.json says model_type {model_type!r}")
+        if model_type == LongLlamaConfig.model_type:
+            config = {**LONGLLAMA_DEFAULTS, **config}
+            config = {key: value for key, value in config.items() if key not in LONGLLAMA_CODE}
         # Same architecture under another name: without this transformers warns of a type mismatch.
         return {**config, "model_type": cls.model_type}, kwargs
+
+
+# What a released configuration leaves out, and what in it belongs to its own code.
+LONGLLAMA_DEFAULTS = {
+    "mem_layers": [], "mem_positionals": True, "mem_dtype": "bfloat16", "last_context_length": 1024,
+    "mem_attention_grouping": None, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "pad_token_id": 0,
+}  # fmt: skip
+LONGLLAMA_CODE = ("auto_map", "architectures", "torch_attention", "gradient_checkpoint_every_ith")
+
+
+class LongLlamaConfig(FotLlamaConfig):
+    """The configuration of a released LongLLaMA checkpoint, read as FoT's and written in the released layout."""
+
+    model_type = "longllama"
+
+    @classmethod
+    def of(cls, config: FotLlamaConfig) -> "LongLlamaConfig":
+        """The same model in the released layout. Raises ValueError for what that layout cannot say."""
+        rope = config.rope_parameters
+        says = {
+            "num_key_value_heads": (config.num_key_value_heads, config.num_attention_heads),
+            "head_dim": (config.head_dim, config.hidden_size // config.num_attention_heads),
+            "attention_bias": (config.attention_bias, False),
+            "mlp_bias": (config.mlp_bias, False),
+            "rope_type": (rope["rope_type"], "default"),
+            "mem_gate": (config.mem_gate, False),
+        }
+        for name, (value, only) in says.items():
+            if value != only:
+                raise ValueError(f"the longllama layout has no {name} {value!r} (only {only!r}): save it as fot_llama")
+        return cls(**{**config.to_dict(), "model_type": cls.model_type})
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        rope = values.pop("rope_parameters", None) or {}
+        for name in ("num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "mem_gate", "local_context"):
+            values.pop(name, None)
+        return {
+            **values,
+            "max_position_embeddings": self.window,
+            "rope_theta": rope.get("rope_theta", 10000.0),
+            "mem_dtype": self.mem_dtype or str(self.dtype or torch.float32).removeprefix("torch."),
+            "last_context_length": self.last_context_length or max(1, self.window // 2),
+            "mem_attention_grouping": getattr(self, "mem_attention_grouping", None),
+        }

@@ -1,91 +1,187 @@
 """CrossBatch (paper, section 3.2): in a memory layer each context also attends to additional contexts of the batch.
 
-A *plan* says who sees whom: a long tensor [R, d] that holds, for every row (context) of the batch, the rows it sees
-besides itself, padded with -1. Keys and values of these rows are differentiated and nothing inside them is masked.
-Local keys carry RoPE by their position, keys of additional contexts stand at position 0 of the local window.
+One softmax covers the causal local context and every token of the additional contexts that the plan (`plan.py`) names.
+Local keys carry RoPE by their position; the caller gives the *far* keys, what additional contexts show of themselves
+(FoT: position 0 of the local window), and detaches them where the objective does not differentiate them.
 
-Cost: the portable path below gathers the additional keys and values, O(R * d * L * H * D) memory, and runs one
-scaled-dot-product attention over (1 + d) * L keys.
+Cost: the attention is done a part at a time and merged by log-sum-exp (`attention.py`), forward and backward, so the
+memory is that of a plain causal step: no [R, d, L, H, D] tensor of gathered keys, no [L, d * L] scores. The time grows
+with the number of additional contexts. On a CUDA device the same is one call of FlexAttention with a block mask made
+from the plan.
 
-Shapes: R rows, L tokens a context, d additional contexts, H heads, D head size, G document groups.
+Under torch.compile the parts run outside the graph (a graph break in each memory layer); there are no second
+derivatives.
+
+Shapes: R rows, L tokens a context, d additional contexts, H query heads, Hk key/value heads, D head size, N contexts
+attended at once.
 """
 
-from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from fot_model.attention import attend, attend_backward, merge, wide_dtype
 
-def cross_batch_plan(
-    group_R: Sequence[int],
-    segment_R: Sequence[int],
-    related_GG: Sequence[Sequence[bool]],
-    segments: Sequence[tuple[int, int]],
-) -> Tensor:
-    """Plan [R, d] by a table of (positives, negatives) per segment (LongLLaMA: 3B uses (0,0) (1,1) (2,1) (3,0)).
-
-    Rows belong to document groups: `group_R` names the group of a row and `segment_R` its place among the group's
-    consecutive contexts. A row at segment j sees the `segments[j][0]` contexts right before it in its group
-    (positives) and `segments[j][1]` contexts of other groups (negatives), the ones at segment j - 1 first, then
-    earlier, then later ones. Groups that share a document (`related_GG`) never serve each other as negatives, so a
-    row may get fewer than asked for.
-
-    Raises ValueError where a segment asks for more positives than there are contexts before it.
-    """
-    for segment, (positives, _) in enumerate(segments):
-        if positives > segment:
-            raise ValueError(
-                f"segment {segment} asks for {positives} positives, but only {segment} contexts of its document "
-                f"come before it"
-            )
-    row_of = {(group, segment): row for row, (group, segment) in enumerate(zip(group_R, segment_R, strict=True))}
-    groups = sorted(set(group_R))
-    plan: list[list[int]] = []
-    for group, segment in zip(group_R, segment_R, strict=True):
-        positives, negatives = segments[segment]
-        own = [row_of[group, segment - back] for back in range(1, positives + 1)]
-        place = groups.index(group)
-        others = [other for other in groups[place + 1 :] + groups[:place] if not related_GG[group][other]]
-        order = sorted(range(len(segments)), key=lambda at: (at >= segment, abs(at - (segment - 1))))
-        candidates = [row_of[other, at] for at in order for other in others if (other, at) in row_of]
-        plan.append(own + candidates[:negatives])
-    return pad_plan(plan)
-
-
-def pad_plan(plan: Sequence[Sequence[int]]) -> Tensor:
-    """Rows of unequal length to one long tensor [R, d], padded with -1. Asserts that no row sees itself."""
-    width = max((len(seen) for seen in plan), default=0)
-    for row, seen in enumerate(plan):
-        assert row not in seen, f"row {row} sees itself"
-    padded = [[*seen, *[-1] * (width - len(seen))] for seen in plan]
-    return torch.tensor(padded, dtype=torch.long).view(len(plan), width)
+CONTEXTS_AT_ONCE = 8  # bounds the keys that are copied together: [1, Hk, 8 * L, D]
 
 
 def cross_batch_attention(
-    q_RHLD: Tensor, k_RHLD: Tensor, v_RHLD: Tensor, far_k_RHLD: Tensor, plan_Rd: Tensor, scale: float
+    q_RHLD: Tensor,
+    k_RHkLD: Tensor,
+    v_RHkLD: Tensor,
+    far_k_RHkLD: Tensor,
+    far_v_RHkLD: Tensor,
+    plan_Rd: Tensor,
+    scale: float,
+    document_ids_RL: Tensor | None = None,
+    local: bool = True,
 ) -> Tensor:
     """One softmax over the causal local context and all additional contexts of the plan. Returns [R, H, L, D].
 
-    `k_RHLD` are the local keys with positions, `far_k_RHLD` the same keys as additional contexts show them (position
-    0: without rotation). Keys and values have as many heads as the queries.
+    `document_ids_RL` keeps local attention inside each of the documents joined in a row. Without `local`, additional
+    contexts alone; rows that see none get zeros.
     """
+    dtype = v_RHkLD.dtype  # under autocast RoPE leaves queries and keys in float32
+    q_RHLD, k_RHkLD, far_k_RHkLD = q_RHLD.to(dtype), k_RHkLD.to(dtype), far_k_RHkLD.to(dtype)
+    attention = flex_cross_batch if q_RHLD.is_cuda else merged_cross_batch
+    return attention(q_RHLD, k_RHkLD, v_RHkLD, far_k_RHkLD, far_v_RHkLD, plan_Rd, scale, document_ids_RL, local)
+
+
+@torch.compiler.disable
+def merged_cross_batch(
+    q_RHLD: Tensor,
+    k_RHkLD: Tensor,
+    v_RHkLD: Tensor,
+    far_k_RHkLD: Tensor,
+    far_v_RHkLD: Tensor,
+    plan_Rd: Tensor,
+    scale: float,
+    document_ids_RL: Tensor | None,
+    local: bool,
+) -> Tensor:
+    """Part by part; see `cross_batch_attention`."""
+    plan = [[row for row in seen if row >= 0] for seen in plan_Rd.tolist()]
+    seen_R1LL = None if document_ids_RL is None else same_document(document_ids_RL.to(q_RHLD.device))
+    return _MergedCrossBatch.apply(q_RHLD, k_RHkLD, v_RHkLD, far_k_RHkLD, far_v_RHkLD, plan, scale, seen_R1LL, local)
+
+
+def same_document(document_ids_RL: Tensor) -> Tensor:
+    """Bool [R, 1, L, L]: query and key are of one document."""
+    return document_ids_RL[:, None, :, None] == document_ids_RL[:, None, None, :]
+
+
+class _MergedCrossBatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, *how: Any) -> Tensor:
+        plan, scale, seen, local = how
+        if local:
+            out_RHLD, lse_RHL = attend(q, k, v, scale, causal=True, seen=seen)
+        else:
+            out_RHLD = torch.zeros_like(q)
+            lse_RHL = torch.full(q.shape[:3], -torch.inf, dtype=wide_dtype(q), device=q.device)
+        out_RHLD = out_RHLD.to(lse_RHL.dtype)  # the sum of many parts is kept in float32
+        for row, others in _parts(plan):
+            mine = slice(row, row + 1)
+            part = attend(q[mine], _joined(far_k, others), _joined(far_v, others), scale)
+            out_RHLD[mine], lse_RHL[mine] = merge((out_RHLD[mine], lse_RHL[mine]), part)
+        out = out_RHLD.to(q.dtype)
+        ctx.save_for_backward(q, k, v, far_k, far_v, out, lse_RHL, seen)
+        ctx.how = (plan, scale, local)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RHLD: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, far_k, far_v, out, lse, seen = ctx.saved_tensors
+        plan, scale, local = ctx.how
+        grad_RHLD = grad_RHLD.contiguous()
+        if local:
+            grads = attend_backward(grad_RHLD, q, k, v, out, lse, scale, causal=True, seen=seen)
+        else:
+            grads = (torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
+        grad_q, grad_k, grad_v = grads
+        grad_far_k, grad_far_v = torch.zeros_like(far_k), torch.zeros_like(far_v)
+        for row, others in _parts(plan):
+            mine = slice(row, row + 1)
+            of_q, of_k, of_v = attend_backward(
+                grad_RHLD[mine], q[mine], _joined(far_k, others), _joined(far_v, others), out[mine], lse[mine], scale
+            )
+            grad_q[mine] += of_q
+            for other, of_k_HkLD, of_v_HkLD in zip(others, _apart(of_k, others), _apart(of_v, others), strict=True):
+                grad_far_k[other] += of_k_HkLD
+                grad_far_v[other] += of_v_HkLD
+        return grad_q, grad_k, grad_v, grad_far_k, grad_far_v, None, None, None, None
+
+
+def _parts(plan: list[list[int]]) -> list[tuple[int, list[int]]]:
+    """(row, some of the rows that it sees), each pair once."""
+    return [
+        (row, seen[start : start + CONTEXTS_AT_ONCE])
+        for row, seen in enumerate(plan)
+        for start in range(0, len(seen), CONTEXTS_AT_ONCE)
+    ]
+
+
+def _joined(x_RHkLD: Tensor, rows: list[int]) -> Tensor:
+    """The contexts of N rows one after the other: [1, Hk, N * L, D]."""
+    return torch.cat([x_RHkLD[row] for row in rows], dim=1)[None]
+
+
+def _apart(x_1HkND: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
+    """What `_joined` joined: N tensors [Hk, L, D]."""
+    return x_1HkND[0].chunk(len(rows), dim=1)
+
+
+def flex_cross_batch(
+    q_RHLD: Tensor,
+    k_RHkLD: Tensor,
+    v_RHkLD: Tensor,
+    far_k_RHkLD: Tensor,
+    far_v_RHkLD: Tensor,
+    plan_Rd: Tensor,
+    scale: float,
+    document_ids_RL: Tensor | None,
+    local: bool,
+) -> Tensor:
+    """The batch as one long sequence: R * L queries against R * L local and R * L far keys, of which a block mask
+    leaves those that the plan allows. See `cross_batch_attention`."""
     R, _, L, _ = q_RHLD.shape
-    d = plan_Rd.shape[1]
-    seen_Rd = plan_Rd >= 0
-    rows_Rd = plan_Rd.clamp(min=0)
-
-    def with_additional(local_RHLD: Tensor, far_RHLD: Tensor) -> Tensor:
-        additional_RHdLD = far_RHLD[rows_Rd].transpose(1, 2)  # [R, d, H, L, D] -> [R, H, d, L, D]
-        return torch.cat([local_RHLD, additional_RHdLD.flatten(2, 3)], dim=2)
-
-    causal_RLL = torch.ones(L, L, dtype=torch.bool, device=q_RHLD.device).tril().expand(R, L, L)
-    additional_RLdL = seen_Rd[:, None, :, None].expand(R, L, d, L)
-    mask_R1LK = torch.cat([causal_RLL, additional_RLdL.flatten(2)], dim=2)[:, None]
-    return functional.scaled_dot_product_attention(
-        q_RHLD,
-        with_additional(k_RHLD, far_k_RHLD),
-        with_additional(v_RHLD, v_RHLD),
-        attn_mask=mask_R1LK,
-        scale=scale,
+    plan_Rd = plan_Rd.to(q_RHLD.device)
+    sees_RR = torch.zeros(R, R + 1, dtype=torch.bool, device=q_RHLD.device)
+    sees_RR.scatter_(1, plan_Rd.where(plan_Rd >= 0, R), True)  # the last column takes the padding
+    documents_N = (
+        torch.zeros(R * L, dtype=torch.long, device=q_RHLD.device)
+        if document_ids_RL is None
+        else document_ids_RL.flatten().to(q_RHLD.device)
     )
+
+    def allowed(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        at = key % (R * L)
+        near = (query // L == at // L) & (at <= query) & (documents_N[query] == documents_N[at])
+        return torch.where(key < R * L, near if local else near & ~near, sees_RR[query // L, at // L])
+
+    compiled = q_RHLD.is_cuda
+    mask = create_block_mask(allowed, None, None, R * L, 2 * R * L, q_RHLD.device.type, _compile=compiled)
+    out = _flex(compiled)(
+        _one_sequence(q_RHLD),
+        torch.cat([_one_sequence(k_RHkLD), _one_sequence(far_k_RHkLD)], dim=2),
+        torch.cat([_one_sequence(v_RHkLD), _one_sequence(far_v_RHkLD)], dim=2),
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=q_RHLD.shape[1] != k_RHkLD.shape[1],
+    )
+    return out[0].unflatten(1, (R, L)).transpose(0, 1)
+
+
+def _one_sequence(x_RHLD: Tensor) -> Tensor:
+    """[1, H, R * L, D]."""
+    return x_RHLD.transpose(0, 1).flatten(1, 2)[None]
+
+
+@cache
+def _flex(compiled: bool) -> Any:
+    return torch.compile(flex_attention) if compiled else flex_attention

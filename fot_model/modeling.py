@@ -1,81 +1,172 @@
 """A LLaMA whose memory layers see beyond the local context.
 
-Training: `model(input_ids, labels=..., plan=plan)` with rows of contexts and a CrossBatch plan (`cross_batch.py`).
-Reading: `model(window, memory=memory)` for one window after the other; each window attends to its own causal context
-and to everything in memory, in one softmax, and is then added to the memory (`memory.py`).
-With neither, it is the plain LLaMA it was loaded from.
+Training: `model(input_ids, labels=..., plan=plan)` with rows of contexts and a plan of who sees whom (`plan.py`).
+Reading: `model(input_ids)` and `model.generate(...)` with inputs of any length. They go through the local context in
+windows; what leaves it goes to the memory of the memory layers (`cache.py`, `memory.py`).
+With neither plan nor memory, it is the plain LLaMA it was loaded from.
 
-Shapes: B batch (R rows of contexts in training), L local tokens, H query heads, Hk key/value heads, D head size.
+Shapes: B batch (R rows of contexts in training), L tokens, H query heads, Hk key/value heads, D head size, C hidden
+size.
 """
 
-from typing import Any
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
-from transformers import LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import Cache, LlamaForCausalLM
+from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
+from transformers.utils.generic import can_return_tuple
 
-from fot_model.config import FotLlamaConfig
-from fot_model.cross_batch import cross_batch_attention
-from fot_model.memory import DenseMemory, merge, partial_attention, repeat_heads
+from fot_model.attention import MASKED, Partial, attend, merge
+from fot_model.cache import FotCache, rotation, turn_back
+from fot_model.config import FotLlamaConfig, LongLlamaConfig
+from fot_model.cross_batch import cross_batch_attention, same_document
+from fot_model.plan import check_plan
+
+Objective = Literal["fot", "memorizing", "transformer_xl"]
+
+
+@dataclass(frozen=True)
+class CrossBatch:
+    """What training tells every layer: the plan [R, d], the objective, optionally the document of each token [R, L],
+    and how far `transformer_xl` turns the previous context back (cosines and sines [1, 1, D])."""
+
+    plan: Tensor
+    objective: Objective
+    document_ids: Tensor | None
+    one_context: tuple[Tensor, Tensor]
 
 
 class FotAttention(LlamaAttention):
-    """A memory layer's attention. Same parameters as a LLaMA's, so checkpoints go both ways.
+    """Attention of a layer. Same parameters as a LLaMA's, so checkpoints go both ways; but for `mem_gate`, one number
+    a head, where the configuration asks for the Memorizing Transformer's gate.
 
     `rope_scale`: what the kind of RoPE multiplies rotated queries and keys with (YaRN, longrope), 1 otherwise.
     """
 
-    def __init__(self, config: FotLlamaConfig, layer_idx: int, rope_scale: float) -> None:
-        super().__init__(config, layer_idx)
-        self.rope_scale = rope_scale if config.mem_positionals else 1.0
+    is_memory_layer: bool
+    rope_scale: float
+    mem_gate: nn.Parameter | None
+
+    @classmethod
+    def adopt(cls, attention: LlamaAttention, rope_scale: float) -> None:
+        """Make a LLaMA's attention one of this class, with the weights it has."""
+        config = attention.config
+        attention.__class__ = cls
+        attention.is_memory_layer = attention.layer_idx in config.mem_layers
+        attention.rope_scale = rope_scale if config.mem_positionals else 1.0
+        gated = attention.is_memory_layer and config.mem_gate
+        attention.register_parameter(
+            "mem_gate", nn.Parameter(torch.zeros(config.num_attention_heads)) if gated else None
+        )
 
     def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        plan: Tensor | None = None,
-        memory: DenseMemory | None = None,
+        past_key_values: Cache | None = None,
+        cross_batch: CrossBatch | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         assert position_embeddings is not None, "LlamaModel always gives them"
-        cos, sin = position_embeddings
-        if not self.config.mem_positionals:
-            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
-        if plan is None and memory is None:
-            return super().forward(hidden_states, (cos, sin), attention_mask, past_key_values, **kwargs)
-
-        B, L, _ = hidden_states.shape
-        q_BHLD = self.q_proj(hidden_states).view(B, L, -1, self.head_dim).transpose(1, 2)
-        k_BHkLD = self.k_proj(hidden_states).view(B, L, -1, self.head_dim).transpose(1, 2)
-        v_BHkLD = self.v_proj(hidden_states).view(B, L, -1, self.head_dim).transpose(1, 2)
-        far_k_BHkLD = k_BHkLD * self.rope_scale  # the rotation of position 0
-        q_BHLD, k_BHkLD = apply_rotary_pos_emb(q_BHLD, k_BHkLD, cos, sin)
-
-        heads = q_BHLD.shape[1]
-        k_BHLD, v_BHLD = repeat_heads(k_BHkLD, heads), repeat_heads(v_BHkLD, heads)
-        if plan is not None:
-            out_BHLD = cross_batch_attention(
-                q_BHLD, k_BHLD, v_BHLD, repeat_heads(far_k_BHkLD, heads), plan, self.scaling
-            )
+        cos, sin = self.angles(position_embeddings)
+        if cross_batch is not None and (self.is_memory_layer or cross_batch.objective == "transformer_xl"):
+            out_BHLD = self._train(hidden_states, cos, sin, cross_batch)
+        elif self.is_memory_layer and isinstance(past_key_values, FotCache) and len(past_key_values.memory):
+            out_BHLD = self._read(hidden_states, cos, sin, past_key_values)
         else:
-            assert memory is not None
-            attended = partial_attention(q_BHLD, k_BHLD, v_BHLD, self.scaling, causal=True)
-            if (remembered := memory.attend(self.layer_idx, q_BHLD, self.scaling)) is not None:
-                attended = merge(attended, remembered)
-            memory.append(self.layer_idx, far_k_BHkLD, v_BHkLD)
-            out_BHLD = attended[0]
-        return self.o_proj(out_BHLD.transpose(1, 2).reshape(B, L, -1)), None
+            return super().forward(hidden_states, (cos, sin), attention_mask, past_key_values, **kwargs)
+        return self.o_proj(out_BHLD.transpose(1, 2).flatten(2)), None
+
+    def angles(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of this layer: those of position 0 where memory layers have no positions."""
+        cos, sin = position_embeddings
+        if self.is_memory_layer and not self.config.mem_positionals:
+            return torch.ones_like(cos), torch.zeros_like(sin)
+        return cos, sin
+
+    def project(self, hidden_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, H, L, D], keys and values [B, Hk, L, D], without positions."""
+        B, L, _ = hidden_BLC.shape
+        q, k, v = (proj(hidden_BLC).view(B, L, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _train(self, hidden_RLC: Tensor, cos: Tensor, sin: Tensor, cross_batch: CrossBatch) -> Tensor:
+        """CrossBatch attention [R, H, L, D]."""
+        if self.training and self.attention_dropout:
+            raise ValueError(
+                f"attention_dropout {self.attention_dropout} with a plan: set it to 0 in the configuration"
+            )
+        unturned_q, unturned_k, v_RHkLD = self.project(hidden_RLC)
+        q_RHLD, k_RHkLD = apply_rotary_pos_emb(unturned_q, unturned_k, cos, sin)
+        far_k, far_v = unturned_k * self.rope_scale, v_RHkLD  # the rotation of position 0
+        if cross_batch.objective == "transformer_xl":
+            turns = self.config.mem_positionals or not self.is_memory_layer
+            far_k = turn_back(k_RHkLD, *cross_batch.one_context) if turns else k_RHkLD
+        if cross_batch.objective != "fot":
+            far_k, far_v = far_k.detach(), far_v.detach()
+        tensors = (q_RHLD, k_RHkLD, v_RHkLD, far_k, far_v)
+        plan_Rd, documents_RL = cross_batch.plan, cross_batch.document_ids
+        if self.mem_gate is None or cross_batch.objective != "memorizing":
+            return cross_batch_attention(*tensors, plan_Rd, self.scaling, documents_RL)
+        nothing_Rd = plan_Rd.new_empty(plan_Rd.shape[0], 0)
+        local_RHLD = cross_batch_attention(*tensors, nothing_Rd, self.scaling, documents_RL)
+        far_RHLD = cross_batch_attention(*tensors, plan_Rd, self.scaling, local=False)
+        has_memory_R = (plan_Rd >= 0).any(1).to(local_RHLD.device)
+        return self._gated(local_RHLD, far_RHLD, has_memory_R[:, None, None, None])
+
+    def _read(self, hidden_BLC: Tensor, cos: Tensor, sin: Tensor, cache: FotCache) -> Tensor:
+        """Attention [B, H, L, D] to the local context and to memory."""
+        q_BHLD, k_BHkLD, v_BHkLD = self.project(hidden_BLC)
+        q_BHLD, k_BHkLD = apply_rotary_pos_emb(q_BHLD, k_BHkLD, cos, sin)
+        keys, values = cache.update(k_BHkLD, v_BHkLD, self.layer_idx)
+        seen_B11M = None if cache.seen_BL is None else cache.seen_BL[:, None, None, :]
+        local = self._attend_local(q_BHLD, keys, values, seen_B11M)
+        remembered = cache.memory.attend(self.layer_idx, q_BHLD, self.scaling)
+        assert remembered is not None, "the memory is not empty"
+        if self.mem_gate is None:
+            return merge(local, remembered)[0].to(q_BHLD.dtype)
+        return self._gated(local[0], remembered[0], remembered[1][..., None] > MASKED / 2)  # not only padding
+
+    def _attend_local(self, q_BHLD: Tensor, keys: Tensor, values: Tensor, seen_B11M: Tensor | None) -> Partial:
+        L = q_BHLD.shape[2]
+        past = keys.shape[2] - L
+        if L == 1:
+            return attend(q_BHLD, keys, values, self.scaling, seen=seen_B11M)
+        seen = (None, None) if seen_B11M is None else seen_B11M.split([past, L], dim=3)
+        new = attend(q_BHLD, keys[:, :, past:], values[:, :, past:], self.scaling, causal=True, seen=seen[1])
+        if not past:
+            return new
+        return merge(attend(q_BHLD, keys[:, :, :past], values[:, :, :past], self.scaling, seen=seen[0]), new)
+
+    def _gated(self, local_BHLD: Tensor, far_BHLD: Tensor, has_memory: Tensor) -> Tensor:
+        """The Memorizing Transformer's v = g v_mem + (1 - g) v_local, g = sigmoid(b) a head; local alone where there
+        is no memory."""
+        assert self.mem_gate is not None
+        gate = (self.mem_gate.float().sigmoid()[:, None, None] * has_memory).to(local_BHLD.dtype)
+        return gate * far_BHLD.to(local_BHLD.dtype) + (1 - gate) * local_BHLD
 
 
 class FotLlamaForCausalLM(LlamaForCausalLM):
-    """`FotLlamaForCausalLM.from_pretrained(path_or_hub_id, mem_layers=[...])` loads any LLaMA checkpoint.
+    """`FotLlamaForCausalLM.from_pretrained(path_or_hub_id, mem_layers=[...])` loads any LLaMA or LongLLaMA checkpoint.
 
-    Forward takes, besides a LLaMA's arguments, `plan` (a CrossBatch plan [R, d]; every row is one context) or
-    `memory` (a `DenseMemory`, attended to and appended to). Raises ValueError for both at once, for padding or
-    past_key_values with either, and for a memory layer that is not there.
+    Forward takes, besides a LLaMA's arguments:
+
+    - `plan` [R, d] (training): every row is one context, memory layers see the rows that the plan names;
+    - `objective`: "fot" (CrossBatch, differentiable), "memorizing" (Memorizing Transformer: memory is not
+      differentiated; with the gate if the configuration has `mem_gate`, else in one softmax), "transformer_xl" (the
+      plan names the previous context, which all layers see, undifferentiated, at the positions before);
+    - `document_ids` [R, L] (training): attention inside a row stays inside each of the documents joined in it;
+    - `last_context_length` (reading): instead of the configuration's.
+
+    Reading returns a `FotCache` as `past_key_values`. Raises ValueError for arguments that exclude each other or are
+    out of range.
     """
 
     config_class = FotLlamaConfig
@@ -83,47 +174,268 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
     def __init__(self, config: FotLlamaConfig) -> None:
         super().__init__(config)
         config.mem_layers = sorted(set(config.mem_layers or []))  # from_pretrained sets it as given
-        if bad := [layer for layer in config.mem_layers if not 0 <= layer < config.num_hidden_layers]:
-            raise ValueError(
-                f"mem_layers {bad} out of range: the model has {config.num_hidden_layers} layers, "
-                f"0 to {config.num_hidden_layers - 1}"
-            )
-        for layer in config.mem_layers:
-            self.model.layers[layer].self_attn = FotAttention(config, layer, self.model.rotary_emb.attention_scaling)
+        config.check()
+        for layer in self.model.layers:
+            FotAttention.adopt(layer.self_attn, self.model.rotary_emb.attention_scaling)
         self.post_init()
 
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, FotAttention) and module.mem_gate is not None:
+            nn.init.zeros_(module.mem_gate)
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         plan: Tensor | None = None,
-        memory: DenseMemory | None = None,
+        objective: Objective = "fot",
+        document_ids: Tensor | None = None,
+        last_context_length: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        if plan is not None or memory is not None:
-            if plan is not None and memory is not None:
-                raise ValueError("plan (training) and memory (reading) exclude each other: give one")
+        _check_rows(input_ids)
+        inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        given = [tensor for tensor in inputs.values() if tensor is not None]
+        if len(given) != 1:
+            raise ValueError("give either input_ids or inputs_embeds")
+        B, L = given[0].shape[:2]
+        if plan is not None:
             if past_key_values is not None:
-                raise ValueError("past_key_values with plan or memory: the memory holds the past")
+                raise ValueError("past_key_values with a plan: in training the plan's rows are the past")
             if attention_mask is not None and not attention_mask.all():
-                raise ValueError("padding with plan or memory: give rows of equal length without padding")
-            attention_mask, use_cache = None, False
+                raise ValueError("padding with a plan: give rows of equal length without padding")
+            kwargs["cross_batch"] = self._cross_batch(plan, objective, document_ids, B, L)
+            attention_mask, use_cache = self._document_mask(document_ids), False
+        elif document_ids is not None or objective != "fot":
+            raise ValueError("document_ids and objective belong to training: give them with a plan")
+        else:
+            self.config.check_last_context(last_context_length)
+            if attention_mask is None and input_ids is not None and past_key_values is None:
+                _check_unpadded(input_ids, self.config)
+            kept_local = last_context_length or self.config.last_context_length
+            if use_cache is None:
+                use_cache = self.config.use_cache and not self.training
+            too_long = (kept_local or self.config.window) < L
+            reads = self.config.mem_layers and (use_cache or past_key_values is not None or too_long)
+            if reads or isinstance(past_key_values, FotCache):
+                return self._read(
+                    inputs, attention_mask, past_key_values, labels, use_cache, logits_to_keep, kept_local, **kwargs
+                )
         return super().forward(
-            input_ids=input_ids,
+            **inputs,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
-            plan=plan,
-            memory=memory,
             **kwargs,
         )
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *args: Any,
+        form: Literal["fot_llama", "longllama"] = "fot_llama",
+        **kwargs: Any,
+    ) -> None:
+        """As transformers does. `form` "longllama" writes the layout of the released LongLLaMA checkpoints."""
+        config = LongLlamaConfig.of(self.config) if form == "longllama" else None
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if config is not None:
+            config.save_pretrained(save_directory)
+
+    def _cross_batch(
+        self, plan_Rd: Tensor, objective: Objective, document_ids_RL: Tensor | None, R: int, L: int
+    ) -> CrossBatch:
+        if objective not in get_args(Objective):
+            raise ValueError(f"objective {objective!r}: give one of {', '.join(get_args(Objective))}")
+        if document_ids_RL is not None and document_ids_RL.shape != (R, L):
+            raise ValueError(f"document_ids {list(document_ids_RL.shape)}: give [{R}, {L}], one for each token")
+        check_plan(plan_Rd, R, document_ids_RL)
+        if objective == "transformer_xl" and plan_Rd.shape[1] > 1:
+            raise ValueError(f"transformer_xl sees one context, the previous: the plan has {plan_Rd.shape[1]} columns")
+        rope = self.model.rotary_emb
+        one_context = rotation(rope, torch.full((1, 1), L, device=rope.inv_freq.device))
+        return CrossBatch(plan_Rd, objective, document_ids_RL, one_context)
+
+    def _document_mask(self, document_ids_RL: Tensor | None) -> Tensor | None:
+        """What is added to the scores [R, 1, L, L] of the layers that are no memory layers: the causal mask within
+        each document."""
+        if document_ids_RL is None:
+            return None
+        if self.config._attn_implementation not in ("eager", "sdpa"):
+            raise ValueError(
+                f"document_ids with attn_implementation {self.config._attn_implementation!r}: load with 'sdpa'"
+            )
+        same_R1LL = same_document(document_ids_RL.to(self.device)).tril()
+        mask_R1LL = torch.zeros(same_R1LL.shape, dtype=self.dtype, device=self.device)
+        return mask_R1LL.masked_fill_(~same_R1LL, torch.finfo(self.dtype).min)
+
+    def _read(
+        self,
+        inputs: dict[str, Tensor | None],
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        labels: Tensor | None,
+        use_cache: bool,
+        logits_to_keep: int | Tensor,
+        kept_local: int | None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Go through the input in windows, and on from what the cache holds."""
+        embeddings_BLC = inputs["inputs_embeds"]
+        if embeddings_BLC is None:
+            embeddings_BLC = self.get_input_embeddings()(inputs["input_ids"])
+        B, L, _ = embeddings_BLC.shape
+        cache = self._checked_cache(cache, B, **kwargs)
+        seen_BL = _new_padding(attention_mask, B, L)
+        if kept_local is not None:
+            embeddings_BLC, seen_BL = self._with_tail(cache, embeddings_BLC, seen_BL, kept_local)
+        outputs = []
+        for start, end in self._windows(cache, embeddings_BLC.shape[1], kept_local):
+            seen = None if seen_BL is None else seen_BL[:, start:end]
+            positions = cache.enter(seen, end - start, B, embeddings_BLC.device)
+            outputs.append(
+                self.model(
+                    inputs_embeds=embeddings_BLC[:, start:end],
+                    attention_mask=cache.seen_BL,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    **kwargs,
+                )
+            )
+        hidden_BLC = torch.cat([output.last_hidden_state for output in outputs], dim=1)[:, -L:]
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_BLC[:, kept])
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        states = [output.hidden_states for output in outputs]
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(torch.cat(layer, 1)[:, -L:] for layer in zip(*states, strict=True))
+            if states[0]
+            else None,
+        )
+
+    def _with_tail(
+        self, cache: FotCache, embeddings_BLC: Tensor, seen_BL: Tensor | None, kept_local: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """With `last_context_length` the windows depend on where the input ends. So that a prompt in several calls of
+        more than one token equals one call, such a call reads again what is not yet in whole windows, at most a window
+        and the last context of the prompt, and what was generated since."""
+        L = embeddings_BLC.shape[1]
+        if L > 1 and (tail := cache.replay()) is not None:
+            past_BLC, past_seen_BL = tail
+            new_seen_BL = torch.ones_like(past_seen_BL[:, :1]).expand(-1, L) if seen_BL is None else seen_BL
+            embeddings_BLC = torch.cat([past_BLC, embeddings_BLC], dim=1)
+            seen_BL = torch.cat([past_seen_BL, new_seen_BL], dim=1)
+            seen_BL = None if seen_BL.all() else seen_BL
+        whole = max(0, embeddings_BLC.shape[1] - kept_local) // self.config.window * self.config.window if L > 1 else 0
+        cache.note(embeddings_BLC[:, whole:], None if seen_BL is None else seen_BL[:, whole:])
+        return embeddings_BLC, seen_BL
+
+    def _windows(self, cache: FotCache, length: int, kept_local: int | None) -> Iterator[tuple[int, int]]:
+        """Split new tokens into (start, end) that fit the local context, making room in it before each.
+
+        A full local context moves all but its last `kept_local` tokens (half of it, if None) to the memory, so the
+        windows of a token do not depend on how the input was split into calls. With `kept_local`, an input longer than
+        that goes first, but for its last `kept_local` tokens, window by window into memory, as LongLLaMA's code does.
+        """
+        window, start = self.config.window, 0
+        if kept_local is not None and length > kept_local:
+            cache.evict(cache.local_length)
+            for start in range(0, length - kept_local, window):
+                yield start, min(start + window, length - kept_local)
+                cache.evict(cache.local_length)
+            start = length - kept_local
+        while start < length:
+            if cache.local_length >= window:
+                cache.evict(max(1, window - (kept_local or window // 2)))
+            end = min(length, start + window - cache.local_length)
+            yield start, end
+            start = end
+
+    def _checked_cache(self, cache: Cache | None, rows: int, **kwargs: Any) -> FotCache:
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions with memory: attention_mass reads out what memory layers attend to")
+        if self.training and self.is_gradient_checkpointing:
+            raise ValueError("memory with gradient checkpointing: call model.eval() to read, or train with a plan")
+        if cache is None or (not isinstance(cache, FotCache) and cache.get_seq_length() == 0):
+            return FotCache(self.config)
+        if not isinstance(cache, FotCache):
+            raise ValueError(f"past_key_values is a {type(cache).__name__}: give a FotCache(model.config), or none")
+        if cache.rows not in (None, rows):
+            raise ValueError(
+                f"past_key_values holds {cache.rows} rows, the input has {rows}: "
+                f"past_key_values.batch_repeat_interleave(n) makes n of each"
+            )
+        return cache
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        """`generate` reads with a `FotCache` of its own where it is given none."""
+        wants_cache = generation_config.use_cache is not False
+        if self.config.mem_layers and wants_cache and model_kwargs.get("past_key_values") is None:
+            if generation_config.cache_implementation not in (None, "dynamic"):
+                raise ValueError(
+                    f"cache_implementation {generation_config.cache_implementation!r}: memory layers read with a "
+                    f"FotCache; leave it out"
+                )
+            model_kwargs["past_key_values"] = FotCache(self.config)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
+        """Without the warning that the text grows past `max_position_embeddings`: with memory it may."""
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        for criterion in criteria:
+            if self.config.mem_layers and isinstance(criterion, MaxLengthCriteria):
+                criterion.max_position_embeddings = None
+        return criteria
+
+
+class LongLlamaForCausalLM(FotLlamaForCausalLM):
+    """The same model, loaded from and saved in the layout of the released LongLLaMA checkpoints."""
+
+    config_class = LongLlamaConfig
+
+
+def _check_rows(input_ids: Any) -> None:
+    if input_ids is not None and not isinstance(input_ids, Tensor):
+        lengths = sorted({len(row) for row in input_ids if hasattr(row, "__len__")})
+        raise ValueError(
+            f"input_ids is a {type(input_ids).__name__} of rows of {lengths} tokens: give one tensor [B, L], shorter rows "
+            f"padded on the left, with their attention_mask"
+        )
+
+
+def _check_unpadded(input_ids_BL: Tensor, config: FotLlamaConfig) -> None:
+    """Raises ValueError where some rows begin with several padding tokens and no mask says that these are padding."""
+    pad = config.pad_token_id
+    if pad is None or pad == config.bos_token_id or input_ids_BL.shape[0] < 2 or input_ids_BL.shape[1] < 2:
+        return
+    padded_B = (input_ids_BL[:, :2] == pad).all(1)
+    if padded_B.any() and not padded_B.all():
+        raise ValueError(
+            f"rows {padded_B.nonzero().flatten().tolist()} begin with padding (token {pad}), so lengths are unequal, but "
+            f"there is no attention_mask: give the tokenizer's"
+        )
+
+
+def _new_padding(attention_mask: Tensor | None, B: int, L: int) -> Tensor | None:
+    """Bool [B, L], False where a new token is padding; None where there is none."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] < L:
+        raise ValueError(f"attention_mask {list(attention_mask.shape)}: give [{B}, {L}], 0 for padding")
+    seen_BL = attention_mask[:, -L:].bool()
+    return None if seen_BL.all() else seen_BL

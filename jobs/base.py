@@ -22,7 +22,7 @@ def read_llama_config(path: Path) -> dict[str, Any]:
     except ValueError:
         raise UserError(f"base.checkpoint {path}: its config.json is not JSON") from None
     model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type not in ("llama", "fot_llama"):
+    if model_type not in ("llama", "fot_llama", "longllama"):
         raise UserError(f"base.checkpoint {path} is no LLaMA: its config.json says model_type {model_type!r}")
     if missing := [name for name in SIZES if not isinstance(config.get(name), int)]:
         raise UserError(f"base.checkpoint {path}: its config.json has no {missing[0]}")

@@ -15,7 +15,7 @@ import ray
 import torch
 from torch.nn import functional
 
-from fot_model import DenseMemory, FotLlamaForCausalLM
+from fot_model import FotCache, FotLlamaForCausalLM
 from pipelines.errors import UserError
 from pipelines.progress import Progress
 from pipelines.tokenizer import TextTokenizer, load_tokenizer
@@ -86,18 +86,20 @@ def passkey_trials(model_path: Path, local: int, length: int, trials: int, digit
     prompts_BT = torch.tensor(
         [make_prompt(tokenizer, length * local, row[0], draw.random(), room) for row in candidates], dtype=torch.long
     )
-    memory = DenseMemory()
+    cache = FotCache(model.config)
     asked = (length - 1) * local
     for start in range(0, asked, local):
-        model(prompts_BT[:, start : start + local], memory=memory)
+        model(prompts_BT[:, start : start + local], past_key_values=cache, last_context_length=local, logits_to_keep=1)
+        cache.flush()
     exact_B = torch.zeros(trials, dtype=torch.bool)
     scores_BC = torch.zeros(trials, CANDIDATES)
     for candidate in range(CANDIDATES):
         row = [answer[candidate] for answer in answers]
         answer_BA = torch.tensor([answer + [tokenizer.eos] * (room - len(answer)) for answer in row])
         real_BA = torch.arange(room) < torch.tensor([[len(answer)] for answer in row])
-        memory.truncate(asked)
-        logits = model(torch.cat([prompts_BT[:, asked:], answer_BA], dim=1), memory=memory).logits[:, -room - 1 : -1]
+        cache.truncate(asked)
+        window_BL = torch.cat([prompts_BT[:, asked:], answer_BA], dim=1)
+        logits = model(window_BL, past_key_values=cache, last_context_length=local).logits[:, -room - 1 : -1]
         loss_BA = functional.cross_entropy(logits.transpose(1, 2), answer_BA, reduction="none")
         scores_BC[:, candidate] = -(loss_BA * real_BA).sum(1)
         if candidate == 0:

@@ -19,7 +19,7 @@ import ray
 import torch
 from torch.nn import functional
 
-from fot_model import DenseMemory, FotLlamaForCausalLM
+from fot_model import FotCache, FotLlamaForCausalLM
 from pipelines.config import Data
 from pipelines.errors import UserError
 from pipelines.progress import Progress
@@ -109,10 +109,11 @@ def window_losses(scoring: Scoring, windows: list[Window]) -> dict[int, float]:
     model = FotLlamaForCausalLM.from_pretrained(scoring.model, **scoring.memory).eval()
     losses = {}
     for context in scoring.contexts:
-        memory = DenseMemory()
+        cache = FotCache(model.config)
         for back in range(context - 1, -1, -1):
             inputs_BL, labels_BL = _read(tokens, windows, back * local, local)
-            logits = model(inputs_BL, memory=memory).logits
+            logits = model(inputs_BL, past_key_values=cache, last_context_length=local).logits
+            cache.flush()
         losses[context] = functional.cross_entropy(
             logits.flatten(0, 1).double(), labels_BL.flatten(), reduction="sum"
         ).item()

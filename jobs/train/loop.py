@@ -95,6 +95,7 @@ def build_model(spec: TrainSpec) -> FotLlamaForCausalLM:
         config.mem_layers = list(objective.mem_layers or default_mem_layers(config.num_hidden_layers))
         config.mem_positionals = objective.mem_positionals
         config.local_context = objective.context
+        config.last_context_length = None  # windows that do not depend on how an input is split
     return FotLlamaForCausalLM.from_pretrained(spec.base, config=config, dtype=dtype)
 
 
@@ -102,7 +103,7 @@ def batch_loss(model: torch.nn.Module, batch: MicroBatch, objective: Objective, 
     """Mean next-token loss (nats per token) of a micro-batch."""
     plan = None
     if isinstance(objective, FotObjective):
-        plan = cross_batch_plan(batch.group, batch.segment, batch.related, objective.segments).to(device)
+        plan = cross_batch_plan(batch.group, batch.segment, batch.related, objective.segments)
     logits = model(torch.from_numpy(batch.input_ids).to(device), plan=plan, use_cache=False).logits
     labels = torch.from_numpy(batch.labels).to(device)
     return functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE)

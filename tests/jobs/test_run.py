@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from fot_model import DenseMemory, FotLlamaForCausalLM
+from fot_model import FotLlamaForCausalLM
 from jobs.registry import tracking_uri
 from jobs.train.launch import last_metrics, read_metrics
 from jobs.train.spec import METRICS
@@ -62,9 +62,8 @@ def test_a_run_makes_all_it_promises_and_a_second_one_finds_it(fot, path: Path, 
     model = mlflow.artifacts.download_artifacts(f"models:/tiny/{run['version']}", dst_path=str(tmp_path / "fetched"))
     loaded = FotLlamaForCausalLM.from_pretrained(model)
     assert loaded.config.mem_layers == [1]
-    memory = DenseMemory()
-    loaded(AutoTokenizer.from_pretrained(model)("abc def", return_tensors="pt").input_ids, memory=memory)
-    assert len(memory) > 0
+    ids = AutoTokenizer.from_pretrained(model)("abc def " * 100, return_tensors="pt").input_ids
+    assert len(loaded(ids).past_key_values.memory) > 0
     artifacts = {artifact.path for artifact in client.list_artifacts(run["run_id"])}
     assert {"recipe", "lineage", "perplexity", "passkey", "model"} <= artifacts
     lineage = json.loads((made["register"] / "lineage.json").read_text())

@@ -1,0 +1,284 @@
+"""`FotCache`: what a FoT model has read, as transformers' `past_key_values`.
+
+It holds the local context (keys and values of every layer, positions 0 to W - 1) and the memory (keys and values of the
+memory layers, for everything before). Tokens enter at the end of the local context and leave at its start, block by
+block, into the memory: memory layers hand theirs over turned back to position 0, the other layers forget theirs, and
+what stays moves down to the first positions.
+
+Shapes: B batch, Hk key/value heads, L tokens, D head size.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
+
+from fot_model.attention import wide_dtype
+from fot_model.config import FotLlamaConfig
+from fot_model.memory import DenseMemory, GrowingBuffer, Memory
+
+FORMAT = "fot-cache-1"
+
+
+class FotCache(DynamicCache):
+    """Local context and memory of a model with this configuration. `memory`: by default a `DenseMemory` that holds
+    keys and values as `config.mem_dtype`.
+
+    Give it to `model(...)` or `model.generate(...)` as `past_key_values` and they continue from it. `copy.deepcopy`
+    makes a second one that goes its own way: read a book once, ask many times.
+    """
+
+    def __init__(self, config: FotLlamaConfig, memory: Memory | None = None) -> None:
+        super().__init__(config=config)
+        self.memory: Memory = DenseMemory(config.memory_dtype) if memory is None else memory
+        self.seen_BL: Tensor | None = None  # bool, False for padding, of the local context; None without padding
+        self._mem_layers = frozenset(config.mem_layers or [])
+        self._turns_memory_layers = config.mem_positionals
+        self._rope = LlamaRotaryEmbedding(config)
+        self._left = 0  # tokens that left the local context
+        self._tail = Tail()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """All tokens read."""
+        return self._left + self.local_length
+
+    @property
+    def local_length(self) -> int:
+        """Tokens in the local context."""
+        return super().get_seq_length()
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Where new tokens stand in the local context."""
+        return self.local_length
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the batch; None while nothing was read."""
+        tensors = [layer.keys for layer in self.layers if layer.is_initialized] or [*self.memory.state_dict().values()]
+        return tensors[0].shape[0] if tensors else None
+
+    def enter(self, seen_BL: Tensor | None, length: int, rows: int, device: torch.device) -> Tensor:
+        """Make room for `length` new tokens; `seen_BL` is False where they are padding. Returns their positions
+        [B or 1, length]: in the local context, padding not counted."""
+        start = self.local_length
+        if seen_BL is not None or self.seen_BL is not None:
+            past = (
+                self.seen_BL if self.seen_BL is not None else torch.ones(rows, start, dtype=torch.bool, device=device)
+            )
+            new = seen_BL if seen_BL is not None else torch.ones(rows, length, dtype=torch.bool, device=device)
+            self.seen_BL = torch.cat([past, new], dim=1)
+        return self._positions(start + length, device)[:, start:]
+
+    def evict(self, count: int) -> None:
+        """Move the first `count` tokens of the local context to the memory."""
+        length = self.local_length
+        assert 0 <= count <= length, (count, length)
+        if count == 0:
+            return
+        device = self.layers[0].keys.device
+        positions = self._positions(length, device)
+        gone_BL = None if self.seen_BL is None else self.seen_BL[:, :count]
+        moved_B1 = positions.new_full((1, 1), count) if gone_BL is None else gone_BL.sum(1, keepdim=True)
+        for number, layer in enumerate(self.layers):
+            remembers = number in self._mem_layers
+            turns = self._turns_memory_layers or not remembers
+            keys, values = layer.keys, layer.values
+            if remembers:
+                gone = keys[:, :, :count]
+                self.memory.append(
+                    number,
+                    self._turn_back(gone, positions[:, :count]) if turns else gone,
+                    values[:, :, :count],
+                    gone_BL,
+                )
+            if count == length:
+                layer.reset()
+            else:
+                kept = keys[:, :, count:]
+                layer.keys = self._turn_back(kept, moved_B1) if turns else kept.clone()
+                layer.values = values[:, :, count:].clone()
+        self.seen_BL = None if self.seen_BL is None or count == length else self.seen_BL[:, count:]
+        self._left += count
+
+    def flush(self) -> None:
+        """Move the whole local context to the memory: the next tokens start a new one (the next document)."""
+        self.evict(self.local_length)
+        self._tail = Tail()
+
+    def note(self, embeddings_BLC: Tensor, seen_BL: Tensor | None) -> None:
+        """Keep the inputs of tokens that enter now, to be replayed."""
+        self._tail.append(embeddings_BLC, seen_BL)
+
+    def replay(self) -> tuple[Tensor, Tensor] | None:
+        """Forget the tokens noted, and return their inputs [B, L, C] and seen [B, L]; None if there are none."""
+        tail, self._tail = self._tail, Tail()
+        if not len(tail):
+            return None
+        self.truncate(self.get_seq_length() - len(tail))
+        return tail.inputs()
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens read. Where these reach only into the memory, the local context is
+        empty afterwards."""
+        if not 0 <= length <= self.get_seq_length():
+            raise ValueError(f"truncate to {length} tokens: {self.get_seq_length()} were read")
+        self._tail = self._tail.before(len(self._tail) - (self.get_seq_length() - length))
+        if length > self._left:
+            super().crop(length - self.get_seq_length())
+            self.seen_BL = None if self.seen_BL is None else self.seen_BL[:, : self.local_length]
+            return
+        super().reset()
+        self.seen_BL = None
+        self.memory.truncate(length)
+        self._left = length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """transformers' way to forget the last tokens: `tokens_to_remove` is their number, negative."""
+        self.truncate(self.get_seq_length() - abs(tokens_to_remove))
+
+    @property
+    def is_croppable(self) -> bool:
+        """Not wholly: a local context that was moved to the memory does not come back."""
+        return False
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.truncate(0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.seen_BL = None if self.seen_BL is None else self.seen_BL[indices]
+        self.memory.select(indices)
+        self._tail.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if (rows := self.rows) is not None:
+            self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
+
+    def save(self, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
+        """Write everything to a safetensors file, which says what model it belongs to."""
+        tensors = {f"memory.{key}": tensor for key, tensor in self.memory.state_dict().items()}
+        for number, layer in enumerate(self.layers):
+            if layer.is_initialized:
+                tensors |= {f"local.{number}.keys": layer.keys, f"local.{number}.values": layer.values}
+        if self.seen_BL is not None:
+            tensors["seen"] = self.seen_BL
+        if len(self._tail):
+            tensors["tail.embeddings"], tensors["tail.seen"] = self._tail.inputs()
+        metadata = {"format": FORMAT, "model": fingerprint(model), "left": json.dumps(self._left)}
+        unfinished = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
+        try:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, unfinished, metadata)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel, memory: Memory | None = None) -> "FotCache":
+        """Read what `save` wrote, onto the model's device; `memory` takes the memory's part (by default a
+        `DenseMemory`). Raises ValueError for a file of another model or of another kind."""
+        cache = cls(model.config, memory)
+        try:
+            with safe_open(os.fspath(path), framework="pt", device=str(model.device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no memory file, or damaged ({error}): save it again") from None
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} is no memory file: FotCache.save writes one")
+        if metadata["model"] != fingerprint(model):
+            raise ValueError(
+                f"{path} is the memory of another model (fingerprint {metadata['model'][:12]}, this model's is "
+                f"{fingerprint(model)[:12]}): load that model, or read the text again with this one"
+            )
+        cache.memory.load_state_dict(
+            {key.removeprefix("memory."): tensor for key, tensor in tensors.items() if key.startswith("memory.")}
+        )
+        for number, layer in enumerate(cache.layers):
+            if f"local.{number}.keys" in tensors:
+                layer.update(tensors[f"local.{number}.keys"], tensors[f"local.{number}.values"])
+        cache.seen_BL = tensors.get("seen")
+        if "tail.embeddings" in tensors:
+            cache.note(tensors["tail.embeddings"], tensors["tail.seen"])
+        cache._left = json.loads(metadata["left"])
+        return cache
+
+    def _positions(self, length: int, device: torch.device) -> Tensor:
+        """Positions [B or 1, length] of the local context's first tokens, padding not counted."""
+        if self.seen_BL is None:
+            return torch.arange(length, device=device)[None]
+        return (self.seen_BL[:, :length].long().cumsum(1) - 1).clamp(min=0)
+
+    def _turn_back(self, keys_BHkLD: Tensor, by_BL: Tensor) -> Tensor:
+        """Keys rotated back by so many positions (RoPE is a rotation; what a kind of RoPE multiplies keys with, they
+        keep)."""
+        return turn_back(keys_BHkLD, *rotation(self._rope, by_BL.to(keys_BHkLD.device)))
+
+
+class Tail:
+    """The last tokens' inputs [B, L, C], and which are no padding [B, L]."""
+
+    def __init__(self) -> None:
+        self._embeddings, self._seen = GrowingBuffer(), GrowingBuffer()
+
+    def __len__(self) -> int:
+        return self._embeddings.length
+
+    def append(self, embeddings_BLC: Tensor, seen_BL: Tensor | None) -> None:
+        if seen_BL is None:
+            seen_BL = torch.ones(embeddings_BLC.shape[:2], dtype=torch.bool, device=embeddings_BLC.device)
+        self._embeddings.append(embeddings_BLC[:, None])
+        self._seen.append(seen_BL[:, None, :, None])
+
+    def inputs(self, end: int | None = None) -> tuple[Tensor, Tensor]:
+        return self._embeddings.view(0, end)[:, 0], self._seen.view(0, end)[:, 0, :, 0]
+
+    def before(self, end: int) -> "Tail":
+        first = Tail()
+        if len(self) and end > 0:
+            first.append(*self.inputs(end))
+        return first
+
+    def select(self, rows: Tensor) -> None:
+        self._embeddings.select(rows)
+        self._seen.select(rows)
+
+
+def rotation(rope: LlamaRotaryEmbedding, by_BL: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, L, D] in float32 of RoPE's rotation by so many positions, without the scale that some kinds
+    of RoPE give them."""
+    cos, sin = rope(torch.empty(0, dtype=torch.float32, device=by_BL.device), by_BL)
+    return cos / rope.attention_scaling, sin / rope.attention_scaling
+
+
+def turn_back(keys_BHkLD: Tensor, cos_BLD: Tensor, sin_BLD: Tensor) -> Tensor:
+    """Keys rotated back by these angles."""
+    wide = keys_BHkLD.to(wide_dtype(keys_BHkLD))
+    return (wide * cos_BLD[:, None] - rotate_half(wide) * sin_BLD[:, None]).to(keys_BHkLD.dtype)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Names a model by its configuration's shape and a sample of every parameter, in bfloat16 so that the number type
+    it was loaded in does not matter."""
+    digest = hashlib.sha256()
+    config = model.config
+    digest.update(
+        json.dumps([config.mem_layers, config.mem_positionals, config.rope_parameters], sort_keys=True).encode()
+    )
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.bfloat16)
+        digest.update(f"{name}{list(parameter.shape)}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

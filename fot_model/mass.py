@@ -1,0 +1,116 @@
+"""Attention mass on positives, r_d (paper, section 4.2): what tells whether a memory layer finds its own document.
+
+In a memory layer, r_d is the attention mass on additional contexts of the own document divided by the mass on all of
+them; a model that does not tell documents apart gives each of d equal contexts 1/d. The layers' inputs are caught by
+hooks while the context manager is open, so it costs nothing when it is not.
+
+Shapes: R rows, L tokens a context, H query heads, Hk key/value heads, D head size, C hidden size.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from fot_model.modeling import CrossBatch, FotAttention
+
+
+@dataclass
+class Mass:
+    """By head [H], summed over all queries since the start: softmax mass on the additional contexts' tokens of the
+    query's own document (`positive`) and on all additional contexts (`additional`)."""
+
+    positive: Tensor | float = 0.0
+    additional: Tensor | float = 0.0
+
+    def share(self) -> Tensor:
+        """r_d by head [H]; NaN where no additional context was seen."""
+        return torch.as_tensor(self.positive) / torch.as_tensor(self.additional)
+
+
+@dataclass
+class AttentionMass:
+    """The masses by layer."""
+
+    layers: dict[int, Mass] = field(default_factory=dict)
+
+    def r_d(self) -> dict[int, float]:
+        """r_d by layer, over all heads; NaN where no additional context was seen."""
+        return {
+            layer: float(torch.as_tensor(mass.positive).sum() / torch.as_tensor(mass.additional).sum())
+            for layer, mass in self.layers.items()
+        }
+
+
+@contextmanager
+def attention_mass(
+    model: PreTrainedModel, documents: Tensor, layers: Sequence[int] | None = None
+) -> Iterator[AttentionMass]:
+    """While open, every forward pass with a plan adds its attention mass.
+
+    `documents`: the document of every token [R, L], or of every row [R]. `layers`: by default all memory layers. Raises
+    ValueError for a layer that is no memory layer.
+    """
+    chosen = list(model.config.mem_layers) if layers is None else list(layers)
+    if wrong := [layer for layer in chosen if layer not in model.config.mem_layers]:
+        raise ValueError(f"layers {wrong} are no memory layers: those are {model.config.mem_layers}")
+    found = AttentionMass({layer: Mass() for layer in chosen})
+
+    def add(attention: nn.Module, _args: Any, inputs: dict[str, Any]) -> None:
+        assert isinstance(attention, FotAttention)
+        if (cross_batch := inputs.get("cross_batch")) is not None:
+            hidden_RLC = inputs["hidden_states"].detach()
+            documents_RL = (
+                documents if documents.dim() == 2 else documents[:, None].expand(hidden_RLC.shape[:2])
+            ).cpu()
+            mass = found.layers[attention.layer_idx]
+            positive_H, additional_H = _mass(
+                attention, hidden_RLC, inputs["position_embeddings"], cross_batch, documents_RL
+            )
+            mass.positive, mass.additional = mass.positive + positive_H, mass.additional + additional_H
+
+    with ExitStack() as hooks:
+        for layer in chosen:
+            attention = model.model.layers[layer].self_attn
+            hooks.callback(attention.register_forward_pre_hook(add, with_kwargs=True).remove)
+        yield found
+
+
+@torch.no_grad()
+def _mass(
+    attention: FotAttention,
+    hidden_RLC: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    cross_batch: CrossBatch,
+    documents_RL: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Mass on positives and on all additional contexts, by head [H]; a row at a time."""
+    unturned_q, unturned_k, _ = attention.project(hidden_RLC)
+    q_RHLD, k_RHkLD = apply_rotary_pos_emb(unturned_q, unturned_k, *attention.angles(position_embeddings))
+    far_k_RHkLD = unturned_k * attention.rope_scale
+    L, group = q_RHLD.shape[2], q_RHLD.shape[1] // k_RHkLD.shape[1]
+    causal_LL = torch.ones(L, L, dtype=torch.bool, device=q_RHLD.device).tril()
+    positive_H = torch.zeros(q_RHLD.shape[1], dtype=torch.float64)
+    additional_H = torch.zeros_like(positive_H)
+    for row, seen in enumerate(cross_batch.plan.tolist()):
+        others = [other for other in seen if other >= 0]
+        if not others:
+            continue
+        own_LL = causal_LL
+        if cross_batch.document_ids is not None:
+            ids_L = cross_batch.document_ids[row]
+            own_LL = causal_LL & (ids_L[:, None] == ids_L[None, :])
+        keys_HkMD = torch.cat([k_RHkLD[row], *(far_k_RHkLD[other] for other in others)], dim=1)
+        scores_HLM = (q_RHLD[row] @ keys_HkMD.repeat_interleave(group, 0).transpose(-1, -2)).float() * attention.scaling
+        scores_HLM[:, :, :L].masked_fill_(~own_LL, -torch.inf)
+        weights_HLN = scores_HLM.softmax(-1)[:, :, L:].double().cpu()
+        documents_N = torch.cat([documents_RL[other] for other in others])
+        same_LN = documents_RL[row][:, None] == documents_N[None, :]
+        positive_H += (weights_HLN * same_LN).sum((1, 2))
+        additional_H += weights_HLN.sum((1, 2))
+    return positive_H, additional_H
