@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from fot_model.attention import wide_dtype
 from fot_model.config import FotLlamaConfig
 from fot_model.memory import DenseMemory, GrowingBuffer, Memory
+from fot_model.rope import rotation, turn_back
 
 FORMAT = "fot-cache-1"
 
@@ -253,19 +253,6 @@ class Tail:
     def select(self, rows: Tensor) -> None:
         self._embeddings.select(rows)
         self._seen.select(rows)
-
-
-def rotation(rope: LlamaRotaryEmbedding, by_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, L, D] in float32 of RoPE's rotation by so many positions, without the scale that some kinds
-    of RoPE give them."""
-    cos, sin = rope(torch.empty(0, dtype=torch.float32, device=by_BL.device), by_BL)
-    return cos / rope.attention_scaling, sin / rope.attention_scaling
-
-
-def turn_back(keys_BHkLD: Tensor, cos_BLD: Tensor, sin_BLD: Tensor) -> Tensor:
-    """Keys rotated back by these angles."""
-    wide = keys_BHkLD.to(wide_dtype(keys_BHkLD))
-    return (wide * cos_BLD[:, None] - rotate_half(wide) * sin_BLD[:, None]).to(keys_BHkLD.dtype)
 
 
 def fingerprint(model: PreTrainedModel) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from fot_model.modeling import CrossBatch, FotAttention
+from fot_model.layer import CrossBatch, FotAttention
 
 
 @dataclass

@@ -5,13 +5,11 @@ Reading: `model(input_ids)` and `model.generate(...)` with inputs of any length.
 windows; what leaves it goes to the memory of the memory layers (`cache.py`, `memory.py`).
 With neither plan nor memory, it is the plain LLaMA it was loaded from.
 
-Shapes: B batch (R rows of contexts in training), L tokens, H query heads, Hk key/value heads, D head size, C hidden
-size.
+Shapes: B batch (R rows of contexts in training), L tokens, d additional contexts, C hidden size.
 """
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,138 +17,14 @@ from torch import Tensor, nn
 from transformers import Cache, LlamaForCausalLM
 from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 from transformers.utils.generic import can_return_tuple
 
-from fot_model.attention import MASKED, Partial, attend, merge
-from fot_model.cache import FotCache, rotation, turn_back
+from fot_model.cache import FotCache
 from fot_model.config import FotLlamaConfig, LongLlamaConfig
-from fot_model.cross_batch import cross_batch_attention, same_document
+from fot_model.cross_batch import same_document
+from fot_model.layer import CrossBatch, FotAttention, Objective
 from fot_model.plan import check_plan
-
-Objective = Literal["fot", "memorizing", "transformer_xl"]
-
-
-@dataclass(frozen=True)
-class CrossBatch:
-    """What training tells every layer: the plan [R, d], the objective, optionally the document of each token [R, L],
-    and how far `transformer_xl` turns the previous context back (cosines and sines [1, 1, D])."""
-
-    plan: Tensor
-    objective: Objective
-    document_ids: Tensor | None
-    one_context: tuple[Tensor, Tensor]
-
-
-class FotAttention(LlamaAttention):
-    """Attention of a layer. Same parameters as a LLaMA's, so checkpoints go both ways; but for `mem_gate`, one number
-    a head, where the configuration asks for the Memorizing Transformer's gate.
-
-    `rope_scale`: what the kind of RoPE multiplies rotated queries and keys with (YaRN, longrope), 1 otherwise.
-    """
-
-    is_memory_layer: bool
-    rope_scale: float
-    mem_gate: nn.Parameter | None
-
-    @classmethod
-    def adopt(cls, attention: LlamaAttention, rope_scale: float) -> None:
-        """Make a LLaMA's attention one of this class, with the weights it has."""
-        config = attention.config
-        attention.__class__ = cls
-        attention.is_memory_layer = attention.layer_idx in config.mem_layers
-        attention.rope_scale = rope_scale if config.mem_positionals else 1.0
-        gated = attention.is_memory_layer and config.mem_gate
-        attention.register_parameter(
-            "mem_gate", nn.Parameter(torch.zeros(config.num_attention_heads)) if gated else None
-        )
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        cross_batch: CrossBatch | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        assert position_embeddings is not None, "LlamaModel always gives them"
-        cos, sin = self.angles(position_embeddings)
-        if cross_batch is not None and (self.is_memory_layer or cross_batch.objective == "transformer_xl"):
-            out_BHLD = self._train(hidden_states, cos, sin, cross_batch)
-        elif self.is_memory_layer and isinstance(past_key_values, FotCache) and len(past_key_values.memory):
-            out_BHLD = self._read(hidden_states, cos, sin, past_key_values)
-        else:
-            return super().forward(hidden_states, (cos, sin), attention_mask, past_key_values, **kwargs)
-        return self.o_proj(out_BHLD.transpose(1, 2).flatten(2)), None
-
-    def angles(self, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of this layer: those of position 0 where memory layers have no positions."""
-        cos, sin = position_embeddings
-        if self.is_memory_layer and not self.config.mem_positionals:
-            return torch.ones_like(cos), torch.zeros_like(sin)
-        return cos, sin
-
-    def project(self, hidden_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, H, L, D], keys and values [B, Hk, L, D], without positions."""
-        B, L, _ = hidden_BLC.shape
-        q, k, v = (proj(hidden_BLC).view(B, L, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-
-    def _train(self, hidden_RLC: Tensor, cos: Tensor, sin: Tensor, cross_batch: CrossBatch) -> Tensor:
-        """CrossBatch attention [R, H, L, D]."""
-        if self.training and self.attention_dropout:
-            raise ValueError(
-                f"attention_dropout {self.attention_dropout} with a plan: set it to 0 in the configuration"
-            )
-        unturned_q, unturned_k, v_RHkLD = self.project(hidden_RLC)
-        q_RHLD, k_RHkLD = apply_rotary_pos_emb(unturned_q, unturned_k, cos, sin)
-        far_k, far_v = unturned_k * self.rope_scale, v_RHkLD  # the rotation of position 0
-        if cross_batch.objective == "transformer_xl":
-            turns = self.config.mem_positionals or not self.is_memory_layer
-            far_k = turn_back(k_RHkLD, *cross_batch.one_context) if turns else k_RHkLD
-        if cross_batch.objective != "fot":
-            far_k, far_v = far_k.detach(), far_v.detach()
-        tensors = (q_RHLD, k_RHkLD, v_RHkLD, far_k, far_v)
-        plan_Rd, documents_RL = cross_batch.plan, cross_batch.document_ids
-        if self.mem_gate is None or cross_batch.objective != "memorizing":
-            return cross_batch_attention(*tensors, plan_Rd, self.scaling, documents_RL)
-        nothing_Rd = plan_Rd.new_empty(plan_Rd.shape[0], 0)
-        local_RHLD = cross_batch_attention(*tensors, nothing_Rd, self.scaling, documents_RL)
-        far_RHLD = cross_batch_attention(*tensors, plan_Rd, self.scaling, local=False)
-        has_memory_R = (plan_Rd >= 0).any(1).to(local_RHLD.device)
-        return self._gated(local_RHLD, far_RHLD, has_memory_R[:, None, None, None])
-
-    def _read(self, hidden_BLC: Tensor, cos: Tensor, sin: Tensor, cache: FotCache) -> Tensor:
-        """Attention [B, H, L, D] to the local context and to memory."""
-        q_BHLD, k_BHkLD, v_BHkLD = self.project(hidden_BLC)
-        q_BHLD, k_BHkLD = apply_rotary_pos_emb(q_BHLD, k_BHkLD, cos, sin)
-        keys, values = cache.update(k_BHkLD, v_BHkLD, self.layer_idx)
-        seen_B11M = None if cache.seen_BL is None else cache.seen_BL[:, None, None, :]
-        local = self._attend_local(q_BHLD, keys, values, seen_B11M)
-        remembered = cache.memory.attend(self.layer_idx, q_BHLD, self.scaling)
-        assert remembered is not None, "the memory is not empty"
-        if self.mem_gate is None:
-            return merge(local, remembered)[0].to(q_BHLD.dtype)
-        return self._gated(local[0], remembered[0], remembered[1][..., None] > MASKED / 2)  # not only padding
-
-    def _attend_local(self, q_BHLD: Tensor, keys: Tensor, values: Tensor, seen_B11M: Tensor | None) -> Partial:
-        L = q_BHLD.shape[2]
-        past = keys.shape[2] - L
-        if L == 1:
-            return attend(q_BHLD, keys, values, self.scaling, seen=seen_B11M)
-        seen = (None, None) if seen_B11M is None else seen_B11M.split([past, L], dim=3)
-        new = attend(q_BHLD, keys[:, :, past:], values[:, :, past:], self.scaling, causal=True, seen=seen[1])
-        if not past:
-            return new
-        return merge(attend(q_BHLD, keys[:, :, :past], values[:, :, :past], self.scaling, seen=seen[0]), new)
-
-    def _gated(self, local_BHLD: Tensor, far_BHLD: Tensor, has_memory: Tensor) -> Tensor:
-        """The Memorizing Transformer's v = g v_mem + (1 - g) v_local, g = sigmoid(b) a head; local alone where there
-        is no memory."""
-        assert self.mem_gate is not None
-        gate = (self.mem_gate.float().sigmoid()[:, None, None] * has_memory).to(local_BHLD.dtype)
-        return gate * far_BHLD.to(local_BHLD.dtype) + (1 - gate) * local_BHLD
+from fot_model.rope import rotation
 
 
 class FotLlamaForCausalLM(LlamaForCausalLM):
@@ -413,8 +287,8 @@ def _check_rows(input_ids: Any) -> None:
     if input_ids is not None and not isinstance(input_ids, Tensor):
         lengths = sorted({len(row) for row in input_ids if hasattr(row, "__len__")})
         raise ValueError(
-            f"input_ids is a {type(input_ids).__name__} of rows of {lengths} tokens: give one tensor [B, L], shorter rows "
-            f"padded on the left, with their attention_mask"
+            f"input_ids is a {type(input_ids).__name__} of rows of {lengths} tokens: give one tensor [B, L], shorter "
+            f"rows padded on the left, with their attention_mask"
         )
 
 
@@ -426,8 +300,8 @@ def _check_unpadded(input_ids_BL: Tensor, config: FotLlamaConfig) -> None:
     padded_B = (input_ids_BL[:, :2] == pad).all(1)
     if padded_B.any() and not padded_B.all():
         raise ValueError(
-            f"rows {padded_B.nonzero().flatten().tolist()} begin with padding (token {pad}), so lengths are unequal, but "
-            f"there is no attention_mask: give the tokenizer's"
+            f"rows {padded_B.nonzero().flatten().tolist()} begin with padding (token {pad}), so lengths are unequal, "
+            f"but there is no attention_mask: give the tokenizer's"
         )
 
 
