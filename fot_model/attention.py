@@ -25,7 +25,7 @@ def attend(
     """Attention to these keys alone. `causal`: query i sees keys 0 to i (L = M). `seen`: bool, broadcast to
     [B, H, L, M], False hides a key; a query from which all are hidden gets a log-sum-exp near `MASKED`."""
     bias = _bias(q_BHLD, k_BHkMD.shape[2], causal, seen)
-    if _fused(q_BHLD) and not (torch.is_grad_enabled() and q_BHLD.requires_grad):
+    if is_fused(q_BHLD):
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         # Query heads that share their keys become queries of one head: the keys are read once.
         folds = not causal and bias is None
@@ -82,6 +82,11 @@ def merge(a: Partial, b: Partial) -> Partial:
 def wide_dtype(x: Tensor) -> torch.dtype:
     """float32 or wider: what scores and sums of parts are kept in."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def is_fused(q_BHLD: Tensor) -> bool:
+    """Whether torch's CPU kernel attends with these queries: no score matrix is made."""
+    return _fused(q_BHLD) and not (torch.is_grad_enabled() and q_BHLD.requires_grad)
 
 
 def _fused(q_BHLD: Tensor) -> bool:

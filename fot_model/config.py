@@ -21,6 +21,13 @@ def default_mem_layers(num_hidden_layers: int) -> list[int]:
     return [2 * num_hidden_layers // 3]
 
 
+def in_order(mem_layers: Any) -> list[int]:
+    """Layer numbers in order and once. Raises ValueError for anything but a list of whole numbers."""
+    if not isinstance(mem_layers, list | tuple | None) or any(type(layer) is not int for layer in mem_layers or []):
+        raise ValueError(f"mem_layers {mem_layers!r}: give a list of layer numbers, such as [6, 12, 18]")
+    return sorted(set(mem_layers or []))
+
+
 class FotLlamaConfig(LlamaConfig):
     """A LLaMA configuration with memory layers. Loads from any LLaMA or LongLLaMA checkpoint's configuration.
 
@@ -48,13 +55,13 @@ class FotLlamaConfig(LlamaConfig):
     last_context_length: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.mem_layers = sorted(set(self.mem_layers or []))
+        self.mem_layers = in_order(self.mem_layers)
         super().__post_init__(**kwargs)
 
     @property
     def window(self) -> int:
         """Tokens of the local context."""
-        return self.local_context or self.max_position_embeddings
+        return self.max_position_embeddings if self.local_context is None else self.local_context
 
     @property
     def memory_dtype(self) -> torch.dtype | None:
@@ -63,11 +70,14 @@ class FotLlamaConfig(LlamaConfig):
 
     def check(self) -> None:
         """Raises ValueError for a value out of range."""
-        layers = self.num_hidden_layers
-        if bad := [layer for layer in self.mem_layers or [] if not 0 <= layer < layers]:
+        layers, window = self.num_hidden_layers, self.local_context
+        self.mem_layers = in_order(self.mem_layers)  # from_pretrained sets it as given
+        if bad := [layer for layer in self.mem_layers if not 0 <= layer < layers]:
             raise ValueError(f"mem_layers {bad} out of range: the model has {layers} layers, 0 to {layers - 1}")
         if self.mem_dtype not in (None, *MEMORY_DTYPES):
             raise ValueError(f"mem_dtype {self.mem_dtype!r}: give one of {', '.join(MEMORY_DTYPES)}")
+        if window is not None and (not isinstance(window, int) or window < 2):
+            raise ValueError(f"local_context {window!r}: give the tokens of a window, 2 or more")
         self.check_last_context(self.last_context_length)
 
     def check_last_context(self, length: int | None) -> None:
@@ -104,19 +114,24 @@ class LongLlamaConfig(FotLlamaConfig):
     @classmethod
     def of(cls, config: FotLlamaConfig) -> "LongLlamaConfig":
         """The same model in the released layout. Raises ValueError for what that layout cannot say."""
-        rope = config.rope_parameters
-        says = {
-            "num_key_value_heads": (config.num_key_value_heads, config.num_attention_heads),
-            "head_dim": (config.head_dim, config.hidden_size // config.num_attention_heads),
-            "attention_bias": (config.attention_bias, False),
-            "mlp_bias": (config.mlp_bias, False),
-            "rope_type": (rope["rope_type"], "default"),
-            "mem_gate": (config.mem_gate, False),
+        made = cls(**{**config.to_dict(), "model_type": cls.model_type, "architectures": ["LongLlamaForCausalLM"]})
+        made.check()
+        return made
+
+    def check(self) -> None:
+        """Raises ValueError for a value out of range, or one that the released layout cannot say."""
+        super().check()
+        said = {
+            "num_key_value_heads": (self.num_key_value_heads, self.num_attention_heads),
+            "head_dim": (self.head_dim, self.hidden_size // self.num_attention_heads),
+            "attention_bias": (self.attention_bias, False),
+            "mlp_bias": (self.mlp_bias, False),
+            "rope_type": (self.rope_parameters["rope_type"], "default"),
+            "mem_gate": (self.mem_gate, False),
         }
-        for name, (value, only) in says.items():
+        for name, (value, only) in said.items():
             if value != only:
                 raise ValueError(f"the longllama layout has no {name} {value!r} (only {only!r}): save it as fot_llama")
-        return cls(**{**config.to_dict(), "model_type": cls.model_type})
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()

@@ -45,8 +45,6 @@ def cross_batch_attention(
     `document_ids_RL` keeps local attention inside each of the documents joined in a row. Without `local`, additional
     contexts alone; rows that see none get zeros.
     """
-    dtype = v_RHkLD.dtype  # under autocast RoPE leaves queries and keys in float32
-    q_RHLD, k_RHkLD, far_k_RHkLD = q_RHLD.to(dtype), k_RHkLD.to(dtype), far_k_RHkLD.to(dtype)
     attention = flex_cross_batch if q_RHLD.is_cuda else merged_cross_batch
     return attention(q_RHLD, k_RHkLD, v_RHkLD, far_k_RHkLD, far_v_RHkLD, plan_Rd, scale, document_ids_RL, local)
 

@@ -93,7 +93,8 @@ class FotAttention(LlamaAttention):
                 f"attention_dropout {self.attention_dropout} with a plan: set it to 0 in the configuration"
             )
         unturned_q, unturned_k, v_RHkLD = self.project(hidden_RLC)
-        q_RHLD, k_RHkLD = apply_rotary_pos_emb(unturned_q, unturned_k, cos, sin)
+        # Under autocast RoPE leaves queries and keys in float32.
+        q_RHLD, k_RHkLD = (x.to(v_RHkLD.dtype) for x in apply_rotary_pos_emb(unturned_q, unturned_k, cos, sin))
         far_k, far_v = unturned_k * self.rope_scale, v_RHkLD  # the rotation of position 0
         if cross_batch.objective == "transformer_xl":
             turns = self.config.mem_positionals or not self.is_memory_layer
@@ -115,6 +116,7 @@ class FotAttention(LlamaAttention):
         q_BHLD, k_BHkLD, v_BHkLD = self.project(hidden_BLC)
         q_BHLD, k_BHkLD = apply_rotary_pos_emb(q_BHLD, k_BHkLD, cos, sin)
         keys, values = cache.update(k_BHkLD, v_BHkLD, self.layer_idx)
+        q_BHLD, keys, values = (x.to(v_BHkLD.dtype) for x in (q_BHLD, keys, values))  # RoPE's float32 under autocast
         seen_B11M = None if cache.seen_BL is None else cache.seen_BL[:, None, None, :]
         local = self._attend_local(q_BHLD, keys, values, seen_B11M)
         remembered = cache.memory.attend(self.layer_idx, q_BHLD, self.scaling)

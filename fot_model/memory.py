@@ -15,10 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fot_model.attention import MASKED, Partial, attend, merge, wide_dtype
+from fot_model.attention import MASKED, Partial, attend, is_fused, merge, wide_dtype
 
-CHUNK = 4096  # keys a step
-SCORES = 2**22  # scores a step of a top-k search, at most
+CHUNK = 4096  # keys a step, at most
+SCORES = 2**24  # scores a step, at most, where they are written out
 
 
 class Memory(Protocol):
@@ -134,7 +134,8 @@ class DenseMemory:
     def attend(self, layer: int, q_BHLD: Tensor, scale: float) -> Partial | None:
         merged = None
         if layer in self._layers:
-            for keys, values, seen in self._layers[layer].chunks(CHUNK, q_BHLD.dtype):
+            size = CHUNK if is_fused(q_BHLD) else min(CHUNK, max(1, SCORES // q_BHLD[..., 0].numel()))
+            for keys, values, seen in self._layers[layer].chunks(size, q_BHLD.dtype):
                 part = attend(q_BHLD, keys, values, scale, seen=seen)
                 merged = part if merged is None else merge(merged, part)
         return merged

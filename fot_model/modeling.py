@@ -47,7 +47,6 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: FotLlamaConfig) -> None:
         super().__init__(config)
-        config.mem_layers = sorted(set(config.mem_layers or []))  # from_pretrained sets it as given
         config.check()
         for layer in self.model.layers:
             FotAttention.adopt(layer.self_attn, self.model.rotary_emb.attention_scaling)

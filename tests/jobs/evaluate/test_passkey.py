@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fot_model import FotCache, FotLlamaConfig
 from jobs.evaluate import passkey as module
 from jobs.evaluate.passkey import FILLER, KEY, QUESTION, TASK, make_prompt, passkey, passkey_trials
 from pipelines.errors import UserError
@@ -34,11 +35,14 @@ class Reader:
 
     def __init__(self, tokenizer: TextTokenizer, knows: bool) -> None:
         self.tokenizer, self.sign, self.seen = tokenizer, 9.0 if knows else -9.0, torch.zeros(0, dtype=torch.long)
+        self.config = FotLlamaConfig(num_hidden_layers=1, num_attention_heads=1, hidden_size=2)
 
     def eval(self) -> "Reader":
         return self
 
-    def __call__(self, rows: torch.Tensor, memory: object) -> SimpleNamespace:
+    def __call__(self, rows: torch.Tensor, past_key_values: FotCache, **_how: object) -> SimpleNamespace:
+        nothing = torch.zeros(len(rows), 1, rows.shape[1], 2)
+        past_key_values.update(nothing, nothing, 0)
         logits = torch.zeros(*rows.shape, self.tokenizer.vocab_size)
         question = self.tokenizer.encode(QUESTION)
         ends = [self._end(row.tolist(), question) for row in rows]
