@@ -9,7 +9,6 @@ Shapes: B batch (R rows of contexts in training), L tokens, d additional context
 """
 
 import os
-from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,6 +23,7 @@ from fot_model.config import FotLlamaConfig, LongLlamaConfig
 from fot_model.cross_batch import same_document
 from fot_model.layer import CrossBatch, FotAttention, Objective
 from fot_model.plan import check_plan
+from fot_model.reading import check_cache, check_rows, check_unpadded, new_padding, read
 from fot_model.rope import rotation
 
 
@@ -74,12 +74,14 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         last_context_length: int | None = None,
         **kwargs: Any,
     ) -> Any:
-        _check_rows(input_ids)
+        check_rows(input_ids)
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         given = [tensor for tensor in inputs.values() if tensor is not None]
         if len(given) != 1:
             raise ValueError("give either input_ids or inputs_embeds")
         B, L = given[0].shape[:2]
+        if L == 0:
+            raise ValueError("the input has no tokens: give at least one, such as the tokenizer's bos")
         if plan is not None:
             if past_key_values is not None:
                 raise ValueError("past_key_values with a plan: in training the plan's rows are the past")
@@ -92,7 +94,7 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         else:
             self.config.check_last_context(last_context_length)
             if attention_mask is None and input_ids is not None and past_key_values is None:
-                _check_unpadded(input_ids, self.config)
+                check_unpadded(input_ids, self.config.pad_token_id, self.config.bos_token_id)
             kept_local = last_context_length or self.config.last_context_length
             if use_cache is None:
                 use_cache = self.config.use_cache and not self.training
@@ -169,91 +171,25 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         if embeddings_BLC is None:
             embeddings_BLC = self.get_input_embeddings()(inputs["input_ids"])
         B, L, _ = embeddings_BLC.shape
-        cache = self._checked_cache(cache, B, **kwargs)
-        seen_BL = _new_padding(attention_mask, B, L)
-        if kept_local is not None:
-            embeddings_BLC, seen_BL = self._with_tail(cache, embeddings_BLC, seen_BL, kept_local)
-        outputs = []
-        for start, end in self._windows(cache, embeddings_BLC.shape[1], kept_local):
-            seen = None if seen_BL is None else seen_BL[:, start:end]
-            positions = cache.enter(seen, end - start, B, embeddings_BLC.device)
-            outputs.append(
-                self.model(
-                    inputs_embeds=embeddings_BLC[:, start:end],
-                    attention_mask=cache.seen_BL,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    **kwargs,
-                )
-            )
-        hidden_BLC = torch.cat([output.last_hidden_state for output in outputs], dim=1)[:, -L:]
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_BLC[:, kept])
-        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
-        states = [output.hidden_states for output in outputs]
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=cache if use_cache else None,
-            hidden_states=tuple(torch.cat(layer, 1)[:, -L:] for layer in zip(*states, strict=True))
-            if states[0]
-            else None,
-        )
-
-    def _with_tail(
-        self, cache: FotCache, embeddings_BLC: Tensor, seen_BL: Tensor | None, kept_local: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """With `last_context_length` the windows depend on where the input ends. So that a prompt in several calls of
-        more than one token equals one call, such a call reads again what is not yet in whole windows, at most a window
-        and the last context of the prompt, and what was generated since."""
-        L = embeddings_BLC.shape[1]
-        if L > 1 and (tail := cache.replay()) is not None:
-            past_BLC, past_seen_BL = tail
-            new_seen_BL = torch.ones_like(past_seen_BL[:, :1]).expand(-1, L) if seen_BL is None else seen_BL
-            embeddings_BLC = torch.cat([past_BLC, embeddings_BLC], dim=1)
-            seen_BL = torch.cat([past_seen_BL, new_seen_BL], dim=1)
-            seen_BL = None if seen_BL.all() else seen_BL
-        whole = max(0, embeddings_BLC.shape[1] - kept_local) // self.config.window * self.config.window if L > 1 else 0
-        cache.note(embeddings_BLC[:, whole:], None if seen_BL is None else seen_BL[:, whole:])
-        return embeddings_BLC, seen_BL
-
-    def _windows(self, cache: FotCache, length: int, kept_local: int | None) -> Iterator[tuple[int, int]]:
-        """Split new tokens into (start, end) that fit the local context, making room in it before each.
-
-        A full local context moves all but its last `kept_local` tokens (half of it, if None) to the memory, so the
-        windows of a token do not depend on how the input was split into calls. With `kept_local`, an input longer than
-        that goes first, but for its last `kept_local` tokens, window by window into memory, as LongLLaMA's code does.
-        """
-        window, start = self.config.window, 0
-        if kept_local is not None and length > kept_local:
-            cache.evict(cache.local_length)
-            for start in range(0, length - kept_local, window):
-                yield start, min(start + window, length - kept_local)
-                cache.evict(cache.local_length)
-            start = length - kept_local
-        while start < length:
-            if cache.local_length >= window:
-                cache.evict(max(1, window - (kept_local or window // 2)))
-            end = min(length, start + window - cache.local_length)
-            yield start, end
-            start = end
-
-    def _checked_cache(self, cache: Cache | None, rows: int, **kwargs: Any) -> FotCache:
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions with memory: attention_mass reads out what memory layers attend to")
         if self.training and self.is_gradient_checkpointing:
             raise ValueError("memory with gradient checkpointing: call model.eval() to read, or train with a plan")
-        if cache is None or (not isinstance(cache, FotCache) and cache.get_seq_length() == 0):
-            return FotCache(self.config)
-        if not isinstance(cache, FotCache):
-            raise ValueError(f"past_key_values is a {type(cache).__name__}: give a FotCache(model.config), or none")
-        if cache.rows not in (None, rows):
-            raise ValueError(
-                f"past_key_values holds {cache.rows} rows, the input has {rows}: "
-                f"past_key_values.batch_repeat_interleave(n) makes n of each"
-            )
-        return cache
+        cache = FotCache(self.config) if cache is None else check_cache(cache, B)
+        seen_BL = new_padding(attention_mask, B, L)
+        wants_states = kwargs.get("output_hidden_states") or self.config.output_hidden_states
+        needed = L
+        if isinstance(logits_to_keep, int) and logits_to_keep and not wants_states:
+            needed = min(L, logits_to_keep)
+        hidden_BLC, states = read(self.model, embeddings_BLC, seen_BL, cache, kept_local, needed, **kwargs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_BLC[:, kept])
+        return CausalLMOutputWithPast(
+            loss=None if labels is None else self.loss_function(logits, labels, self.config.vocab_size),
+            logits=logits,
+            past_key_values=cache if use_cache else None,
+            hidden_states=states,
+        )
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         """`generate` reads with a `FotCache` of its own where it is given none."""
@@ -280,35 +216,3 @@ class LongLlamaForCausalLM(FotLlamaForCausalLM):
     """The same model, loaded from and saved in the layout of the released LongLLaMA checkpoints."""
 
     config_class = LongLlamaConfig
-
-
-def _check_rows(input_ids: Any) -> None:
-    if input_ids is not None and not isinstance(input_ids, Tensor):
-        lengths = sorted({len(row) for row in input_ids if hasattr(row, "__len__")})
-        raise ValueError(
-            f"input_ids is a {type(input_ids).__name__} of rows of {lengths} tokens: give one tensor [B, L], shorter "
-            f"rows padded on the left, with their attention_mask"
-        )
-
-
-def _check_unpadded(input_ids_BL: Tensor, config: FotLlamaConfig) -> None:
-    """Raises ValueError where some rows begin with several padding tokens and no mask says that these are padding."""
-    pad = config.pad_token_id
-    if pad is None or pad == config.bos_token_id or input_ids_BL.shape[0] < 2 or input_ids_BL.shape[1] < 2:
-        return
-    padded_B = (input_ids_BL[:, :2] == pad).all(1)
-    if padded_B.any() and not padded_B.all():
-        raise ValueError(
-            f"rows {padded_B.nonzero().flatten().tolist()} begin with padding (token {pad}), so lengths are unequal, "
-            f"but there is no attention_mask: give the tokenizer's"
-        )
-
-
-def _new_padding(attention_mask: Tensor | None, B: int, L: int) -> Tensor | None:
-    """Bool [B, L], False where a new token is padding; None where there is none."""
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] < L:
-        raise ValueError(f"attention_mask {list(attention_mask.shape)}: give [{B}, {L}], 0 for padding")
-    seen_BL = attention_mask[:, -L:].bool()
-    return None if seen_BL.all() else seen_BL
