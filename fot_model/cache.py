@@ -86,25 +86,25 @@ class FotCache(DynamicCache):
         positions = self._positions(length, device)
         gone_BL = None if self.seen_BL is None else self.seen_BL[:, :count]
         moved_B1 = positions.new_full((1, 1), count) if gone_BL is None else gone_BL.sum(1, keepdim=True)
+        back_to_start = rotation(self._rope, positions[:, :count], length)
+        back_by_moved = rotation(self._rope, moved_B1, length)
         for number, layer in enumerate(self.layers):
             remembers = number in self._mem_layers
             turns = self._turns_memory_layers or not remembers
             keys, values = layer.keys, layer.values
             if remembers:
                 gone = keys[:, :, :count]
-                self.memory.append(
-                    number,
-                    self._turn_back(gone, positions[:, :count]) if turns else gone,
-                    values[:, :, :count],
-                    gone_BL,
-                )
+                gone = turn_back(gone, *back_to_start) if turns else gone
+                self.memory.append(number, gone, values[:, :, :count], gone_BL)
             if count == length:
                 layer.reset()
             else:
                 kept = keys[:, :, count:]
-                layer.keys = self._turn_back(kept, moved_B1) if turns else kept.clone()
+                layer.keys = turn_back(kept, *back_by_moved) if turns else kept.clone()
                 layer.values = values[:, :, count:].clone()
-        self.seen_BL = None if self.seen_BL is None or count == length else self.seen_BL[:, count:]
+        if self.seen_BL is not None:
+            stays_BL = self.seen_BL[:, count:]
+            self.seen_BL = None if stays_BL.all() else stays_BL
         self._left += count
 
     def flush(self) -> None:
@@ -219,11 +219,6 @@ class FotCache(DynamicCache):
         if self.seen_BL is None:
             return torch.arange(length, device=device)[None]
         return (self.seen_BL[:, :length].long().cumsum(1) - 1).clamp(min=0)
-
-    def _turn_back(self, keys_BHkLD: Tensor, by_BL: Tensor) -> Tensor:
-        """Keys rotated back by so many positions (RoPE is a rotation; what a kind of RoPE multiplies keys with, they
-        keep)."""
-        return turn_back(keys_BHkLD, *rotation(self._rope, by_BL.to(keys_BHkLD.device)))
 
 
 class Tail:

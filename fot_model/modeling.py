@@ -139,7 +139,7 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         if objective == "transformer_xl" and plan_Rd.shape[1] > 1:
             raise ValueError(f"transformer_xl sees one context, the previous: the plan has {plan_Rd.shape[1]} columns")
         rope = self.model.rotary_emb
-        one_context = rotation(rope, torch.full((1, 1), L, device=rope.inv_freq.device))
+        one_context = rotation(rope, torch.full((1, 1), L, device=rope.inv_freq.device), L)
         return CrossBatch(plan_Rd, objective, document_ids_RL, one_context)
 
     def _document_mask(self, document_ids_RL: Tensor | None) -> Tensor | None:
