@@ -7,7 +7,7 @@ from fot_model.config import FotLlamaConfig, LongLlamaConfig, default_mem_layers
 from fot_model.mass import attention_mass
 from fot_model.memory import DenseMemory, TopKMemory
 from fot_model.modeling import FotLlamaForCausalLM, LongLlamaForCausalLM
-from fot_model.plan import c_prev_plan, check_plan, cross_batch_plan, longllama_plan
+from fot_model.plan import c_prev_plan, check_plan, cross_batch_plan, longllama_plan, pad_plan
 
 AutoConfig.register(FotLlamaConfig.model_type, FotLlamaConfig)
 AutoConfig.register(LongLlamaConfig.model_type, LongLlamaConfig)
@@ -28,4 +28,5 @@ __all__ = [
     "cross_batch_plan",
     "default_mem_layers",
     "longllama_plan",
+    "pad_plan",
 ]

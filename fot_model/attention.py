@@ -22,20 +22,21 @@ Partial = tuple[Tensor, Tensor]  # output [B, H, L, D], log-sum-exp [B, H, L]; m
 def attend(
     q_BHLD: Tensor, k_BHkMD: Tensor, v_BHkMD: Tensor, scale: float, causal: bool = False, seen: Tensor | None = None
 ) -> Partial:
-    """Attention to these keys alone. `causal`: query i sees keys 0 to i (L = M). `seen`: bool, broadcast to
-    [B, H, L, M], False hides a key; a query from which all are hidden gets a log-sum-exp near `MASKED`."""
+    """Attention to these keys alone. `causal`: query i sees keys 0 to i (L = M). `seen`: bool of four dimensions,
+    broadcast to [B, H, L, M], False hides a key; a query from which all are hidden gets a log-sum-exp near `MASKED`."""
     bias = _bias(q_BHLD, k_BHkMD.shape[2], causal, seen)
-    if is_fused(q_BHLD):
+    if is_fused(q_BHLD, k_BHkMD, v_BHkMD):
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         # Query heads that share their keys become queries of one head: the keys are read once.
         folds = not causal and bias is None
         q = _fold(q_BHLD, k_BHkMD.shape[1]) if folds else q_BHLD
         out, lse = kernel(q, k_BHkMD, v_BHkMD, 0.0, causal and bias is None, attn_mask=bias, scale=scale)
         return out.reshape(q_BHLD.shape), lse.reshape(q_BHLD.shape[:3])
-    scores_BHkGLM = _scores(q_BHLD, k_BHkMD, scale, causal, bias)
-    lse_BHkGL = scores_BHkGLM.logsumexp(-1)
-    weights_BHkGLM = (scores_BHkGLM - lse_BHkGL[..., None]).exp().to(v_BHkMD.dtype)
-    return (weights_BHkGLM @ v_BHkMD[:, :, None]).flatten(1, 2), lse_BHkGL.flatten(1, 2)
+    with torch.autocast(q_BHLD.device.type, enabled=False):
+        scores_BHkGLM = _scores(q_BHLD, k_BHkMD, scale, causal, bias)
+        lse_BHkGL = scores_BHkGLM.logsumexp(-1)
+        weights_BHkGLM = (scores_BHkGLM - lse_BHkGL[..., None]).exp().to(v_BHkMD.dtype)
+        return (weights_BHkGLM @ v_BHkMD[:, :, None]).flatten(1, 2), lse_BHkGL.flatten(1, 2)
 
 
 def attend_backward(
@@ -84,9 +85,10 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def is_fused(q_BHLD: Tensor) -> bool:
-    """Whether torch's CPU kernel attends with these queries: no score matrix is made."""
-    return _fused(q_BHLD) and not (torch.is_grad_enabled() and q_BHLD.requires_grad)
+def is_fused(q_BHLD: Tensor, *others: Tensor) -> bool:
+    """Whether torch's CPU kernel attends with these queries, keys and values: no score matrix is made."""
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHLD, *others))
+    return _fused(q_BHLD) and not differentiated
 
 
 def _fused(q_BHLD: Tensor) -> bool:
@@ -108,8 +110,9 @@ def _bias(q_BHLD: Tensor, keys: int, causal: bool, seen: Tensor | None) -> Tenso
 
 def _scores(q_BHLD: Tensor, k_BHkMD: Tensor, scale: float, causal: bool, bias: Tensor | None) -> Tensor:
     """[B, Hk, G, L, M] in float32 or wider."""
-    scores = q_BHLD.unflatten(1, (k_BHkMD.shape[1], -1)) @ k_BHkMD[:, :, None].transpose(-1, -2)
-    scores = scores.to(wide_dtype(q_BHLD)) * scale
+    wide = wide_dtype(q_BHLD)
+    q_BHkGLD, k_BHk1MD = q_BHLD.to(wide).unflatten(1, (k_BHkMD.shape[1], -1)), k_BHkMD.to(wide)[:, :, None]
+    scores = q_BHkGLD @ k_BHk1MD.transpose(-1, -2) * scale
     if bias is not None:
         return scores + (bias[:, :, None] if bias.shape[1] == 1 else bias.unflatten(1, (k_BHkMD.shape[1], -1)))
     return scores.masked_fill(~_tril(scores.shape[-1], scores.device), MASKED) if causal else scores

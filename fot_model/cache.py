@@ -8,10 +8,12 @@ what stays moves down to the first positions.
 Shapes: B batch, Hk key/value heads, L tokens, D head size.
 """
 
+import copy
 import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +27,11 @@ from fot_model.memory import DenseMemory, GrowingBuffer, Memory
 from fot_model.rope import rotation, turn_back
 
 FORMAT = "fot-cache-1"
+# What, beside the parameters, decides on keys and values.
+SHAPE = (
+    "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act", "rope_parameters",
+    "mem_layers", "mem_positionals", "mem_gate",
+)  # fmt: skip
 
 
 class FotCache(DynamicCache):
@@ -42,7 +49,7 @@ class FotCache(DynamicCache):
         self._mem_layers = frozenset(config.mem_layers or [])
         self._turns_memory_layers = config.mem_positionals
         self._rope = LlamaRotaryEmbedding(config)
-        self._left = 0  # tokens that left the local context
+        self._left = len(self.memory)  # tokens that left the local context
         self._tail = Tail()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -61,6 +68,8 @@ class FotCache(DynamicCache):
     @property
     def rows(self) -> int | None:
         """Rows of the batch; None while nothing was read."""
+        if not self.get_seq_length():
+            return None
         tensors = [layer.keys for layer in self.layers if layer.is_initialized] or [*self.memory.state_dict().values()]
         return tensors[0].shape[0] if tensors else None
 
@@ -151,6 +160,7 @@ class FotCache(DynamicCache):
     def reset(self) -> None:
         """Forget everything."""
         self.truncate(0)
+        self.memory.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""
@@ -165,6 +175,21 @@ class FotCache(DynamicCache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         if (rows := self.rows) is not None:
             self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FotCache":
+        """What it holds, without the graph of the passes that made it."""
+        made = copy.copy(self)
+        memo[id(self)] = made
+        for name, value in vars(self).items():
+            setattr(made, name, copy.deepcopy(value, memo) if name != "layers" else [])
+        for layer in self.layers:
+            made.layers.append(copy.copy(layer))
+            if layer.is_initialized:
+                made.layers[-1].keys, made.layers[-1].values = (
+                    layer.keys.detach().clone(),
+                    layer.values.detach().clone(),
+                )
+        return made
 
     def save(self, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
         """Write everything to a safetensors file, which says what model it belongs to."""
@@ -181,6 +206,8 @@ class FotCache(DynamicCache):
         try:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, unfinished, metadata)
             os.replace(unfinished, path)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from None
         finally:
             unfinished.unlink(missing_ok=True)
 
@@ -189,6 +216,8 @@ class FotCache(DynamicCache):
         """Read what `save` wrote, onto the model's device; `memory` takes the memory's part (by default a
         `DenseMemory`). Raises ValueError for a file of another model or of another kind."""
         cache = cls(model.config, memory)
+        if not os.path.isfile(path):
+            raise ValueError(f"{path} is no memory file: there is no such file")
         try:
             with safe_open(os.fspath(path), framework="pt", device=str(model.device)) as file:
                 metadata = file.metadata() or {}
@@ -207,10 +236,10 @@ class FotCache(DynamicCache):
         )
         for number, layer in enumerate(cache.layers):
             if f"local.{number}.keys" in tensors:
-                layer.update(tensors[f"local.{number}.keys"], tensors[f"local.{number}.values"])
+                layer.update(*(tensors[f"local.{number}.{name}"].to(model.dtype) for name in ("keys", "values")))
         cache.seen_BL = tensors.get("seen")
         if "tail.embeddings" in tensors:
-            cache.note(tensors["tail.embeddings"], tensors["tail.seen"])
+            cache.note(tensors["tail.embeddings"].to(model.dtype), tensors["tail.seen"])
         cache._left = json.loads(metadata["left"])
         return cache
 
@@ -251,16 +280,15 @@ class Tail:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Names a model by its configuration's shape and a sample of every parameter, in bfloat16 so that the number type
+    """Names a model by its shape and a sample of every parameter, in bfloat16 so that the number type
     it was loaded in does not matter."""
     digest = hashlib.sha256()
     config = model.config
-    digest.update(
-        json.dumps([config.mem_layers, config.mem_positionals, config.rope_parameters], sort_keys=True).encode()
-    )
+    shape = {name: getattr(config, name) for name in SHAPE}
+    digest.update(json.dumps(shape, sort_keys=True).encode())
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.bfloat16)
+        sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.bfloat16).contiguous()
         digest.update(f"{name}{list(parameter.shape)}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

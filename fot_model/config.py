@@ -111,6 +111,15 @@ class LongLlamaConfig(FotLlamaConfig):
 
     model_type = "longllama"
 
+    mem_dtype: str | None = "bfloat16"
+    last_context_length: int | None = 1024
+    mem_attention_grouping: list[int] | None = None
+    pad_token_id: int | None = 0
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return super().from_dict({k: v for k, v in config_dict.items() if k not in LONGLLAMA_CODE}, **kwargs)
+
     @classmethod
     def of(cls, config: FotLlamaConfig) -> "LongLlamaConfig":
         """The same model in the released layout. Raises ValueError for what that layout cannot say."""
@@ -120,7 +129,6 @@ class LongLlamaConfig(FotLlamaConfig):
 
     def check(self) -> None:
         """Raises ValueError for a value out of range, or one that the released layout cannot say."""
-        super().check()
         said = {
             "num_key_value_heads": (self.num_key_value_heads, self.num_attention_heads),
             "head_dim": (self.head_dim, self.hidden_size // self.num_attention_heads),
@@ -132,6 +140,7 @@ class LongLlamaConfig(FotLlamaConfig):
         for name, (value, only) in said.items():
             if value != only:
                 raise ValueError(f"the longllama layout has no {name} {value!r} (only {only!r}): save it as fot_llama")
+        super().check()
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()

@@ -2,7 +2,7 @@
 
 One softmax covers the causal local context and every token of the additional contexts that the plan (`plan.py`) names.
 Local keys carry RoPE by their position; the caller gives the *far* keys, what additional contexts show of themselves
-(FoT: position 0 of the local window), and detaches them where the objective does not differentiate them.
+(FoT: position 0 of the local window).
 
 Cost: the attention is done a part at a time and merged by log-sum-exp (`attention.py`), forward and backward, so the
 memory is that of a plain causal step: no [R, d, L, H, D] tensor of gathered keys, no [L, d * L] scores. The time grows
@@ -39,14 +39,16 @@ def cross_batch_attention(
     scale: float,
     document_ids_RL: Tensor | None = None,
     local: bool = True,
+    differentiable: bool = True,
 ) -> Tensor:
     """One softmax over the causal local context and all additional contexts of the plan. Returns [R, H, L, D].
 
     `document_ids_RL` keeps local attention inside each of the documents joined in a row. Without `local`, additional
-    contexts alone; rows that see none get zeros.
+    contexts alone; rows that see none get zeros. Unless `differentiable`, far keys and values get no gradient.
     """
     attention = flex_cross_batch if q_RHLD.is_cuda else merged_cross_batch
-    return attention(q_RHLD, k_RHkLD, v_RHkLD, far_k_RHkLD, far_v_RHkLD, plan_Rd, scale, document_ids_RL, local)
+    inputs = (q_RHLD, k_RHkLD, v_RHkLD, far_k_RHkLD, far_v_RHkLD)
+    return attention(*inputs, plan_Rd, scale, document_ids_RL, local, differentiable)
 
 
 @torch.compiler.disable
@@ -60,8 +62,11 @@ def merged_cross_batch(
     scale: float,
     document_ids_RL: Tensor | None,
     local: bool,
+    differentiable: bool = True,
 ) -> Tensor:
     """Part by part; see `cross_batch_attention`."""
+    if not differentiable:
+        far_k_RHkLD, far_v_RHkLD = far_k_RHkLD.detach(), far_v_RHkLD.detach()
     plan = [[row for row in seen if row >= 0] for seen in plan_Rd.tolist()]
     seen_R1LL = None if document_ids_RL is None else same_document(document_ids_RL.to(q_RHLD.device))
     return _MergedCrossBatch.apply(q_RHLD, k_RHkLD, v_RHkLD, far_k_RHkLD, far_v_RHkLD, plan, scale, seen_R1LL, local)
@@ -102,7 +107,8 @@ class _MergedCrossBatch(torch.autograd.Function):
         else:
             grads = (torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
         grad_q, grad_k, grad_v = grads
-        grad_far_k, grad_far_v = torch.zeros_like(far_k), torch.zeros_like(far_v)
+        grad_q = grad_q.to(lse.dtype)  # sums of many parts are kept in float32
+        grad_far_k, grad_far_v = (torch.zeros_like(x, dtype=lse.dtype) for x in (far_k, far_v))
         for row, others in _parts(plan):
             mine = slice(row, row + 1)
             of_q, of_k, of_v = attend_backward(
@@ -112,7 +118,8 @@ class _MergedCrossBatch(torch.autograd.Function):
             for other, of_k_HkLD, of_v_HkLD in zip(others, _apart(of_k, others), _apart(of_v, others), strict=True):
                 grad_far_k[other] += of_k_HkLD
                 grad_far_v[other] += of_v_HkLD
-        return grad_q, grad_k, grad_v, grad_far_k, grad_far_v, None, None, None, None
+        gradients = (grad_q, grad_k, grad_v, grad_far_k, grad_far_v)
+        return (*(gradient.to(q.dtype) for gradient in gradients), None, None, None, None)
 
 
 def _parts(plan: list[list[int]]) -> list[tuple[int, list[int]]]:
@@ -144,11 +151,14 @@ def flex_cross_batch(
     scale: float,
     document_ids_RL: Tensor | None,
     local: bool,
+    differentiable: bool = True,
 ) -> Tensor:
     """The batch as one long sequence: R * L queries against R * L local and R * L far keys, of which a block mask
     leaves those that the plan allows. See `cross_batch_attention`."""
+    if not differentiable:
+        far_k_RHkLD, far_v_RHkLD = far_k_RHkLD.detach(), far_v_RHkLD.detach()
     R, _, L, _ = q_RHLD.shape
-    plan_Rd = plan_Rd.to(q_RHLD.device)
+    plan_Rd = plan_Rd.to(q_RHLD.device, torch.long)
     sees_RR = torch.zeros(R, R + 1, dtype=torch.bool, device=q_RHLD.device)
     sees_RR.scatter_(1, plan_Rd.where(plan_Rd >= 0, R), True)  # the last column takes the padding
     documents_N = (

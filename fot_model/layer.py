@@ -83,7 +83,9 @@ class FotAttention(LlamaAttention):
     def project(self, hidden_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, H, L, D], keys and values [B, Hk, L, D], without positions."""
         B, L, _ = hidden_BLC.shape
-        q, k, v = (proj(hidden_BLC).view(B, L, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            proj(hidden_BLC).reshape(B, L, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def _train(self, hidden_RLC: Tensor, cos: Tensor, sin: Tensor, cross_batch: CrossBatch) -> Tensor:
@@ -99,15 +101,13 @@ class FotAttention(LlamaAttention):
         if cross_batch.objective == "transformer_xl":
             turns = self.config.mem_positionals or not self.is_memory_layer
             far_k = turn_back(k_RHkLD, *cross_batch.one_context) if turns else k_RHkLD
-        if cross_batch.objective != "fot":
-            far_k, far_v = far_k.detach(), far_v.detach()
-        tensors = (q_RHLD, k_RHkLD, v_RHkLD, far_k, far_v)
-        plan_Rd, documents_RL = cross_batch.plan, cross_batch.document_ids
+        tensors, plan_Rd = (q_RHLD, k_RHkLD, v_RHkLD, far_k, far_v), cross_batch.plan
+        documents_RL, differentiable = cross_batch.document_ids, cross_batch.objective == "fot"
         if self.mem_gate is None or cross_batch.objective != "memorizing":
-            return cross_batch_attention(*tensors, plan_Rd, self.scaling, documents_RL)
+            return cross_batch_attention(*tensors, plan_Rd, self.scaling, documents_RL, differentiable=differentiable)
         nothing_Rd = plan_Rd.new_empty(plan_Rd.shape[0], 0)
         local_RHLD = cross_batch_attention(*tensors, nothing_Rd, self.scaling, documents_RL)
-        far_RHLD = cross_batch_attention(*tensors, plan_Rd, self.scaling, local=False)
+        far_RHLD = cross_batch_attention(*tensors, plan_Rd, self.scaling, local=False, differentiable=False)
         has_memory_R = (plan_Rd >= 0).any(1).to(local_RHLD.device)
         return self._gated(local_RHLD, far_RHLD, has_memory_R[:, None, None, None])
 

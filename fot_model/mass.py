@@ -63,8 +63,14 @@ def attention_mass(
 
     def add(attention: nn.Module, _args: Any, inputs: dict[str, Any]) -> None:
         assert isinstance(attention, FotAttention)
-        if (cross_batch := inputs.get("cross_batch")) is not None:
+        recomputed = torch._C._current_graph_task_id() != -1  # gradient checkpointing, in the backward pass
+        if (cross_batch := inputs.get("cross_batch")) is not None and not recomputed:
+            if cross_batch.objective == "transformer_xl":
+                raise ValueError("attention_mass with transformer_xl: it has no additional contexts to tell apart")
             hidden_RLC = inputs["hidden_states"].detach()
+            if documents.shape not in (hidden_RLC.shape[:1], hidden_RLC.shape[:2]):
+                R, L = hidden_RLC.shape[:2]
+                raise ValueError(f"documents {list(documents.shape)}: give one for each row [{R}], or token [{R}, {L}]")
             documents_RL = (
                 documents if documents.dim() == 2 else documents[:, None].expand(hidden_RLC.shape[:2])
             ).cpu()
@@ -107,7 +113,8 @@ def _mass(
             own_LL = causal_LL & (ids_L[:, None] == ids_L[None, :])
         keys_HkMD = torch.cat([k_RHkLD[row], *(far_k_RHkLD[other] for other in others)], dim=1)
         scores_HLM = (q_RHLD[row] @ keys_HkMD.repeat_interleave(group, 0).transpose(-1, -2)).float() * attention.scaling
-        scores_HLM[:, :, :L].masked_fill_(~own_LL, -torch.inf)
+        gated = attention.mem_gate is not None and cross_batch.objective == "memorizing"  # two softmaxes
+        scores_HLM[:, :, :L].masked_fill_(~own_LL | gated, -torch.inf)
         weights_HLN = scores_HLM.softmax(-1)[:, :, L:].double().cpu()
         documents_N = torch.cat([documents_RL[other] for other in others])
         same_LN = documents_RL[row][:, None] == documents_N[None, :]

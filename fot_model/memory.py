@@ -64,6 +64,8 @@ class GrowingBuffer:
             if self._held is not None:
                 grown[:, :, :start] = self._held[:, :, :start]
             self._held = grown
+        if self._held.is_inference() and not torch.is_inference_mode_enabled():
+            self._held = self._held.clone()  # torch lets nothing be written into it any more
         self._held[:, :, start:end] = new_BHkLD.detach()
         self.length = end
 
@@ -195,8 +197,8 @@ class TopKMemory(DenseMemory):
         best = q_BHkND.new_empty(*q_BHkND.shape[:3], 0, dtype=wide_dtype(q_BHLD))
         places = torch.empty(best.shape, dtype=torch.long, device=best.device)
         start = 0
-        for keys, _, seen in memory.chunks(CHUNK, q_BHLD.dtype):
-            scores = (q_BHkND @ keys.transpose(-1, -2)).to(best.dtype) * scale
+        for keys, _, seen in memory.chunks(CHUNK, best.dtype):
+            scores = (q_BHkND.to(best.dtype) @ keys.transpose(-1, -2)) * scale
             if seen is not None:
                 scores = scores.masked_fill(~seen, MASKED)
             here = torch.arange(start, start + keys.shape[2], device=best.device).expand(scores.shape)

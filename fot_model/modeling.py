@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from transformers import Cache, LlamaForCausalLM
-from transformers.generation import MaxLengthCriteria, StoppingCriteriaList
+from transformers.generation import GenerationMode, MaxLengthCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -23,7 +23,7 @@ from fot_model.config import FotLlamaConfig, LongLlamaConfig
 from fot_model.cross_batch import same_document
 from fot_model.layer import CrossBatch, FotAttention, Objective
 from fot_model.plan import check_plan
-from fot_model.reading import check_cache, check_rows, check_unpadded, new_padding, read
+from fot_model.reading import check_cache, check_positions, check_rows, check_unpadded, new_padding, read
 from fot_model.rope import rotation
 
 
@@ -52,10 +52,13 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
             FotAttention.adopt(layer.self_attn, self.model.rotary_emb.attention_scaling)
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, FotAttention) and module.mem_gate is not None:
-            nn.init.zeros_(module.mem_gate)
+    def initialize_weights(self) -> None:
+        """As transformers does; gates that no checkpoint brought start half open."""
+        super().initialize_weights()
+        for layer in self.model.layers:
+            gate = getattr(layer.self_attn, "mem_gate", None)  # not there yet at a LLaMA's own initialisation
+            if gate is not None and not getattr(gate, "_is_hf_initialized", False):
+                nn.init.zeros_(gate)
 
     @can_return_tuple
     def forward(
@@ -93,7 +96,7 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
             raise ValueError("document_ids and objective belong to training: give them with a plan")
         else:
             self.config.check_last_context(last_context_length)
-            if attention_mask is None and input_ids is not None and past_key_values is None:
+            if attention_mask is None and position_ids is None and input_ids is not None and past_key_values is None:
                 check_unpadded(input_ids, self.config.pad_token_id, self.config.bos_token_id)
             kept_local = last_context_length or self.config.last_context_length
             if use_cache is None:
@@ -102,8 +105,18 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
             reads = self.config.mem_layers and (use_cache or past_key_values is not None or too_long)
             if reads or isinstance(past_key_values, FotCache):
                 return self._read(
-                    inputs, attention_mask, past_key_values, labels, use_cache, logits_to_keep, kept_local, **kwargs
+                    inputs,
+                    attention_mask,
+                    position_ids,
+                    past_key_values,
+                    labels,
+                    use_cache,
+                    logits_to_keep,
+                    kept_local,
+                    **kwargs,
                 )
+            if self.config.mem_layers and attention_mask is not None and attention_mask.dim() == 2:
+                new_padding(attention_mask, B, L, 0)
         return super().forward(
             **inputs,
             attention_mask=attention_mask,
@@ -123,6 +136,8 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         **kwargs: Any,
     ) -> None:
         """As transformers does. `form` "longllama" writes the layout of the released LongLLaMA checkpoints."""
+        if form not in ("fot_llama", "longllama"):
+            raise ValueError(f"form {form!r}: give fot_llama or longllama")
         config = LongLlamaConfig.of(self.config) if form == "longllama" else None
         super().save_pretrained(save_directory, *args, **kwargs)
         if config is not None:
@@ -138,8 +153,7 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         check_plan(plan_Rd, R, document_ids_RL)
         if objective == "transformer_xl" and plan_Rd.shape[1] > 1:
             raise ValueError(f"transformer_xl sees one context, the previous: the plan has {plan_Rd.shape[1]} columns")
-        rope = self.model.rotary_emb
-        one_context = rotation(rope, torch.full((1, 1), L, device=rope.inv_freq.device), L)
+        one_context = rotation(self.model.rotary_emb, torch.full((1, 1), L, device=self.device), L)
         return CrossBatch(plan_Rd, objective, document_ids_RL, one_context)
 
     def _document_mask(self, document_ids_RL: Tensor | None) -> Tensor | None:
@@ -159,6 +173,7 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         self,
         inputs: dict[str, Tensor | None],
         attention_mask: Tensor | None,
+        position_ids: Tensor | None,
         cache: Cache | None,
         labels: Tensor | None,
         use_cache: bool,
@@ -176,7 +191,8 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         if self.training and self.is_gradient_checkpointing:
             raise ValueError("memory with gradient checkpointing: call model.eval() to read, or train with a plan")
         cache = FotCache(self.config) if cache is None else check_cache(cache, B)
-        seen_BL = new_padding(attention_mask, B, L)
+        seen_BL = new_padding(attention_mask, B, L, cache.get_seq_length())
+        check_positions(position_ids, seen_BL)
         wants_states = kwargs.get("output_hidden_states") or self.config.output_hidden_states
         needed = L
         if isinstance(logits_to_keep, int) and logits_to_keep and not wants_states:
@@ -185,15 +201,19 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_BLC[:, kept])
         return CausalLMOutputWithPast(
-            loss=None if labels is None else self.loss_function(logits, labels, self.config.vocab_size),
+            loss=None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs),
             logits=logits,
             past_key_values=cache if use_cache else None,
             hidden_states=states,
         )
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], mode: GenerationMode, *args: Any
+    ) -> None:
         """`generate` reads with a `FotCache` of its own where it is given none."""
         wants_cache = generation_config.use_cache is not False
+        if self.config.mem_layers and mode == GenerationMode.ASSISTED_GENERATION:
+            raise ValueError("assisted generation takes tokens back, memory cannot: leave out what assists it")
         if self.config.mem_layers and wants_cache and model_kwargs.get("past_key_values") is None:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise ValueError(
@@ -201,7 +221,7 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
                     f"FotCache; leave it out"
                 )
             model_kwargs["past_key_values"] = FotCache(self.config)
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, *args)
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> StoppingCriteriaList:
         """Without the warning that the text grows past `max_position_embeddings`: with memory it may."""

@@ -34,13 +34,17 @@ def cross_batch_plan(
     Raises ValueError where a segment asks for more positives than there are contexts before it, and where rows name
     a segment or a group that the tables do not have.
     """
-    for segment, (positives, _) in enumerate(segments):
+    for segment, (positives, negatives) in enumerate(segments):
+        if min(positives, negatives) < 0:
+            raise ValueError(
+                f"segment {segment} asks for {positives} positives and {negatives} negatives: give 0 or more"
+            )
         if positives > segment:
             raise ValueError(
                 f"segment {segment} asks for {positives} positives, but only {segment} contexts of its document "
                 f"come before it"
             )
-    row_of = _rows(group_R, segment_R, len(related_GG), len(segments))
+    row_of = _rows(group_R, segment_R, related_GG, len(segments))
     groups = sorted(set(group_R))
     plan: list[list[int]] = []
     for group, segment in zip(group_R, segment_R, strict=True):
@@ -66,7 +70,7 @@ def c_prev_plan(
     groups = sorted(set(group_R))
     if not 1 <= d <= len(groups):
         raise ValueError(f"d is {d}, but the batch holds {len(groups)} document groups: give a d of 1 to {len(groups)}")
-    row_of = _rows(group_R, segment_R, len(related_GG), max(segment_R) + 1)
+    row_of = _rows(group_R, segment_R, related_GG, max(segment_R) + 1)
     plan = []
     for group, segment in zip(group_R, segment_R, strict=True):
         place = groups.index(group)
@@ -105,18 +109,25 @@ def pad_plan(plan: Sequence[Sequence[int]]) -> Tensor:
 def check_plan(plan_Rd: Tensor, rows: int, document_ids_RL: Tensor | None = None) -> None:
     """Raises ValueError where a row of the plan sees itself, a row that is not there, or a later row that holds a
     document of its own: its future."""
-    if plan_Rd.dim() != 2 or plan_Rd.shape[0] != rows or plan_Rd.is_floating_point():
+    if not isinstance(plan_Rd, Tensor):
+        raise ValueError(f"the plan is a {type(plan_Rd).__name__}: give a tensor, as pad_plan makes of lists")
+    whole = not (plan_Rd.is_floating_point() or plan_Rd.is_complex() or plan_Rd.dtype == torch.bool)
+    if plan_Rd.dim() != 2 or plan_Rd.shape[0] != rows or not whole:
         raise ValueError(
             f"the plan is a {plan_Rd.dtype} tensor {list(plan_Rd.shape)}: give whole numbers [{rows}, d], a line for "
             f"each row of the batch"
         )
+    if document_ids_RL is not None and (document_ids_RL.dim() != 2 or document_ids_RL.shape[0] != rows):
+        raise ValueError(f"document_ids {list(document_ids_RL.shape)}: give [{rows}, L], one for each token")
     documents = None if document_ids_RL is None else [set(ids) for ids in document_ids_RL.tolist()]
     for row, seen in enumerate(plan_Rd.tolist()):
         for other in seen:
             if not -1 <= other < rows:
-                raise ValueError(f"plan: row {row} sees row {other}, but the batch has rows 0 to {rows - 1}")
+                raise ValueError(f"plan: row {row} sees row {other}, but the batch has rows 0 to {rows - 1} (-1 pads)")
             if other == row:
                 raise ValueError(f"plan: row {row} sees itself; its own context is always seen: leave it out (-1)")
+            if other >= 0 and seen.count(other) > 1:
+                raise ValueError(f"plan: row {row} sees row {other} twice: name it once")
             if documents and other > row and (shared := documents[row] & documents[other]):
                 raise ValueError(
                     f"plan: row {row} sees row {other}, the future of its own document {min(shared)}: let it see "
@@ -124,8 +135,15 @@ def check_plan(plan_Rd: Tensor, rows: int, document_ids_RL: Tensor | None = None
                 )
 
 
-def _rows(group_R: Sequence[int], segment_R: Sequence[int], groups: int, segments: int) -> dict[tuple[int, int], int]:
+def _rows(
+    group_R: Sequence[int], segment_R: Sequence[int], related_GG: Sequence[Sequence[bool]], segments: int
+) -> dict[tuple[int, int], int]:
     """{(group, segment): row}. Raises ValueError for rows outside the tables or twice at one place."""
+    groups = len(related_GG)
+    if len(group_R) != len(segment_R):
+        raise ValueError(f"group_R names {len(group_R)} rows, segment_R {len(segment_R)}: give both for each row")
+    if any(len(line) != groups for line in related_GG):
+        raise ValueError(f"related_GG has {groups} lines, but not all of {groups} columns: give a square table")
     row_of: dict[tuple[int, int], int] = {}
     for row, (group, segment) in enumerate(zip(group_R, segment_R, strict=True)):
         if not (0 <= group < groups and 0 <= segment < segments):
@@ -135,4 +153,9 @@ def _rows(group_R: Sequence[int], segment_R: Sequence[int], groups: int, segment
         if (group, segment) in row_of:
             raise ValueError(f"rows {row_of[group, segment]} and {row} are both segment {segment} of group {group}")
         row_of[group, segment] = row
+    for (group, segment), row in row_of.items():
+        if segment and (group, segment - 1) not in row_of:
+            raise ValueError(
+                f"row {row} is segment {segment} of group {group}, but segment {segment - 1} of it is not there"
+            )
     return row_of

@@ -65,7 +65,7 @@ def windows(cache: FotCache, length: int, window: int, kept_local: int | None) -
         start = length - kept_local
     while start < length:
         if cache.local_length >= window:
-            cache.evict(max(1, window - (kept_local or window // 2)))
+            cache.evict(cache.local_length - min(kept_local or window // 2, window - 1))
         end = min(length, start + window - cache.local_length)
         yield start, end
         start = end
@@ -105,13 +105,26 @@ def check_cache(cache: Cache, rows: int) -> FotCache:
 
 
 def check_rows(input_ids: Any) -> None:
-    """Raises ValueError for lists in place of a tensor."""
+    """Raises ValueError for lists in place of a tensor, and for one row without its batch."""
+    if isinstance(input_ids, Tensor) and input_ids.dim() != 2:
+        raise ValueError(f"input_ids {list(input_ids.shape)}: give [B, L], one row too (input_ids[None])")
     if input_ids is not None and not isinstance(input_ids, Tensor):
         lengths = sorted({len(row) for row in input_ids if hasattr(row, "__len__")})
         raise ValueError(
             f"input_ids is a {type(input_ids).__name__} of rows of {lengths} tokens: give one tensor [B, L], shorter "
             f"rows padded on the left, with their attention_mask"
         )
+
+
+def check_positions(position_ids_BL: Tensor | None, seen_BL: Tensor | None) -> None:
+    """Raises ValueError for positions that do not count on from token to token; where they begin does not matter."""
+    if position_ids_BL is None:
+        return
+    on_BL = position_ids_BL.diff(dim=1) == 1
+    if seen_BL is not None:
+        on_BL = on_BL | ~(seen_BL[:, 1:] & seen_BL[:, :-1])
+    if not on_BL.all():
+        raise ValueError("position_ids that jump: reading counts positions in the local context, leave them out")
 
 
 def check_unpadded(input_ids_BL: Tensor, pad: int | None, bos: int | None) -> None:
@@ -126,11 +139,13 @@ def check_unpadded(input_ids_BL: Tensor, pad: int | None, bos: int | None) -> No
         )
 
 
-def new_padding(attention_mask: Tensor | None, B: int, L: int) -> Tensor | None:
-    """Bool [B, L], False where a new token is padding; None where there is none."""
+def new_padding(attention_mask: Tensor | None, B: int, L: int, past: int) -> Tensor | None:
+    """Bool [B, L], False where a new token is padding; None where there is none. The mask is that of the new tokens,
+    or of the `past` ones too. Raises ValueError for any other shape."""
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] < L:
-        raise ValueError(f"attention_mask {list(attention_mask.shape)}: give [{B}, {L}], 0 for padding")
+    if attention_mask.shape not in ((B, L), (B, past + L)):
+        whole = f" or [{B}, {past + L}] with what was read before" if past else ""
+        raise ValueError(f"attention_mask {list(attention_mask.shape)}: give [{B}, {L}]{whole}, 0 for padding")
     seen_BL = attention_mask[:, -L:].bool()
     return None if seen_BL.all() else seen_BL

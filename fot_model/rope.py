@@ -13,9 +13,10 @@ from fot_model.attention import wide_dtype
 def rotation(rope: LlamaRotaryEmbedding, by_BL: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines [B, L, D] in float32 of RoPE's rotation by so many positions, without the scale that some kinds
     of RoPE give them. `window`: positions in use, on which some kinds' frequencies depend."""
-    with_last = torch.cat([by_BL, by_BL.new_full((by_BL.shape[0], 1), window - 1)], dim=1)
-    cos, sin = rope(torch.empty(0, dtype=torch.float32, device=by_BL.device), with_last)
-    return cos[:, :-1] / rope.attention_scaling, sin[:, :-1] / rope.attention_scaling
+    rope(torch.empty(0, device=by_BL.device), by_BL.new_full((1, 1), window - 1))  # sets the frequencies
+    angles_BLF = by_BL[..., None].float() * rope.inv_freq.to(by_BL.device, torch.float32)
+    angles_BLD = torch.cat([angles_BLF, angles_BLF], dim=-1)
+    return angles_BLD.cos(), angles_BLD.sin()
 
 
 def turn_back(keys_BHkLD: Tensor, cos_BLD: Tensor, sin_BLD: Tensor) -> Tensor:

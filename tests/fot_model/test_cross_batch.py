@@ -1,24 +1,51 @@
-"""Shapes: R rows, L tokens a context, d additional contexts, H heads, D head size, G document groups."""
+"""Every test runs both ways of doing a part on CPU: with torch's fused kernel, and with the formula written out.
+
+Shapes: R rows, L tokens a context, d additional contexts, H query heads, Hk key/value heads, D head size, C hidden
+size.
+"""
 
 import json
-from collections import Counter
+import weakref
+from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from fot_model.cross_batch import cross_batch_attention, cross_batch_plan, pad_plan
+from fot_model import attention, cross_batch
+from fot_model.cross_batch import (
+    CONTEXTS_AT_ONCE,
+    cross_batch_attention,
+    flex_cross_batch,
+    merged_cross_batch,
+    same_document,
+)
+from fot_model.plan import pad_plan
 
 CONFORMANCE = Path(__file__).parent / "conformance"
 SETS = ["cross_batch_range2_pack1", "cross_batch_range3_pack4_stepping", "cross_batch_range6_pack4_stepping"]
-LONGLLAMA_3B = [(0, 0), (1, 1), (2, 1), (3, 0)]
+SCALE = 0.7
+seeds = st.integers(0, 2**32)
+
+
+@pytest.fixture(autouse=True, scope="module", params=["fused kernel", "written out"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "written out":
+            patch.setattr(attention, "_fused", lambda _q_BHLD: False)
+        yield request.param
 
 
 def rope_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -35,12 +62,12 @@ def test_output_and_gradients_are_those_of_the_reference_implementation(name: st
     q_RHLD, k_RHLD, v_RHLD = (
         torch.from_numpy(data[what]).transpose(1, 2).requires_grad_() for what in ("query", "key", "value")
     )
-    head_dim = q_RHLD.shape[-1]
-    cos, sin = rope_tables(q_RHLD.shape[2], head_dim, meta["rope_theta"])
+    D = q_RHLD.shape[-1]
+    cos, sin = rope_tables(q_RHLD.shape[2], D, meta["rope_theta"])
     rotated_q_RHLD, rotated_k_RHLD = apply_rotary_pos_emb(q_RHLD, k_RHLD, cos, sin)
     plan_Rd = pad_plan(meta["additional_rows"])
 
-    out_RHLD = cross_batch_attention(rotated_q_RHLD, rotated_k_RHLD, v_RHLD, k_RHLD, plan_Rd, head_dim**-0.5)
+    out_RHLD = cross_batch_attention(rotated_q_RHLD, rotated_k_RHLD, v_RHLD, k_RHLD, v_RHLD, plan_Rd, D**-0.5)
     out_RHLD.backward(torch.from_numpy(data["grad_output"]).transpose(1, 2))
 
     got = {"output": out_RHLD, "grad_query": q_RHLD.grad, "grad_key": k_RHLD.grad, "grad_value": v_RHLD.grad}
@@ -49,247 +76,453 @@ def test_output_and_gradients_are_those_of_the_reference_implementation(name: st
 
 
 def naive_attention(
-    q_RHLD: Tensor, k_RHLD: Tensor, v_RHLD: Tensor, far_k_RHLD: Tensor, plan: list[list[int]], scale: float
+    q_RHLD: Tensor,
+    k_RHkLD: Tensor,
+    v_RHkLD: Tensor,
+    far_k_RHkLD: Tensor,
+    far_v_RHkLD: Tensor,
+    plan: list[list[int]],
+    documents: list[list[int]] | None = None,
+    local: bool = True,
 ) -> Tensor:
-    """A softmax a query, over an explicit list of the keys it may see."""
+    """A softmax a query, over an explicit list of the keys it may see; zeros where there are none."""
     R, H, L, _ = q_RHLD.shape
     out = []
     for row, head, at in product(range(R), range(H), range(L)):
-        keys, values = list(k_RHLD[row, head, : at + 1]), list(v_RHLD[row, head, : at + 1])
+        q_D, of_keys = q_RHLD[row, head, at], head // (H // k_RHkLD.shape[1])
+        keys, values = [], []
+        for before in range(at + 1 if local else 0):
+            if documents is None or documents[row][before] == documents[row][at]:
+                keys.append(k_RHkLD[row, of_keys, before])
+                values.append(v_RHkLD[row, of_keys, before])
         for other in plan[row]:
             if other != -1:
-                keys += list(far_k_RHLD[other, head])
-                values += list(v_RHLD[other, head])
-        weights = torch.stack([q_RHLD[row, head, at] @ key * scale for key in keys]).exp()
-        out.append((weights[:, None] * torch.stack(values)).sum(0) / weights.sum())
+                keys += far_k_RHkLD[other, of_keys]
+                values += far_v_RHkLD[other, of_keys]
+        if keys:
+            weights = torch.stack([q_D @ key * SCALE for key in keys]).exp()
+            out.append((weights[:, None] * torch.stack(values)).sum(0) / weights.sum())
+        else:
+            out.append(torch.zeros_like(q_D))
     return torch.stack(out).view_as(q_RHLD)
 
 
-def random_tensors(seed: int, R: int, H: int, L: int, D: int) -> list[Tensor]:
-    """Queries, local keys, values, keys without position."""
+def random_tensors(
+    seed: int, R: int, H: int, Hk: int, L: int, D: int, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """Queries, local keys, local values, far keys, far values."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(R, H, L, D, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(4)]
+    heads = (H, Hk, Hk, Hk, Hk)
+    return [torch.randn(R, n, L, D, generator=generator, dtype=dtype).requires_grad_() for n in heads]
 
 
-@st.composite
-def row_plans(draw: st.DrawFn) -> list[list[int]]:
-    """For 1 to 4 rows: which others each sees, in any order, with holes (-1) anywhere."""
-    R = draw(st.integers(1, 4))
-    width = draw(st.integers(0, 4))
-    plan = []
-    for row in range(R):
-        others = [other for other in range(R) if other != row]
-        seen = draw(st.permutations(others))[: draw(st.integers(0, min(width, len(others))))]
-        plan.append(draw(st.permutations(seen + [-1] * (width - len(seen)))))
-    return plan
+def detached(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    return [x.detach().to(x.dtype if dtype is None else dtype, copy=True) for x in tensors]
 
 
-@given(plan=row_plans(), H=st.integers(1, 2), L=st.integers(1, 4), seed=st.integers(0, 2**32))
-@settings(deadline=None, max_examples=40)
-def test_attention_and_its_gradients_are_a_softmax_over_the_keys_each_query_may_see(
-    plan: list[list[int]], H: int, L: int, seed: int
-) -> None:
-    plan_Rd = torch.tensor(plan, dtype=torch.long)
-    ours, theirs = random_tensors(seed, len(plan), H, L, 2), random_tensors(seed, len(plan), H, L, 2)
-    out_RHLD = cross_batch_attention(*ours, plan_Rd, scale=0.7)
-    expected_RHLD = naive_attention(*theirs, plan, scale=0.7)
+def gradients(out: Tensor, tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(out, tensors, grad, materialize_grads=True))
+
+
+class Case:
+    """A batch of 1 to 4 rows; which others each sees, in any order, with holes (-1) anywhere; perhaps documents."""
+
+    def __init__(self, draw: st.DrawFn) -> None:
+        R, width = draw(st.integers(1, 4)), draw(st.integers(0, 4))
+        self.plan = []
+        for row in range(R):
+            others = [other for other in range(R) if other != row]
+            seen = draw(st.permutations(others))[: draw(st.integers(0, min(width, len(others))))]
+            self.plan.append(draw(st.permutations(seen + [-1] * (width - len(seen)))))
+        self.Hk, self.G, self.L = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 4))
+        ids = st.lists(st.integers(0, 2), min_size=self.L, max_size=self.L)
+        self.documents = draw(st.none() | st.lists(ids, min_size=R, max_size=R))
+        self.local, self.seed = draw(st.booleans()), draw(seeds)
+
+    def __repr__(self) -> str:
+        return f"Case({vars(self)})"
+
+    def tensors(self, D: int) -> list[Tensor]:
+        return random_tensors(self.seed, len(self.plan), self.Hk * self.G, self.Hk, self.L, D)
+
+    def how(self) -> tuple[Tensor, float, Tensor | None, bool]:
+        documents_RL = None if self.documents is None else torch.tensor(self.documents)
+        return torch.tensor(self.plan, dtype=torch.long), SCALE, documents_RL, self.local
+
+    def naive(self, tensors: list[Tensor]) -> Tensor:
+        return naive_attention(*tensors, self.plan, self.documents, self.local)
+
+
+cases = st.composite(Case)()
+
+
+@given(case=cases)
+@settings(deadline=None, max_examples=60)
+def test_attention_and_its_gradients_are_a_softmax_over_the_keys_each_query_may_see(case: Case) -> None:
+    tensors = case.tensors(D=2)
+    out_RHLD, expected_RHLD = cross_batch_attention(*tensors, *case.how()), case.naive(tensors)
     torch.testing.assert_close(out_RHLD, expected_RHLD)
+    grad_RHLD = torch.randn(out_RHLD.shape, generator=torch.Generator().manual_seed(case.seed), dtype=torch.float64)
+    expected_RHLD = expected_RHLD + 0 * sum(x.sum() for x in tensors)
+    torch.testing.assert_close(gradients(out_RHLD, tensors, grad_RHLD), gradients(expected_RHLD, tensors, grad_RHLD))
 
-    grad_RHLD = torch.randn(out_RHLD.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    out_RHLD.backward(grad_RHLD)
-    expected_RHLD.backward(grad_RHLD)
-    for mine, reference in zip(ours, theirs, strict=True):
-        none = torch.zeros_like(reference)
+
+@given(case=cases, frozen=st.sets(st.integers(0, 4), min_size=1))
+@settings(deadline=None, max_examples=30)
+def test_frozen_inputs_get_no_gradient_and_the_others_get_theirs(case: Case, frozen: set[int]) -> None:
+    tensors = case.tensors(D=2)
+    for at in frozen:
+        tensors[at].requires_grad_(False)
+    trained = [x for x in tensors if x.requires_grad]
+    out_RHLD = cross_batch_attention(*tensors, *case.how())
+    assert out_RHLD.requires_grad == bool(trained)
+    if trained:
+        expected_RHLD = case.naive(tensors) + 0 * sum(x.sum() for x in trained)
+        ones_RHLD = torch.ones_like(out_RHLD)
         torch.testing.assert_close(
-            none if mine.grad is None else mine.grad, none if reference.grad is None else reference.grad
+            gradients(out_RHLD, trained, ones_RHLD), gradients(expected_RHLD, trained, ones_RHLD)
+        )
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_the_gradient_is_that_of_finite_differences(local: bool) -> None:
+    plan_Rd, documents_RL = torch.tensor([[1, 2], [-1, 0], [-1, -1]]), torch.tensor([[0, 0], [0, 1], [2, 2]])
+    tensors = random_tensors(0, 3, 2, 1, 2, 2)
+    assert torch.autograd.gradcheck(lambda *x: cross_batch_attention(*x, plan_Rd, SCALE, documents_RL, local), tensors)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@given(case=cases)
+@settings(deadline=None, max_examples=25)
+def test_flex_attention_gives_what_the_parts_give(case: Case) -> None:
+    tensors = detached(case.tensors(D=4), torch.float32)
+    torch.testing.assert_close(
+        flex_cross_batch(*tensors, *case.how()), merged_cross_batch(*tensors, *case.how()), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_over_several_blocks_gives_what_the_parts_give() -> None:
+    tensors = detached(random_tensors(0, 5, 4, 2, 60, 8, torch.float32))  # 300 tokens, blocks of 128
+    plan_Rd = torch.tensor([[4, 1], [-1, -1], [0, -1], [-1, 2], [3, 0]])
+    documents_RL = torch.arange(60).expand(5, -1) // 23
+    for documents, local in product((None, documents_RL), (True, False)):
+        torch.testing.assert_close(
+            flex_cross_batch(*tensors, plan_Rd, SCALE, documents, local),
+            merged_cross_batch(*tensors, plan_Rd, SCALE, documents, local),
+            rtol=0,
+            atol=1e-5,
         )
 
 
 @pytest.mark.parametrize("plan", [[[], [], []], [[-1, -1]] * 3])
 def test_without_additional_contexts_it_is_causal_attention(plan: list[list[int]]) -> None:
-    q_RHLD, k_RHLD, v_RHLD, far_k_RHLD = random_tensors(0, 3, 2, 5, 4)
-    out_RHLD = cross_batch_attention(q_RHLD, k_RHLD, v_RHLD, far_k_RHLD, pad_plan(plan), scale=0.5)
-    causal_RHLD = functional.scaled_dot_product_attention(q_RHLD, k_RHLD, v_RHLD, is_causal=True, scale=0.5)
+    tensors = random_tensors(0, 3, 2, 2, 5, 4)
+    out_RHLD = cross_batch_attention(*tensors, pad_plan(plan), SCALE)
+    causal_RHLD = functional.scaled_dot_product_attention(*tensors[:3], is_causal=True, scale=SCALE)
     torch.testing.assert_close(out_RHLD, causal_RHLD)
 
 
 def test_padding_is_not_attended() -> None:
-    q_RHLD, k_RHLD, v_RHLD, far_k_RHLD = (x.detach() for x in random_tensors(0, 3, 2, 4, 4))
+    q_RHLD, *others = detached(random_tensors(0, 3, 2, 2, 4, 4))
     plan_Rd = torch.tensor([[1, 2], [2, -1], [-1, -1]])
-    before_RHLD = cross_batch_attention(q_RHLD, k_RHLD, v_RHLD, far_k_RHLD, plan_Rd, scale=0.5)
-    for x in (k_RHLD, v_RHLD, far_k_RHLD):
-        x[0] += 100  # the row that a clamped or wrapped -1 would be taken for
-    after_RHLD = cross_batch_attention(q_RHLD, k_RHLD, v_RHLD, far_k_RHLD, plan_Rd, scale=0.5)
+    before_RHLD = cross_batch_attention(q_RHLD, *others, plan_Rd, SCALE)
+    for x_RHLD in others:
+        x_RHLD[0] += 100  # the row that a clamped -1 would be taken for
+    after_RHLD = cross_batch_attention(q_RHLD, *others, plan_Rd, SCALE)
     torch.testing.assert_close(after_RHLD[1:], before_RHLD[1:], rtol=0, atol=0)
-    k_RHLD[2] += 100
-    v_RHLD[2] += 100
-    far_k_RHLD[2] += 100
-    seen_RHLD = cross_batch_attention(q_RHLD, k_RHLD, v_RHLD, far_k_RHLD, plan_Rd, scale=0.5)
+    for x_RHLD in others:
+        x_RHLD[2] += 100  # the row that a wrapped -1 would be taken for
+    seen_RHLD = cross_batch_attention(q_RHLD, *others, plan_Rd, SCALE)
     assert not torch.allclose(seen_RHLD[1], before_RHLD[1])
 
 
 def test_gradient_flows_to_the_additional_contexts_and_to_no_others() -> None:
-    q_RHLD, k_RHLD, v_RHLD, far_k_RHLD = random_tensors(0, 4, 2, 3, 4)
+    tensors = random_tensors(0, 4, 2, 2, 3, 4)
     plan_Rd = torch.tensor([[2, 1], [-1, -1], [-1, -1], [0, -1]])
-    cross_batch_attention(q_RHLD, k_RHLD, v_RHLD, far_k_RHLD, plan_Rd, scale=0.5)[0].pow(2).sum().backward()
-    for x_RHLD, reached in ((far_k_RHLD, [1, 2]), (v_RHLD, [0, 1, 2]), (k_RHLD, [0]), (q_RHLD, [0])):
+    cross_batch_attention(*tensors, plan_Rd, SCALE)[0].pow(2).sum().backward()
+    for x_RHLD, reached in zip(tensors, ([0], [0], [0], [1, 2], [1, 2]), strict=True):
         flows_RL = (x_RHLD.grad != 0).any(3).any(1)
         assert flows_RL.any(1).nonzero().flatten().tolist() == reached
-    assert (far_k_RHLD.grad[[1, 2]] != 0).all(), "a token of an additional context got no gradient"
+        assert flows_RL[reached].all(), "a token got no gradient"
 
 
-def test_the_first_query_sees_an_additional_context_to_its_end_but_not_its_own() -> None:
-    q_RHLD, k_RHLD, v_RHLD, far_k_RHLD = random_tensors(0, 2, 1, 4, 2)
-    plan_Rd = torch.tensor([[1], [-1]])
-    cross_batch_attention(q_RHLD, k_RHLD, v_RHLD, far_k_RHLD, plan_Rd, scale=0.5)[0, 0, 0].sum().backward()
-    assert (v_RHLD.grad[:, 0, :, 0] != 0).tolist() == [[True, False, False, False], [True, True, True, True]]
+def test_the_first_query_sees_an_additional_context_to_its_end_but_of_its_own_only_itself() -> None:
+    tensors = random_tensors(0, 2, 1, 1, 4, 2)
+    cross_batch_attention(*tensors, torch.tensor([[1], [-1]]), SCALE)[0, 0, 0].sum().backward()
+    assert (tensors[2].grad[:, 0, :, 0] != 0).tolist() == [[True, False, False, False], [False] * 4]
+    assert (tensors[4].grad[:, 0, :, 0] != 0).tolist() == [[False] * 4, [True] * 4]
 
 
-def test_pad_plan_pads_rows_of_unequal_length_with_minus_one() -> None:
-    plan_Rd = pad_plan([[], [0], [1, 0]])
-    assert plan_Rd.dtype == torch.long
-    assert plan_Rd.tolist() == [[-1, -1], [0, -1], [1, 0]]
+@pytest.mark.parametrize("undifferentiated", ["keys", "values", "both"])
+def test_detached_additional_contexts_get_no_gradient_though_queries_attend_to_them(undifferentiated: str) -> None:
+    q_RHLD, k_RHLD, v_RHLD, *_ = tensors = random_tensors(0, 3, 2, 1, 3, 2)[:3]
+    plan = [[1, 2], [0, -1], [-1, -1]]
+    far_k_RHLD = k_RHLD.detach() if undifferentiated in ("keys", "both") else k_RHLD
+    far_v_RHLD = v_RHLD.detach() if undifferentiated in ("values", "both") else v_RHLD
+    inputs = (q_RHLD, k_RHLD, v_RHLD, far_k_RHLD, far_v_RHLD)
+    out_RHLD, expected_RHLD = cross_batch_attention(*inputs, torch.tensor(plan), SCALE), naive_attention(*inputs, plan)
+    grad_RHLD = torch.randn(out_RHLD.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    torch.testing.assert_close(gradients(out_RHLD, tensors, grad_RHLD), gradients(expected_RHLD, tensors, grad_RHLD))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 3])
-def test_a_plan_without_additional_contexts_has_width_zero(rows: int) -> None:
-    assert pad_plan([[]] * rows).shape == (rows, 0)
+@pytest.mark.parametrize("documents", [None, [[0, 0, 1]] * 3])
+def test_without_local_context_rows_that_see_nothing_give_zeros_and_no_gradient(documents: Any) -> None:
+    tensors = random_tensors(0, 3, 2, 1, 3, 4)
+    documents_RL = None if documents is None else torch.tensor(documents)
+    for plan_Rd in (torch.tensor([[1], [-1], [-1]]), torch.full((3, 2), -1), torch.empty(3, 0, dtype=torch.long)):
+        out_RHLD = cross_batch_attention(*tensors, plan_Rd, SCALE, documents_RL, local=False)
+        sees_R = (plan_Rd >= 0).any(1)
+        assert out_RHLD[~sees_R].eq(0).all()
+        assert out_RHLD[sees_R].ne(0).all()
+        of_q, of_k, of_v, of_far_k, of_far_v = gradients(out_RHLD, tensors, torch.ones_like(out_RHLD))
+        assert all(x.isfinite().all() for x in (of_q, of_far_k, of_far_v))
+        assert not of_q[~sees_R].any()
+        assert not of_k.any()
+        assert not of_v.any()
 
 
-def test_a_row_that_sees_itself_is_refused() -> None:
-    with pytest.raises(AssertionError, match="row 1 sees itself"):
-        pad_plan([[1], [0, 1]])
+def test_local_attention_stays_inside_each_document_and_additional_contexts_are_seen_whole() -> None:
+    tensors = random_tensors(0, 2, 1, 1, 4, 2)
+    documents_RL = torch.tensor([[5, 5, 8, 8], [1, 2, 3, 4]])
+    reached = []
+    for at in range(4):
+        out_RHLD = cross_batch_attention(*tensors, torch.tensor([[1], [-1]]), SCALE, documents_RL)
+        of_k, of_far_k = gradients(out_RHLD[0, 0, at].sum(), [tensors[1], tensors[3]], torch.ones(()).double())
+        reached.append((of_k != 0)[0, 0, :, 0].nonzero().flatten().tolist())
+        assert (of_far_k != 0)[1].all()
+    assert reached == [[0], [0, 1], [2], [2, 3]]
 
 
-def test_the_plan_of_longllama_3b_for_two_documents() -> None:
-    plan_Rd = cross_batch_plan([0] * 4 + [1] * 4, [0, 1, 2, 3] * 2, [[True, False], [False, True]], LONGLLAMA_3B)
-    assert plan_Rd.tolist() == [
-        [-1, -1, -1],
-        [0, 4, -1],
-        [1, 0, 5],
-        [2, 1, 0],
-        [-1, -1, -1],
-        [4, 0, -1],
-        [5, 4, 1],
-        [6, 5, 4],
-    ]
+def test_same_document_compares_every_query_with_every_key_of_its_row() -> None:
+    same_R1LL = same_document(torch.tensor([[7, 7, -3], [4, 5, 4]]))
+    assert same_R1LL.dtype == torch.bool
+    assert same_R1LL[:, 0].int().tolist() == [[[1, 1, 0], [1, 1, 0], [0, 0, 1]], [[1, 0, 1], [0, 1, 0], [1, 0, 1]]]
 
 
-def test_negatives_are_the_previous_contexts_of_the_next_documents_around_the_batch() -> None:
-    unrelated = [[False] * 4 for _ in range(4)]
-    plan_Rd = cross_batch_plan([0, 0, 1, 1, 2, 2, 3, 3], [0, 1] * 4, unrelated, [(0, 0), (1, 2)])
-    assert plan_Rd[1::2].tolist() == [[0, 2, 4], [2, 4, 6], [4, 6, 0], [6, 0, 2]]
+@pytest.mark.parametrize("local", [True, False])
+def test_more_contexts_than_are_attended_at_once_are_one_softmax(local: bool) -> None:
+    R = 19
+    assert 2 * CONTEXTS_AT_ONCE < R - 1
+    plan = [[other for other in range(R) if other != row] if row % 5 == 0 else [-1] * (R - 1) for row in range(R)]
+    tensors = random_tensors(0, R, 2, 1, 2, 2)
+    out_RHLD = cross_batch_attention(*tensors, torch.tensor(plan), SCALE, local=local)
+    expected_RHLD = naive_attention(*tensors, plan, local=local)
+    torch.testing.assert_close(out_RHLD, expected_RHLD)
+    grad_RHLD = torch.randn(out_RHLD.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected_RHLD = expected_RHLD + 0 * sum(x.sum() for x in tensors)
+    torch.testing.assert_close(gradients(out_RHLD, tensors, grad_RHLD), gradients(expected_RHLD, tensors, grad_RHLD))
 
 
-def test_groups_that_share_a_document_do_not_serve_each_other() -> None:
-    related = [[True, True, False], [True, True, False], [False, False, True]]
-    plan_Rd = cross_batch_plan([0, 0, 1, 1, 2, 2], [0, 1] * 3, related, [(0, 0), (1, 1)])
-    assert plan_Rd[1::2].tolist() == [[0, 4], [2, 4], [4, 0]]
+@pytest.mark.parametrize("at_once", [1, 2, 3, 100])
+def test_the_result_does_not_depend_on_how_many_contexts_are_attended_at_once(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = random_tensors(0, 6, 4, 2, 3, 2)
+    plan_Rd = pad_plan([[other for other in range(6) if other != row][row % 3 :] for row in range(6)])
+    results = []
+    for size in (CONTEXTS_AT_ONCE, at_once):
+        monkeypatch.setattr(cross_batch, "CONTEXTS_AT_ONCE", size)
+        out_RHLD = cross_batch_attention(*tensors, plan_Rd, SCALE)
+        results.append([out_RHLD, *gradients(out_RHLD, tensors, torch.ones_like(out_RHLD))])
+    torch.testing.assert_close(results[0], results[1])
 
 
-class Batch:
-    """Groups of consecutive contexts in rows of any order, and what is asked of them."""
-
-    def __init__(self, draw: st.DrawFn) -> None:
-        G = draw(st.integers(1, 5))
-        self.segments = [
-            (draw(st.integers(0, segment)), draw(st.integers(0, 5))) for segment in range(draw(st.integers(1, 4)))
-        ]
-        contexts = [draw(st.integers(1, len(self.segments))) for _ in range(G)]
-        rows = draw(st.permutations([(group, at) for group in range(G) for at in range(contexts[group])]))
-        self.group_R = [group for group, _ in rows]
-        self.segment_R = [at for _, at in rows]
-        self.related_GG = [[False] * G for _ in range(G)]
-        for a in range(G):
-            self.related_GG[a][a] = draw(st.booleans())
-            for b in range(a):
-                self.related_GG[a][b] = self.related_GG[b][a] = draw(st.integers(0, 3)) == 0
-        self.plan = cross_batch_plan(self.group_R, self.segment_R, self.related_GG, self.segments).tolist()
-
-    def __repr__(self) -> str:
-        return (
-            f"Batch(group_R={self.group_R}, segment_R={self.segment_R}, related_GG={self.related_GG}, {self.segments})"
-        )
-
-    def rows(self) -> list[tuple[int, int, list[int], list[int]]]:
-        """(group, segment, positives, negatives) by row."""
-        found = []
-        for group, at, seen in zip(self.group_R, self.segment_R, self.plan, strict=True):
-            positives = self.segments[at][0]
-            real = [row for row in seen if row != -1]
-            found.append((group, at, real[:positives], real[positives:]))
-        return found
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("attend", [merged_cross_batch, flex_cross_batch])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8])
+def test_a_plan_may_be_of_any_whole_numbers(attend: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    tensors, plan_Rd = detached(random_tensors(0, 3, 2, 2, 3, 4)), torch.tensor([[1, 2], [-1, 0], [-1, -1]])
+    expected_RHLD = attend(*tensors, plan_Rd, SCALE, None, True)
+    assert attend(*tensors, plan_Rd.to(dtype), SCALE, None, True).equal(expected_RHLD)
 
 
-batches = st.composite(Batch)
+def test_the_layout_of_tensors_does_not_matter_and_they_are_left_as_they_were() -> None:
+    tensors = random_tensors(0, 3, 4, 2, 5, 4)
+    before = detached(tensors)
+    scattered = [x.transpose(1, 2).contiguous().transpose(1, 2).detach().requires_grad_() for x in before]
+    plan_Rd, documents_RL = torch.tensor([[1, 2], [2, -1], [-1, -1]]), torch.tensor([[0, 0, 1, 1, 1]] * 3)
+    results = []
+    for inputs in (tensors, scattered):
+        out_RHLD = cross_batch_attention(*inputs, plan_Rd, SCALE, documents_RL)
+        summed = torch.autograd.grad(out_RHLD.transpose(1, 2).sum(), inputs)  # a gradient without strides
+        results.append([out_RHLD, *summed])
+    torch.testing.assert_close(results[0], results[1])
+    assert all(x.equal(y) for x, y in zip(tensors + scattered, before + before, strict=True))
+    assert plan_Rd.tolist() == [[1, 2], [2, -1], [-1, -1]]
 
 
-@given(batch=batches())
-@settings(deadline=None)
-def test_positives_are_the_contexts_right_before_in_the_own_group_nearest_first(batch: Batch) -> None:
-    for group, at, positives, _ in batch.rows():
-        places = [(batch.group_R[row], batch.segment_R[row]) for row in positives]
-        assert places == [(group, at - back) for back in range(1, batch.segments[at][0] + 1)]
+def test_inference_mode_gives_the_same() -> None:
+    tensors, plan_Rd = random_tensors(0, 3, 2, 2, 3, 4), torch.tensor([[1, 2], [-1, 0], [-1, -1]])
+    with torch.inference_mode():
+        out_RHLD = cross_batch_attention(*tensors, plan_Rd, SCALE)
+    torch.testing.assert_close(out_RHLD, cross_batch_attention(*tensors, plan_Rd, SCALE).detach(), rtol=0, atol=1e-12)
 
 
-@given(batch=batches())
-@settings(deadline=None)
-def test_negatives_are_never_from_the_own_nor_a_related_group(batch: Batch) -> None:
-    for group, _, _, negatives in batch.rows():
-        for row in negatives:
-            assert batch.group_R[row] != group
-            assert not batch.related_GG[group][batch.group_R[row]]
+def test_a_second_derivative_is_refused() -> None:
+    tensors = random_tensors(0, 2, 1, 1, 2, 2)
+    out_RHLD = cross_batch_attention(*tensors, torch.tensor([[1], [-1]]), SCALE)
+    first = torch.autograd.grad(out_RHLD.pow(2).sum(), tensors[0], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
-@given(batch=batches())
-@settings(deadline=None)
-def test_no_row_sees_itself_or_a_later_context_of_its_group_or_a_row_twice(batch: Batch) -> None:
-    for row, seen in enumerate(batch.plan):
-        real = [other for other in seen if other != -1]
-        assert len(set(real)) == len(real)
-        assert row not in real
-        for other in real:
-            assert batch.group_R[other] != batch.group_R[row] or batch.segment_R[other] < batch.segment_R[row]
+def relative_errors(tensors: list[Tensor], plan_Rd: Tensor, grad_RHLD: Tensor, dtype: torch.dtype) -> list[float]:
+    """Of output and gradients in the dtype, against float32 on the same numbers."""
+    rounded, results = [*detached(tensors, dtype), grad_RHLD.to(dtype)], []
+    for kind in (dtype, torch.float32):
+        *inputs, grad = (x.to(kind, copy=True) for x in rounded)
+        leaves = [x.requires_grad_() for x in inputs]
+        out_RHLD = cross_batch_attention(*leaves, plan_Rd, rounded[0].shape[3] ** -0.5)
+        results.append([out_RHLD.detach(), *gradients(out_RHLD, leaves, grad)])
+        assert all(x.dtype == kind for x in results[-1])
+    return [((x.float() - exact).norm() / exact.norm()).item() for x, exact in zip(*results, strict=True)]
 
 
-@given(batch=batches())
-@settings(deadline=None)
-def test_a_row_gets_as_many_negatives_as_asked_while_there_are_unrelated_rows(batch: Batch) -> None:
-    for group, at, _, negatives in batch.rows():
-        available = sum(other != group and not batch.related_GG[group][other] for other in batch.group_R)
-        assert len(negatives) == min(batch.segments[at][1], available)
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_half_precision_is_close_to_float32(dtype: torch.dtype, rounding: float) -> None:
+    tensors = random_tensors(0, 4, 4, 2, 32, 16, torch.float32)
+    plan_Rd = torch.tensor([[1, 2, 3], [0, -1, 2], [-1, -1, -1], [0, 1, -1]])
+    errors = relative_errors(tensors, plan_Rd, detached(random_tensors(1, 4, 4, 2, 32, 16))[0], dtype)
+    assert max(errors) < 2 * rounding
 
 
-@given(batch=batches())
-@settings(deadline=None)
-def test_padding_comes_last_and_no_wider_than_needed(batch: Batch) -> None:
-    lengths = [sum(row != -1 for row in seen) for seen in batch.plan]
-    assert all(-1 not in seen[:length] for seen, length in zip(batch.plan, lengths, strict=True))
-    assert {len(seen) for seen in batch.plan} == {max(lengths)}
+@pytest.mark.parametrize("alike", [False, True])
+def test_many_contexts_in_bfloat16_lose_no_precision(alike: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_batch, "CONTEXTS_AT_ONCE", 2)
+    R = 64
+    tensors, grad_RHLD = random_tensors(0, R, 1, 1, 4, 8, torch.float32), random_tensors(1, R, 1, 1, 4, 8)[0].detach()
+    tensors[0] = tensors[0] / 4  # scores small enough that their own rounding does not matter
+    if alike:  # every row's share of a gradient is the same, so sums only grow
+        tensors, grad_RHLD = [x[:1].expand_as(x) for x in tensors], grad_RHLD[:1].expand_as(grad_RHLD)
+    everyone_Rd = torch.tensor([[other for other in range(R) if other != row] for row in range(R)])
+    errors = relative_errors(tensors, everyone_Rd, grad_RHLD, torch.bfloat16)
+    what = ("output", "queries", "keys", "values", "far keys", "far values")
+    assert not {name: error for name, error in zip(what, errors, strict=True) if error > 1.5 * 2**-8}
 
 
-@given(batch=batches())
-@settings(deadline=None)
-def test_negatives_are_previous_contexts_first_then_earlier_then_later_ones(batch: Batch) -> None:
-    for group, at, _, negatives in batch.rows():
-        chosen = [batch.segment_R[row] for row in negatives]
-        unrelated = [
-            segment
-            for other, segment in zip(batch.group_R, batch.segment_R, strict=True)
-            if other != group and not batch.related_GG[group][other]
-        ]
-        previous = Counter(unrelated)[at - 1]
-        assert chosen[:previous] == [at - 1] * min(previous, len(chosen))
-        earlier = sum(segment < at for segment in unrelated)
-        assert all(segment < at for segment in chosen[:earlier])
-        assert chosen[:earlier] == sorted(chosen[:earlier], reverse=True)
-        assert all(segment >= at for segment in chosen[earlier:])
+class TinyAttention(torch.nn.Module):
+    """Hidden states [R, L, C] to a number, by projections and CrossBatch."""
+
+    H, Hk, D = 4, 2, 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        C, sizes = 16, {"q": self.H * self.D, "k": self.Hk * self.D, "v": self.Hk * self.D}
+        for name, size in sizes.items():
+            self.register_parameter(name, torch.nn.Parameter(torch.randn(size, C, generator=generator) / 4))
+        self.hidden_RLC = torch.randn(4, 6, C, generator=generator)
+        self.plan_Rd = torch.tensor([[1, 2, 3], [0, -1, 2], [-1, -1, -1], [0, 1, -1]])
+
+    def forward(self, hidden_RLC: Tensor, plan_Rd: Tensor) -> Tensor:
+        R, L, _ = hidden_RLC.shape
+        q, k, v = (functional.linear(hidden_RLC, weight).view(R, L, -1, self.D) for weight in (self.q, self.k, self.v))
+        q_RHLD, k_RHkLD, v_RHkLD = (x.transpose(1, 2) for x in (q, k, v))
+        turned_k_RHkLD = k_RHkLD * torch.linspace(0.5, 1.5, L, dtype=k_RHkLD.dtype)[:, None]
+        out_RHLD = cross_batch_attention(q_RHLD, turned_k_RHkLD, v_RHkLD, k_RHkLD, v_RHkLD, plan_Rd, SCALE)
+        assert out_RHLD.dtype == v_RHkLD.dtype
+        return out_RHLD.transpose(1, 2).float().sin().sum()
+
+    def loss_and_gradients(self, run: Callable[..., Tensor] | None = None) -> list[Tensor]:
+        hidden_RLC = self.hidden_RLC.clone().requires_grad_()
+        loss = (self if run is None else run)(hidden_RLC, self.plan_Rd)
+        found = torch.autograd.grad(loss, [hidden_RLC, *self.parameters()])
+        return [loss.detach(), *found]
 
 
-@given(segments=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), min_size=1, max_size=4))
-@settings(deadline=None)
-def test_more_positives_than_contexts_before_are_refused_naming_both(segments: list[tuple[int, int]]) -> None:
-    assume(any(positives > at for at, (positives, _) in enumerate(segments)))
-    at, asked = next((at, positives) for at, (positives, _) in enumerate(segments) if positives > at)
-    with pytest.raises(ValueError, match=f"segment {at} asks for {asked} positives, but only {at} contexts"):
-        cross_batch_plan([0] * len(segments), list(range(len(segments))), [[True]], segments)
+def test_under_autocast_it_computes_in_bfloat16_and_gradients_reach_float32_weights() -> None:
+    tiny = TinyAttention()
+    exact = tiny.loss_and_gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tiny.loss_and_gradients()
+    for mine, reference in zip(found[1:], exact[1:], strict=True):
+        assert mine.dtype == torch.float32
+        assert 0 < (mine - reference).norm() < 0.02 * reference.norm()
+
+
+def test_compiled_once_it_gives_the_same_output_and_gradients_for_any_plan() -> None:
+    torch._dynamo.reset()
+    tiny, backend, graphs = TinyAttention(), CompileCounterWithBackend("aot_eager"), []
+    compiled = torch.compile(tiny, backend=backend)
+    for plan in (tiny.plan_Rd.tolist(), [[3, 2, 1], [2, 3, -1], [-1, 0, -1], [-1, -1, -1]], [[-1, -1, -1]] * 4):
+        tiny.plan_Rd = torch.tensor(plan)
+        torch.testing.assert_close(tiny.loss_and_gradients(compiled), tiny.loss_and_gradients(), rtol=0, atol=1e-5)
+        graphs.append(backend.frame_count)
+    assert graphs == graphs[:1] * 3 != [0, 0, 0]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_it_gives_the_same_output_and_gradients(reentrant: bool) -> None:
+    tiny = TinyAttention()
+    hidden_RLC = tiny.hidden_RLC.clone().requires_grad_()
+    checkpoint(tiny, hidden_RLC, tiny.plan_Rd, use_reentrant=reentrant).backward()
+    found = [hidden_RLC.grad, *(weight.grad for weight in tiny.parameters())]
+    torch.testing.assert_close(found, tiny.loss_and_gradients()[1:], rtol=0, atol=1e-5)
+
+
+class Memory(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes, and the most elements alive at once, each storage once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = self.peak = 0
+        self._made: list[weakref.ref[Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        if not func.is_view:
+            self.largest = max([self.largest, *(x.numel() for x in made)])
+        self._made = [ref for ref in self._made if ref() is not None] + [weakref.ref(x) for x in made]
+        alive = [x for ref in self._made if (x := ref()) is not None]
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() // x.element_size() for x in alive}
+        self.peak = max(self.peak, sum(storages.values()))
+        return result
+
+
+def measured(d: int, local: bool, R: int, L: int, D: int) -> Memory:
+    """Forward and backward with d additional contexts for each row."""
+    tensors = random_tensors(0, R, 1, 1, L, D, torch.float32)
+    plan_Rd = (torch.arange(R)[:, None] + torch.arange(1, d + 1)) % R
+    grad_RHLD = torch.ones_like(tensors[0])
+    with Memory() as memory:
+        torch.autograd.grad(cross_batch_attention(*tensors, plan_Rd, SCALE, local=local), tensors, grad_RHLD)
+    return memory
+
+
+@pytest.fixture
+def four_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_batch, "CONTEXTS_AT_ONCE", 4)
+
+
+@pytest.mark.usefixtures("four_at_once")
+@pytest.mark.parametrize("local", [True, False])
+def test_memory_of_a_step_does_not_grow_with_the_number_of_additional_contexts(local: bool) -> None:
+    few, many = (measured(d, local, R=24, L=16, D=2) for d in (4, 20))
+    assert few.largest == many.largest > 0
+    assert few.peak == many.peak > 0
+
+
+@pytest.mark.usefixtures("four_at_once")
+@pytest.mark.parametrize("local", [True, False])
+def test_no_tensor_is_larger_than_an_input_where_the_kernel_is_fused_nor_than_scores_of_a_part(
+    local: bool, way: str
+) -> None:
+    R, L, D = 24, 64, 2
+    part_scores, local_scores = 4 * L * L, R * L * L * local
+    largest = {"fused kernel": R * L * D, "written out": max(part_scores, local_scores)}[way]
+    assert measured(20, local, R, L, D).largest == largest
+
+
+def test_what_is_saved_for_the_backward_pass_does_not_grow_with_the_number_of_additional_contexts() -> None:
+    R, H, Hk, L, D = 24, 2, 1, 4, 2
+    saved, tensors = [], random_tensors(0, R, H, Hk, L, D)
+    for d in (1, 8, 23):
+        plan_Rd, elements = (torch.arange(R)[:, None] + torch.arange(1, d + 1)) % R, []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, e=elements: (e.append(x.numel()), x)[1], lambda x: x):
+            cross_batch_attention(*tensors, plan_Rd, SCALE)
+        saved.append(sum(elements))
+    queries_and_output, keys_and_values, lse = 2 * R * H * L * D, 4 * R * Hk * L * D, R * H * L
+    assert saved == [queries_and_output + keys_and_values + lse] * 3

@@ -1,18 +1,20 @@
-"""Shapes: B batch (R rows of contexts in training), L local tokens, H query heads, Hk key/value heads, D head size."""
+"""Shapes: R rows of contexts, L tokens, B batch, C hidden size."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from fot_model import DenseMemory, FotLlamaConfig, FotLlamaForCausalLM, cross_batch_plan
-from fot_model import memory as memory_module
-from fot_model.cross_batch import pad_plan
+from fot_model import FotCache, FotLlamaConfig, FotLlamaForCausalLM, LongLlamaForCausalLM
+from fot_model.plan import pad_plan
 
+CONFORMANCE = Path(__file__).parent / "conformance"
 VOCABULARY = 40
 TINY: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -22,19 +24,49 @@ TINY: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
+THETA = {"rope_theta": 10000.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "factor": 3.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    **THETA,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default", **THETA},
+    "large theta": {"rope_type": "default", "rope_theta": 5e7},
+    "linear": {"rope_type": "linear", "factor": 2.0, **THETA},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0, **THETA},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, **THETA},
+    "longrope, short": {**LONGROPE, "original_max_position_embeddings": 32},
+    "longrope, long": {**LONGROPE, "original_max_position_embeddings": 4},
+    "llama3": {**LLAMA3, "rope_theta": 5e5},
+    "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.5, **THETA},
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "multi-head": {},
     "grouped-query": {"num_key_value_heads": 2},
     "multi-query": {"num_key_value_heads": 1},
     "tied-embeddings": {"tie_word_embeddings": True},
     "attention-bias": {"attention_bias": True},
+    "mlp-bias": {"mlp_bias": True},
     "wide-heads": {"head_dim": 12, "num_key_value_heads": 2},
+    **{f"rope {name}": {"rope_parameters": rope} for name, rope in ROPES.items()},
 }
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+NOBODY = torch.empty(2, 0, dtype=torch.long)
 
 
 def randomised(model: Any) -> Any:
-    """All parameters random: biases and norms too, which start at constants."""
+    """All parameters random: biases, norms and gates too, which start at constants."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -53,18 +85,40 @@ def focused(mem_layers: list[int], **changes: Any) -> FotLlamaForCausalLM:
 
 
 def tokens(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+    """Token ids without 0, which is padding."""
+    return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def read(model: FotLlamaForCausalLM, windows: list[Tensor], memory: DenseMemory | None = None) -> list[Tensor]:
-    """Logits of each window [B, L], read one after the other."""
-    memory = DenseMemory() if memory is None else memory
+def assert_same(got: Any, expected: Any, atol: float = 1e-5, what: str = "") -> None:
+    torch.testing.assert_close(got, expected, rtol=0, atol=atol, msg=lambda found: f"{what} {found}")
+
+
+def shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def check_reads_as(model: FotLlamaForCausalLM, base: LlamaForCausalLM, ids_BL: Tensor) -> None:
+    """Within one context, in every way."""
+    B = ids_BL.shape[0]
     with torch.no_grad():
-        return [model(window, memory=memory).logits for window in windows]
-
-
-def assert_same(got: Any, expected: Any, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(got, expected, rtol=0, atol=atol)
+        expected = base(ids_BL, labels=ids_BL)
+        ways: dict[str, dict[str, Any]] = {
+            "default": {},
+            "without cache": {"use_cache": False},
+            "with cache": {"use_cache": True},
+            "with a cache given": {"past_key_values": FotCache(model.config)},
+            "no contexts": {"plan": NOBODY.expand(B, 0)},
+            "padded plan": {"plan": torch.full((B, 2), -1)},
+        }
+        for name, how in ways.items():
+            got = model(ids_BL, labels=ids_BL, **how)
+            assert_same((got.loss, got.logits), (expected.loss, expected.logits), what=name)
+        cache, base_cache = None, None
+        for token_B1 in ids_BL.split(1, dim=1):
+            step = model(token_B1, past_key_values=cache, use_cache=True)
+            base_step = base(token_B1, past_key_values=base_cache, use_cache=True)
+            cache, base_cache = step.past_key_values, base_step.past_key_values
+            assert_same(step.logits, base_step.logits)
 
 
 @variants
@@ -74,62 +128,85 @@ def test_within_one_context_memory_layers_change_nothing_of_a_llama(
 ) -> None:
     base = llama(**changes)
     base.save_pretrained(tmp_path)
-    model = FotLlamaForCausalLM.from_pretrained(tmp_path, mem_layers=mem_layers)
+    model = FotLlamaForCausalLM.from_pretrained(tmp_path, mem_layers=mem_layers).eval()
     assert model.config.mem_layers == mem_layers
-    ids_BL = tokens(2, 9)
-    with torch.no_grad():
-        expected = base(ids_BL, labels=ids_BL)
-        plain = model(ids_BL, labels=ids_BL)
-        alone = model(ids_BL, labels=ids_BL, plan=pad_plan([[], []]))
-        first = model(ids_BL, labels=ids_BL, memory=DenseMemory())
-    for got, atol in ((plain, 1e-6), (alone, 1e-5), (first, 1e-5)):
-        assert_same(got.logits, expected.logits, atol)
-        assert_same(got.loss, expected.loss, atol)
+    assert shapes(model) == shapes(base)
+    assert {name for name, _ in model.named_parameters()} == {name for name, _ in base.named_parameters()}
+    check_reads_as(model, base, tokens(2, 20))
 
 
-GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+OLD_ROPES: dict[str, dict[str, Any]] = {
+    "theta alone": {"rope_theta": 5e5},
+    "linear": {"rope_theta": 10000.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    "llama3": {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+    "none": {"rope_theta": 1e6, "rope_scaling": None},
+}
 
 
-def test_a_llama_generates_the_same_with_memory_layers() -> None:
-    model, base = focused([1]), llama()
+@pytest.mark.parametrize("old", OLD_ROPES.values(), ids=OLD_ROPES)
+def test_rope_said_in_the_older_form_of_config_json_is_read(old: dict[str, Any], tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, **old}))
+    model = FotLlamaForCausalLM.from_pretrained(tmp_path, mem_layers=[1]).eval()
+    base = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert model.config.rope_parameters["rope_theta"] == old["rope_theta"]
+    check_reads_as(model, base, tokens(2, 20))
+    unscaled = llama()
+    assert (base(tokens(2, 20)).logits - unscaled(tokens(2, 20)).logits).abs().max() > 1e-3
+    model.save_pretrained(tmp_path / "again")
+    check_reads_as(FotLlamaForCausalLM.from_pretrained(tmp_path / "again").eval(), base, tokens(2, 20))
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope, long", "yarn"])
+def test_a_local_context_longer_than_the_positions_of_a_checkpoint_is_read_as_the_llama_reads_it(rope: str) -> None:
+    changes = {"max_position_embeddings": 8, "rope_parameters": ROPES[rope]}
+    model, base, ids_BL = focused([1], local_context=24, **changes), llama(**changes), tokens(2, 20)
     base.load_state_dict(model.state_dict())
-    ids_BL = tokens(2, 7).clamp(min=1)
-    assert model.generate(ids_BL, **GREEDY).tolist() == base.generate(ids_BL, **GREEDY).tolist()
-
-
-@pytest.mark.parametrize(
-    "mask_given",
-    [
-        True,
-        False,
-    ],
-)
-def test_a_llama_generates_the_same_from_left_padded_prompts(mask_given: bool) -> None:
-    model, base = focused([1]), llama()
-    base.load_state_dict(model.state_dict())
-    ids_BL = tokens(2, 7).clamp(min=1)
-    ids_BL[0, :3] = 0
-    mask = {"attention_mask": (ids_BL != 0).long()} if mask_given else {}
-    assert model.generate(ids_BL, **mask, **GREEDY).tolist() == base.generate(ids_BL, **mask, **GREEDY).tolist()
-
-
-def test_generation_with_its_cache_equals_generation_without_where_memory_layers_have_no_positions() -> None:
-    model = focused([1], mem_positionals=False)
-    ids_BL = tokens(2, 7).clamp(min=1)
-    expected_BL = ids_BL
     with torch.no_grad():
-        for _ in range(8):
-            expected_BL = torch.cat([expected_BL, model(expected_BL).logits[:, -1:].argmax(-1)], dim=1)
-    assert model.generate(ids_BL, **GREEDY).tolist() == expected_BL.tolist()
+        expected = base(ids_BL).logits
+        for how in ({}, {"use_cache": False}, {"plan": NOBODY}):
+            assert_same(model(ids_BL, **how).logits, expected)
 
 
-@variants
-def test_there_are_no_new_parameters(changes: dict[str, Any]) -> None:
-    base, model = llama(**changes), focused([0, 2], **changes)
-    assert {name: p.shape for name, p in model.state_dict().items()} == {
-        name: p.shape for name, p in base.state_dict().items()
-    }
-    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in base.parameters())
+@pytest.mark.parametrize("form", ["sharded", "bin", "sharded bin"])
+def test_other_forms_of_checkpoints_load(form: str, tmp_path: Path) -> None:
+    base = llama(num_key_value_heads=2)
+    base.save_pretrained(tmp_path, max_shard_size="12KB" if form == "sharded" else "1GB")
+    if form != "sharded":
+        (tmp_path / "model.safetensors").unlink()
+        state = base.state_dict()
+        names = sorted(state)
+        files = {"pytorch_model.bin": names}
+        if form == "sharded bin":
+            files = {"pytorch_model-00001-of-00002.bin": names[:9], "pytorch_model-00002-of-00002.bin": names[9:]}
+            where = {name: file for file, held in files.items() for name in held}
+            index = {"metadata": {"total_size": 0}, "weight_map": where}
+            (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        for file, held in files.items():
+            torch.save({name: state[name] for name in held}, tmp_path / file)
+    files_of_weights = [*tmp_path.glob("*.bin"), *tmp_path.glob("*.safetensors")]
+    assert (len(files_of_weights) > 1) == form.startswith("sharded")
+    model = FotLlamaForCausalLM.from_pretrained(tmp_path, mem_layers=[1])
+    for name, tensor in base.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_checkpoint_loads_in_the_number_type_asked_for(dtype: torch.dtype, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "single")
+    model = FotLlamaForCausalLM.from_pretrained(tmp_path / "single", mem_layers=[1], mem_gate=True, dtype=dtype)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert model(tokens(2, 9), use_cache=False).logits.dtype == dtype
+    model.save_pretrained(tmp_path / "again")
+    again = FotLlamaForCausalLM.from_pretrained(tmp_path / "again", dtype="auto")
+    assert {parameter.dtype for parameter in again.parameters()} == {dtype}
+
+
+def test_memory_layers_given_at_loading_are_kept_in_order_and_once(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    assert FotLlamaForCausalLM.from_pretrained(tmp_path, mem_layers=[1, 0, 1]).config.mem_layers == [0, 1]
 
 
 def test_fresh_memory_layers_start_as_widely_spread_as_the_others() -> None:
@@ -139,169 +216,209 @@ def test_fresh_memory_layers_start_as_widely_spread_as_the_others() -> None:
     assert spreads == pytest.approx([0.5] * 3, rel=0.1)
 
 
-def naive_memory_layer(
-    attention: Any, hidden_RLC: Tensor, plan: list[list[int]], cos_LD: Tensor, sin_LD: Tensor
-) -> Tensor:
-    """What the memory layer gives to its output projection, a query at a time. Returns [R, L, H * D]."""
-    R, L, _ = hidden_RLC.shape
-    D = attention.head_dim
-
-    def rotated(x_D: Tensor, at: int) -> Tensor:
-        return x_D * cos_LD[at] + torch.cat([-x_D[D // 2 :], x_D[: D // 2]]) * sin_LD[at]
-
-    q_RLHD, k_RLHkD, v_RLHkD = (
-        projection(hidden_RLC).view(R, L, -1, D)
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    H, group = q_RLHD.shape[2], q_RLHD.shape[2] // k_RLHkD.shape[2]
-    out_RLHD = torch.empty(R, L, H, D)
-    for row in range(R):
-        for at in range(L):
-            for head in range(H):
-                serving = head // group
-                keys = [rotated(k_RLHkD[row, before, serving], before) for before in range(at + 1)]
-                values = [v_RLHkD[row, before, serving] for before in range(at + 1)]
-                for other in plan[row]:
-                    keys += list(k_RLHkD[other, :, serving])
-                    values += list(v_RLHkD[other, :, serving])
-                weights = torch.softmax(torch.stack(keys) @ rotated(q_RLHD[row, at, head], at) / D**0.5, dim=0)
-                out_RLHD[row, at, head] = weights @ torch.stack(values)
-    return out_RLHD.flatten(2)
-
-
-@pytest.mark.parametrize("mem_positionals", [True, False])
-@variants
-def test_in_training_a_memory_layer_attends_to_the_rows_of_the_plan_as_position_zero(
-    changes: dict[str, Any], mem_positionals: bool
-) -> None:
-    model = focused([1], mem_positionals=mem_positionals, **changes)
-    attention = model.model.layers[1].self_attn
-    plan = [[], [0], [1, 0]]
-    caught: dict[str, Tensor] = {}
-    attention.register_forward_pre_hook(
-        lambda _, args, kwargs: caught.update(hidden=kwargs["hidden_states"]), with_kwargs=True
-    )
-    attention.o_proj.register_forward_pre_hook(lambda _, args: caught.update(attended=args[0]))
-    L, D = 4, attention.head_dim
-    with torch.no_grad():
-        model(tokens(3, L), plan=pad_plan(plan))
-        angles_LD = torch.outer(torch.arange(L), 10000.0 ** (-torch.arange(0, D, 2) / D)).repeat(1, 2)
-        angles_LD = angles_LD * mem_positionals
-        expected = naive_memory_layer(attention, caught["hidden"], plan, angles_LD.cos(), angles_LD.sin())
-    assert_same(caught["attended"], expected)
-
-
-YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 16}
-
-
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "default", "rope_theta": 1e6},
-        {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
-        YARN,
-    ],
-    ids=lambda rope: rope["rope_type"],
-)
-def test_a_remembered_token_is_a_token_at_position_zero_under_any_rope(rope: dict[str, Any]) -> None:
-    model = focused([0], num_hidden_layers=1, rope_parameters=rope)
-    ids_BL = tokens(2, 3)
-    with torch.no_grad():  # windows of one token each, so all of them stand at position 0
-        expected = model(ids_BL, position_ids=torch.zeros(1, 3, dtype=torch.long)).logits
-    assert_same(torch.cat(read(model, list(ids_BL.split(1, dim=1))), dim=1), expected)
-
-
-def test_ordinary_layers_do_not_see_the_rows_of_the_plan() -> None:
-    model = focused([2])
-    caught: list[Tensor] = []
-    model.model.layers[2].register_forward_pre_hook(lambda _, args: caught.append(args[0]))
-    ids_RL = tokens(3, 5)
-    with torch.no_grad():
-        alone, crossed = model(ids_RL).logits, model(ids_RL, plan=pad_plan([[], [0], [1, 0]])).logits
-    assert torch.equal(caught[0], caught[1])
-    assert_same(crossed[0], alone[0])
-    assert not torch.allclose(crossed[1:], alone[1:], atol=1e-2)
-
-
-@pytest.mark.parametrize("chunk", [3, 4096])
-@pytest.mark.parametrize("mem_positionals", [True, False])
-@variants
-def test_training_on_positives_is_reading_them_into_memory_oldest_first(
-    changes: dict[str, Any], mem_positionals: bool, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory_module, "CHUNK", chunk)
-    model = focused([1], mem_positionals=mem_positionals, **changes)
-    ids_RL = tokens(8, 6)
-    unrelated = [[False, False], [False, False]]
-    plan_Rd = cross_batch_plan([0] * 4 + [1] * 4, [0, 1, 2, 3] * 2, unrelated, [(0, 0), (1, 0), (2, 0), (3, 0)])
-    with torch.no_grad():
-        trained = model(ids_RL, plan=plan_Rd).logits.view(2, 4, 6, VOCABULARY)
-    memory = DenseMemory()
-    windows = list(ids_RL.view(2, 4, 6).unbind(1))  # both documents at once, four windows each
-    for at, logits in enumerate(read(model, windows, memory)):
-        assert_same(logits, trained[:, at])
-    assert len(memory) == 24
-
-
-def test_training_on_negatives_is_reading_them_into_memory_too() -> None:
-    model = focused([1], num_key_value_heads=2)
-    ids_RL = tokens(3, 5)
-    with torch.no_grad():
-        trained = model(ids_RL, plan=pad_plan([[1, 2], [], []])).logits
-    assert_same(read(model, [ids_RL[[2]], ids_RL[[1]], ids_RL[[0]]])[2], trained[[0]])
-
-
-@pytest.mark.parametrize("sizes", [[1] * 12, [5, 5, 2], [2, 9, 1], [12]])
-@pytest.mark.parametrize("Hk", [4, 2])
-def test_one_layer_without_positions_reads_windows_as_one_long_causal_context(sizes: list[int], Hk: int) -> None:
-    model = focused([0], num_hidden_layers=1, mem_positionals=False, num_key_value_heads=Hk)
-    ids_BL = tokens(2, sum(sizes))
-    with torch.no_grad():
-        expected = model(ids_BL).logits
-    assert_same(torch.cat(read(model, list(ids_BL.split(sizes, dim=1))), dim=1), expected)
-
-
-def test_a_memory_reset_between_documents_leaves_no_trace_of_the_first() -> None:
-    model = focused([0, 2])
-    memory = DenseMemory()
-    read(model, [tokens(1, 6, seed=1)], memory)
-    memory.reset()
-    windows = [tokens(1, 6, seed=2), tokens(1, 6, seed=3)]
-    for got, expected in zip(read(model, windows, memory), read(model, windows), strict=True):
-        assert torch.equal(got, expected)
-
-
-def test_reading_keeps_no_second_cache_beside_the_memory() -> None:
-    model = focused([1])
-    assert model(tokens(1, 5)).past_key_values is not None
-    assert model(tokens(1, 5), memory=DenseMemory()).past_key_values is None
-
-
-def test_a_memory_truncated_to_where_it_was_asks_the_same_question_again() -> None:
-    model = focused([0, 2])
-    memory = DenseMemory()
-    read(model, [tokens(1, 6, seed=1), tokens(1, 6, seed=2)], memory)
-    question = tokens(1, 4, seed=3)
-    [first] = read(model, [question], memory)
-    assert len(memory) == 16
-    memory.truncate(12)
-    [again] = read(model, [question], memory)
-    assert torch.equal(again, first)
+@pytest.mark.parametrize("mem_gate", [False, True])
+def test_a_gate_a_head_is_all_that_is_new_among_the_parameters(mem_gate: bool) -> None:
+    base, model = llama(), focused([0, 2], mem_gate=mem_gate)
+    gates = {f"model.layers.{layer}.self_attn.mem_gate": torch.Size([4]) for layer in (0, 2)}
+    assert shapes(model) == {**shapes(base), **(gates if mem_gate else {})}
 
 
 @variants
 def test_a_saved_model_loads_as_a_plain_llama_and_as_itself(changes: dict[str, Any], tmp_path: Path) -> None:
     model = focused([0, 2], **changes)
     model.save_pretrained(tmp_path)
-    ids_BL = tokens(2, 9)
+    ids_BL = tokens(2, 20)
     plain, itself = LlamaForCausalLM.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (type(plain), type(itself)) == (LlamaForCausalLM, FotLlamaForCausalLM)
+    assert itself.config.mem_layers == [0, 2]
+    assert plain.config.rope_parameters == itself.config.rope_parameters == model.config.rope_parameters
     with torch.no_grad():
-        assert torch.equal(plain(ids_BL).logits, model(ids_BL).logits)
+        expected = model(ids_BL, use_cache=False).logits
+        assert torch.equal(plain(ids_BL).logits, expected)
+        assert torch.equal(model(ids_BL).logits, expected)
         plan_Rd = pad_plan([[1], [0]])
         assert torch.equal(itself(ids_BL, plan=plan_Rd).logits, model(ids_BL, plan=plan_Rd).logits)
-    assert type(plain) is LlamaForCausalLM
-    assert type(itself) is FotLlamaForCausalLM
-    assert itself.config.mem_layers == [0, 2]
+        assert torch.equal(itself(tokens(1, 150)).logits, model(tokens(1, 150)).logits)
+
+
+def test_what_the_configuration_says_of_memory_is_saved(tmp_path: Path) -> None:
+    said = {"mem_positionals": False, "mem_dtype": "bfloat16", "mem_gate": True, "local_context": 8}
+    model = focused([1], last_context_length=3, **said)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {name: getattr(again.config, name) for name in said} == said
+    assert (again.config.last_context_length, again.config.window) == (3, 8)
+    ids_BL = tokens(2, 40)
+    assert torch.equal(again(ids_BL).logits, model(ids_BL).logits)
+
+
+def test_a_model_with_a_gate_loads_as_a_plain_llama_too(tmp_path: Path) -> None:
+    model = focused([1], mem_gate=True)
+    model.save_pretrained(tmp_path)
+    plain = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(plain(tokens(2, 9)).logits, model(tokens(2, 9), use_cache=False).logits)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2}], ids=str)
+def test_a_llama_generates_the_same_with_memory_layers(changes: dict[str, Any]) -> None:
+    model, base = focused([1], **changes), llama(**changes)
+    base.load_state_dict(model.state_dict())
+    ids_BL = tokens(2, 7)
+    mask_BL = torch.ones_like(ids_BL)
+    assert model.generate(ids_BL, **GREEDY).tolist() == base.generate(ids_BL, **GREEDY).tolist()
+    mask_BL[0, :3] = ids_BL[0, :3] = 0
+    for masks in ({}, {"attention_mask": mask_BL}):
+        assert model.generate(ids_BL, **masks, **GREEDY).tolist() == base.generate(ids_BL, **masks, **GREEDY).tolist()
+
+
+def test_a_padded_batch_has_the_logits_of_a_llama_but_for_padding() -> None:
+    model, base = focused([1]), llama()
+    base.load_state_dict(model.state_dict())
+    ids_BL, mask_BL = tokens(3, 9), torch.ones(3, 9, dtype=torch.long)
+    mask_BL[0, :4] = mask_BL[1, 7:] = 0
+    with torch.no_grad():
+        positions_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)
+        expected = base(ids_BL, attention_mask=mask_BL, position_ids=positions_BL).logits[mask_BL.bool()]
+        for how in ({}, {"use_cache": False}):
+            got = model(ids_BL, attention_mask=mask_BL, position_ids=positions_BL, **how).logits[mask_BL.bool()]
+            assert_same(got, expected)
+
+
+SETS = ["longllama_rope", "longllama_nope", "longllama_theta1e6"]
+RELEASED = {"rope_theta", "mem_layers", "mem_positionals", "mem_dtype", "mem_attention_grouping", "last_context_length"}
+
+
+def longllama_read(model: FotLlamaForCausalLM, ids_BL: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(ids_BL).logits
+
+
+@pytest.mark.parametrize("load", [FotLlamaForCausalLM, LongLlamaForCausalLM, AutoModelForCausalLM])
+@pytest.mark.parametrize("name", SETS)
+def test_a_longllama_checkpoint_saved_in_its_layout_is_the_one_loaded(name: str, load: Any, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(CONFORMANCE / name, source)
+    released = json.loads((source / "config.json").read_text())
+    released |= {"mem_attention_grouping": [4, 2048], "mem_dtype": "bfloat16", "rms_norm_eps": 1e-5}
+    code = {"auto_map": {"AutoConfig": "x.Y"}, "torch_attention": False, "gradient_checkpoint_every_ith": 1}
+    (source / "config.json").write_text(json.dumps({**released, **code}))
+    model = load.from_pretrained(source)
+    assert isinstance(model, FotLlamaForCausalLM)
+    how = {} if isinstance(model, LongLlamaForCausalLM) else {"form": "longllama"}
+    model.save_pretrained(tmp_path / "saved", **how)
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert {key: saved.get(key) for key in released} == released
+    assert saved.keys() >= RELEASED
+    assert not saved.keys() & {"rope_parameters", "rope_scaling", "local_context", "mem_gate", *code}
+    ids_BL = load_file(source / "expected.safetensors")["input_ids"]
+    for again in (FotLlamaForCausalLM, LongLlamaForCausalLM, AutoModelForCausalLM):
+        assert torch.equal(
+            longllama_read(again.from_pretrained(tmp_path / "saved"), ids_BL), longllama_read(model, ids_BL)
+        )
+
+
+@pytest.mark.parametrize("theta", [10000.0, 1e6])
+def test_any_multi_head_llama_is_written_in_the_layout_of_longllama(theta: float, tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": theta}
+    model = focused([0, 2], rope_parameters=rope, local_context=16, last_context_length=6, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path, form="longllama")
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["model_type"] == "longllama"
+    expected = {"rope_theta": theta, "mem_layers": [0, 2], "mem_positionals": True, "last_context_length": 6}
+    expected |= {"max_position_embeddings": 16, "mem_dtype": "float32", "mem_attention_grouping": None}
+    assert {name: saved[name] for name in expected} == expected
+    assert type(model.config) is FotLlamaConfig, "saving leaves the model as it is"
+    for load in (FotLlamaForCausalLM, LongLlamaForCausalLM, AutoModelForCausalLM):
+        again = load.from_pretrained(tmp_path)
+        assert again.config.mem_layers == [0, 2]
+        assert torch.equal(longllama_read(again, tokens(2, 50)), longllama_read(model, tokens(2, 50)))
+
+
+UNSAYABLE: dict[str, dict[str, Any]] = {
+    "num_key_value_heads": {"num_key_value_heads": 2},
+    "head_dim": {"head_dim": 12},
+    "attention_bias": {"attention_bias": True},
+    "mlp_bias": {"mlp_bias": True},
+    "mem_gate": {"mem_gate": True},
+    "rope_type": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, **THETA}},
+}
+
+
+@pytest.mark.parametrize("kind", [FotLlamaForCausalLM, LongLlamaForCausalLM])
+@pytest.mark.parametrize("name", UNSAYABLE)
+def test_what_the_layout_of_longllama_cannot_say_is_refused_by_name(name: str, kind: Any, tmp_path: Path) -> None:
+    how = {"form": "longllama"} if kind is FotLlamaForCausalLM else {}
+    config = kind.config_class(**{**TINY, **UNSAYABLE[name]}, mem_layers=[1], last_context_length=8)
+    with pytest.raises(ValueError, match=rf"the longllama layout has no {name} .*fot_llama"):
+        kind(config).save_pretrained(tmp_path / "new", **how)
+    assert not (tmp_path / "new").exists(), "nothing was written"
+    focused([1], **UNSAYABLE[name]).save_pretrained(tmp_path)
+
+
+def test_a_longllama_checkpoint_loaded_as_fot_llama_is_saved_as_that(tmp_path: Path) -> None:
+    model = LongLlamaForCausalLM.from_pretrained(CONFORMANCE / SETS[0])
+    FotLlamaForCausalLM.from_pretrained(CONFORMANCE / SETS[0]).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "fot_llama"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is FotLlamaForCausalLM
+    assert torch.equal(longllama_read(again, tokens(2, 100)), longllama_read(model, tokens(2, 100)))
+
+
+def test_a_form_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"form 'longlama'.*longllama"):
+        focused([1]).save_pretrained(tmp_path, form="longlama")
+
+
+def loss_and_gradients(model: FotLlamaForCausalLM, **how: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(**how).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_step_trains_every_parameter_with_the_loss_of_all_rows() -> None:
+    model, ids_RL, plan_Rd = focused([1], num_key_value_heads=2).train(), tokens(3, 6), pad_plan([[], [0], [1, 0]])
+    output = model(ids_RL, labels=ids_RL, plan=plan_Rd)
+    expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids_RL[:, 1:].flatten())
+    assert_same(output.loss, expected, 1e-6)
+    assert output.past_key_values is None
+    _, gradients = loss_and_gradients(model, input_ids=ids_RL, labels=ids_RL, plan=plan_Rd)
+    assert gradients.keys() == {name for name, _ in model.named_parameters()}
+    assert all((gradient != 0).any() for gradient in gradients.values())
+
+
+def test_the_number_of_items_in_a_batch_divides_the_loss_with_a_plan() -> None:
+    model, ids_RL = focused([1]), tokens(2, 6)
+    how = {"labels": ids_RL, "plan": pad_plan([[], [0]])}
+    assert_same(model(ids_RL, num_items_in_batch=7, **how).loss, model(ids_RL, **how).loss * 10 / 7)
+
+
+def test_embeddings_and_kept_logits_go_with_a_plan() -> None:
+    model, ids_RL, plan_Rd = focused([1]), tokens(2, 6), pad_plan([[], [0]])
+    expected = model(ids_RL, plan=plan_Rd).logits
+    embeddings_RLC = model.get_input_embeddings()(ids_RL)
+    assert_same(model(inputs_embeds=embeddings_RLC, plan=plan_Rd).logits, expected, 1e-6)
+    assert_same(model(ids_RL, plan=plan_Rd, logits_to_keep=2).logits, expected[:, -2:], 1e-6)
+    [logits] = model(ids_RL, plan=plan_Rd, return_dict=False)
+    assert torch.equal(logits, expected)
+
+
+def test_a_mask_without_padding_changes_nothing_with_a_plan() -> None:
+    model, ids_RL, plan_Rd = focused([1]), tokens(2, 6), pad_plan([[], [0]])
+    got = model(ids_RL, plan=plan_Rd, attention_mask=torch.ones_like(ids_RL)).logits
+    assert torch.equal(got, model(ids_RL, plan=plan_Rd).logits)
+
+
+def test_a_few_steps_of_gradient_descent_lower_the_loss() -> None:
+    model, ids_RL, plan_Rd = focused([1]).train(), tokens(3, 6), pad_plan([[], [0], [1, 0]])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(5):
+        loss, _ = loss_and_gradients(model, input_ids=ids_RL, labels=ids_RL, plan=plan_Rd)
+        losses.append(loss.item())
+        optimizer.step()
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.05
 
 
 @pytest.mark.parametrize("bad", [3, -1, 100])
@@ -319,73 +436,40 @@ def test_a_checkpoint_that_is_no_llama_is_refused_by_name(tmp_path: Path) -> Non
         FotLlamaForCausalLM.from_pretrained(tmp_path)
 
 
-def test_a_plan_and_a_memory_together_are_refused() -> None:
-    memory = DenseMemory()
-    with pytest.raises(ValueError, match=r"plan .* memory .* exclude each other"):
-        focused([1])(tokens(2, 3), plan=pad_plan([[], [0]]), memory=memory)
-    assert len(memory) == 0
+def test_a_number_type_that_memory_cannot_have_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"mem_dtype 'int8': give one of float32, bfloat16, float16"):
+        focused([1], mem_dtype="int8")
 
 
-def loss_and_gradients(model: FotLlamaForCausalLM, ids_RL: Tensor, plan_Rd: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    model.zero_grad()
-    loss = model(ids_RL, labels=ids_RL, plan=plan_Rd).loss
-    loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+DOCUMENTS = torch.zeros(2, 4, dtype=torch.long)
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "padding": ({"attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])}, "padding with a plan: give rows"),
+    "cache": ({"past_key_values": "new"}, "past_key_values with a plan: in training"),
+    "objective": ({"objective": "fott"}, "objective 'fott': give one of fot, memorizing, transformer_xl"),
+    "documents of another shape": ({"document_ids": DOCUMENTS[:, :3]}, r"document_ids \[2, 3\]: give \[2, 4\]"),
+    "documents by row": ({"document_ids": DOCUMENTS[:, 0]}, r"document_ids \[2\]: give \[2, 4\]"),
+    "rows that are not there": ({"plan": pad_plan([[], [2]])}, "row 1 sees row 2, but the batch has rows 0 to 1"),
+    "itself": ({"plan": pad_plan([[0], []])}, "row 0 sees itself"),
+    "the future": ({"plan": pad_plan([[1], []]), "document_ids": DOCUMENTS}, "row 0 sees row 1, the future of its own"),
+    "a plan of other rows": ({"plan": pad_plan([[], [], []])}, r"plan is a torch.int64 tensor \[3, 0\]: .*\[2, d\]"),
+    "a flat plan": ({"plan": torch.tensor([-1, 0])}, r"\[2\]: give whole numbers \[2, d\]"),
+    "a plan of fractions": ({"plan": torch.zeros(2, 1)}, r"torch.float32 .*give whole numbers"),
+    "a plan that is a list": ({"plan": [[-1], [0]]}, r"plan is a list.*tensor"),
+    "two previous contexts": (
+        {"plan": pad_plan([[], [0, -1]]), "objective": "transformer_xl"},
+        "transformer_xl sees one context, the previous: the plan has 2 columns",
+    ),
+    "documents without a plan": ({"plan": None, "document_ids": DOCUMENTS}, "document_ids .*with a plan"),
+    "an objective without a plan": ({"plan": None, "objective": "memorizing"}, "objective .*with a plan"),
+}
 
 
-def test_gradient_checkpointing_changes_neither_loss_nor_gradients() -> None:
-    model = focused([1, 2], num_key_value_heads=2).train()
-    ids_RL, plan_Rd = tokens(3, 6), pad_plan([[], [0], [1, 0]])
-    passes: list[int] = []
-    model.model.layers[1].self_attn.o_proj.register_forward_hook(lambda *_: passes.append(1))
-    loss, gradients = loss_and_gradients(model, ids_RL, plan_Rd)
-    assert len(passes) == 1
-    model.gradient_checkpointing_enable()
-    checkpointed_loss, checkpointed_gradients = loss_and_gradients(model, ids_RL, plan_Rd)
-    assert len(passes) == 3, "the memory layer was not recomputed"
-    assert_same(checkpointed_loss, loss, 1e-6)
-    assert gradients.keys() == {name for name, _ in model.named_parameters()}
-    assert_same(checkpointed_gradients, gradients, 1e-6)
-
-
-def test_a_loss_on_one_row_trains_the_memory_layer_through_the_rows_it_sees() -> None:
-    model = focused([1], num_hidden_layers=2)
-    ids_RL = tokens(2, 5)
-    embeddings_RLC = model.get_input_embeddings()(ids_RL).detach().requires_grad_()
-    labels_RL = ids_RL.clone()
-    labels_RL[0] = -100
-    model(inputs_embeds=embeddings_RLC, labels=labels_RL, plan=pad_plan([[], []])).loss.backward()
-    assert (embeddings_RLC.grad[0] == 0).all()
-    model(inputs_embeds=embeddings_RLC, labels=labels_RL, plan=pad_plan([[], [0]])).loss.backward()
-    assert (embeddings_RLC.grad[0] != 0).any(-1).all()
-
-
-def test_bfloat16_runs_and_stays_close() -> None:
-    exact, rounded = (focused([0, 1], num_key_value_heads=2) for _ in range(2))
-    rounded = rounded.to(torch.bfloat16)
-    exact.load_state_dict(rounded.state_dict())
-    ids_RL, plan_Rd = tokens(3, 8), pad_plan([[], [0], [1, 0]])
-    with torch.no_grad():
-        pairs = [(rounded(ids_RL, plan=plan_Rd).logits, exact(ids_RL, plan=plan_Rd).logits)]
-    windows = list(ids_RL[:, None].unbind(0))
-    pairs += zip(read(rounded, windows), read(exact, windows), strict=True)
-    for got, expected in pairs:
-        assert got.dtype == torch.bfloat16
-        assert (got.float() - expected).norm() < 0.03 * expected.norm()
-
-
-def test_memory_layers_given_at_loading_are_kept_in_order_and_once(tmp_path: Path) -> None:
-    llama().save_pretrained(tmp_path)
-    assert FotLlamaForCausalLM.from_pretrained(tmp_path, mem_layers=[1, 0, 1]).config.mem_layers == [0, 1]
-
-
-@pytest.mark.parametrize("how", [{"plan": torch.empty(2, 0, dtype=torch.long)}, {"memory": DenseMemory()}])
-def test_padding_and_a_cache_are_refused_with_a_plan_or_a_memory(how: dict[str, Any]) -> None:
-    model, ids_BL = focused([0]), tokens(2, 4)
-    mask_BL = torch.ones_like(ids_BL)
-    model(ids_BL, attention_mask=mask_BL, **how)
-    mask_BL[0, 0] = 0
-    with pytest.raises(ValueError, match="padding"):
-        model(ids_BL, attention_mask=mask_BL, **how)
-    with pytest.raises(ValueError, match="past_key_values"):
-        model(ids_BL, past_key_values=DynamicCache(), **how)
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_with_a_plan_is_answered_by_what_is_wrong_and_what_to_do(name: str) -> None:
+    model, (how, message) = focused([0]), MISTAKES[name]
+    how = {"plan": pad_plan([[], [0]]), **how}
+    if how.get("past_key_values") == "new":
+        how["past_key_values"] = FotCache(model.config)
+    with pytest.raises(ValueError, match=message) as error:
+        model(tokens(2, 4), **how)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,280 @@
+"""Shapes: R rows, L tokens a context, d additional contexts, H query heads, D head size, N additional tokens."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from fot_model import FotLlamaConfig, FotLlamaForCausalLM, attention_mass
+from fot_model.plan import pad_plan
+
+VOCABULARY = 40
+TINY: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "mem_layers": [0, 2],
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 16}
+PLAN = [[], [0], [1, 0], [0, 1]]
+OF_ROWS = torch.tensor([7, 7, 5, 7])
+OF_TOKENS = torch.tensor([[7, 7, 7, 5, 5], [5, 5, 5, 5, 5], [5, 6, 6, 6, 6], [8, 8, 7, 7, 7]])
+
+
+def focused(**changes: Any) -> FotLlamaForCausalLM:
+    torch.manual_seed(0)
+    model = FotLlamaForCausalLM(FotLlamaConfig(**{**TINY, **changes})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape)
+    return model
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def naive_masses(
+    model: FotLlamaForCausalLM,
+    layer: int,
+    hidden_RLC: Tensor,
+    plan: list[list[int]],
+    documents_RL: Tensor,
+    joined_RL: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Positive and additional mass by head [H], from one softmax a query."""
+    attention, rope = model.model.layers[layer].self_attn, LlamaRotaryEmbedding(model.config)
+    frequencies, scale = rope.inv_freq, rope.attention_scaling
+    if not model.config.mem_positionals:
+        frequencies, scale = frequencies * 0, 1.0
+    R, L, _ = hidden_RLC.shape
+    H, D = model.config.num_attention_heads, attention.head_dim
+
+    def turned(x_D: Tensor, position: int) -> Tensor:
+        angles_D = (position * frequencies).repeat(2)
+        first, second = x_D.chunk(2)
+        return (x_D * angles_D.cos() + torch.cat([-second, first]) * angles_D.sin()) * scale
+
+    q_RLHD = attention.q_proj(hidden_RLC).view(R, L, H, D)
+    k_RLHD = attention.k_proj(hidden_RLC).view(R, L, -1, D)
+    k_RLHD = k_RLHD.repeat_interleave(H // k_RLHD.shape[2], dim=2)
+    positive_H, additional_H = torch.zeros(H), torch.zeros(H)
+    for row in range(R):
+        for at in range(L):
+            near = [
+                before for before in range(at + 1) if joined_RL is None or joined_RL[row, before] == joined_RL[row, at]
+            ]
+            far = [(other, there) for other in plan[row] for there in range(L)]
+            same_N = torch.tensor([float(documents_RL[place] == documents_RL[row, at]) for place in far])
+            for head in range(H):
+                keys = [turned(k_RLHD[row, before, head], before) for before in near]
+                keys += [turned(k_RLHD[other, there, head], 0) for other, there in far]
+                weights = torch.softmax(torch.stack(keys) @ turned(q_RLHD[row, at, head], at) / D**0.5, dim=0)
+                weights_N = weights[len(near) :]
+                positive_H[head] += (weights_N * same_N).sum()
+                additional_H[head] += weights_N.sum()
+    return positive_H, additional_H
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "grouped-query": {},
+    "multi-head": {"num_key_value_heads": 4},
+    "no-positions": {"mem_positionals": False},
+    "yarn": {"rope_parameters": YARN},
+    "yarn-no-positions": {"rope_parameters": YARN, "mem_positionals": False},
+    "bias": {"attention_bias": True},
+}
+
+
+@pytest.mark.parametrize("by", ["rows", "tokens"])
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_mass_is_what_one_softmax_gives_to_the_tokens_of_the_own_document(
+    changes: dict[str, Any], joined: bool, by: str
+) -> None:
+    model = focused(**changes)
+    caught: dict[int, Tensor] = {}
+    for layer in (0, 2):
+        model.model.layers[layer].self_attn.register_forward_pre_hook(
+            lambda _, args, kwargs, layer=layer: caught.__setitem__(layer, kwargs["hidden_states"].detach()),
+            with_kwargs=True,
+        )
+    documents = OF_ROWS if by == "rows" else OF_TOKENS
+    documents_RL = documents[:, None].expand(4, 5) if by == "rows" else documents
+    joined_RL = OF_TOKENS if joined else None
+    with attention_mass(model, documents) as found, torch.no_grad():
+        model(tokens(4, 5), plan=pad_plan(PLAN), document_ids=joined_RL)
+        expected = {layer: naive_masses(model, layer, caught[layer], PLAN, documents_RL, joined_RL) for layer in (0, 2)}
+    assert found.layers.keys() == {0, 2}
+    for layer, (positive_H, additional_H) in expected.items():
+        mass = found.layers[layer]
+        torch.testing.assert_close(torch.as_tensor(mass.positive).float(), positive_H, rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.as_tensor(mass.additional).float(), additional_H, rtol=0, atol=1e-5)
+        torch.testing.assert_close(mass.share().float(), positive_H / additional_H, rtol=0, atol=1e-5)
+        assert found.r_d()[layer] == pytest.approx(float(positive_H.sum() / additional_H.sum()), abs=1e-5)
+        assert 0.05 < found.r_d()[layer] < 0.95
+
+
+def test_passes_add_up() -> None:
+    model, plan_Rd = focused(), pad_plan(PLAN)
+    batches = [tokens(4, 5, seed=seed) for seed in (1, 2)]
+    alone = []
+    with torch.no_grad():
+        for ids_RL in batches:
+            with attention_mass(model, OF_ROWS) as found:
+                model(ids_RL, plan=plan_Rd)
+            alone.append(found)
+        with attention_mass(model, OF_ROWS) as both:
+            for ids_RL in batches:
+                model(ids_RL, plan=plan_Rd)
+                model(ids_RL, use_cache=False)  # without a plan there is nothing to add
+    for layer in (0, 2):
+        for name in ("positive", "additional"):
+            total = sum(getattr(found.layers[layer], name) for found in alone)
+            torch.testing.assert_close(getattr(both.layers[layer], name), total, rtol=0, atol=1e-9)
+            assert not torch.equal(getattr(alone[0].layers[layer], name), getattr(alone[1].layers[layer], name))
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 7])
+def test_a_model_that_does_not_tell_documents_apart_gives_each_of_d_contexts_its_share(d: int) -> None:
+    model = focused()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.weight.zero_()
+    R = d + 1
+    plan_Rd = torch.stack([torch.tensor([other for other in range(R) if other != row]) for row in range(R)])
+    documents_R = torch.arange(R)
+    documents_R[0] = documents_R[R - 1]  # rows 0 and d are of one document, the others alone
+    with attention_mass(model, documents_R) as found, torch.no_grad():
+        model(tokens(R, 6), plan=plan_Rd)
+    for layer, share in found.r_d().items():
+        assert share == pytest.approx(2 / R / d, abs=1e-6)
+        assert found.layers[layer].share().tolist() == pytest.approx([2 / R / d] * 4, abs=1e-6)
+    near_and_far = [d * 6 / (d * 6 + at + 1) for at in range(6)]
+    assert found.layers[0].additional.tolist() == pytest.approx([R * sum(near_and_far)] * 4, abs=1e-4)
+
+
+def test_shares_are_one_with_positives_alone_and_nothing_without() -> None:
+    model = focused()
+    with torch.no_grad():
+        with attention_mass(model, torch.tensor([3, 3, 3, 3])) as own:
+            model(tokens(4, 5), plan=pad_plan(PLAN))
+        with attention_mass(model, torch.tensor([1, 2, 3, 4])) as others:
+            model(tokens(4, 5), plan=pad_plan(PLAN))
+        with attention_mass(model, OF_ROWS) as none:
+            model(tokens(4, 5), plan=pad_plan([[], [], [], []]))
+    assert own.r_d() == pytest.approx({0: 1.0, 2: 1.0})
+    assert others.r_d() == {0: 0.0, 2: 0.0}
+    assert all(math.isnan(share) for share in none.r_d().values())
+    assert none.layers[0].share().isnan().all()
+
+
+def hooks(model: FotLlamaForCausalLM) -> int:
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+def test_nothing_stays_registered_not_even_after_an_error() -> None:
+    model = focused()
+    before = hooks(model)
+    with attention_mass(model, OF_ROWS):
+        assert hooks(model) == before + 2
+    assert hooks(model) == before
+    with pytest.raises(RuntimeError, match="stopped"), attention_mass(model, OF_ROWS):
+        raise RuntimeError("stopped")
+    assert hooks(model) == before
+
+
+def test_masses_stay_as_they_are_once_closed() -> None:
+    model = focused()
+    with torch.no_grad():
+        with attention_mass(model, OF_ROWS) as found:
+            model(tokens(4, 5), plan=pad_plan(PLAN))
+        before = found.r_d()
+        model(tokens(4, 5, seed=3), plan=pad_plan(PLAN))
+    assert found.r_d() == before
+
+
+def test_layers_are_all_memory_layers_or_those_asked_for() -> None:
+    model = focused()
+    with torch.no_grad():
+        with attention_mass(model, OF_ROWS) as all_layers:
+            model(tokens(4, 5), plan=pad_plan(PLAN))
+        with attention_mass(model, OF_ROWS, layers=[2]) as one:
+            model(tokens(4, 5), plan=pad_plan(PLAN))
+    assert all_layers.r_d().keys() == {0, 2}
+    assert one.r_d() == {2: all_layers.r_d()[2]}
+
+
+@pytest.mark.parametrize("layers", [[1], [0, 1], [3], [-1]])
+def test_a_layer_that_is_no_memory_layer_is_refused_by_number(layers: list[int]) -> None:
+    model = focused()
+    wrong = [layer for layer in layers if layer != 0]
+    with (
+        pytest.raises(ValueError, match=rf"layers \[{wrong[0]}\] are no memory layers: those are \[0, 2\]"),
+        attention_mass(model, OF_ROWS, layers=layers),
+    ):
+        pass
+    assert hooks(model) == 0
+
+
+def test_outputs_and_gradients_are_the_same_while_it_is_open() -> None:
+    model, ids_RL, plan_Rd = focused().train(), tokens(4, 5), pad_plan(PLAN)
+    outcomes = []
+    for watched in (False, True):
+        model.zero_grad()
+        with attention_mass(model, OF_ROWS, layers=[0, 2] if watched else []) as found:
+            output = model(ids_RL, labels=ids_RL, plan=plan_Rd)
+            output.loss.backward()
+        outcomes.append([output.logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        assert all(not torch.as_tensor(mass.positive).requires_grad for mass in found.layers.values())
+    assert all(torch.equal(*pair) for pair in zip(*outcomes, strict=True))
+
+
+def test_recomputed_activations_are_counted_once() -> None:
+    model, ids_RL, plan_Rd = focused().train(), tokens(4, 5), pad_plan(PLAN)
+    masses = []
+    for recomputes in (False, True):
+        if recomputes:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with attention_mass(model, OF_ROWS) as found:
+            model(ids_RL, labels=ids_RL, plan=plan_Rd).loss.backward()
+        masses.append(found.layers[2].additional)
+    torch.testing.assert_close(*masses, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_reduced_precision_measures_nearly_the_same(how: str) -> None:
+    model, ids_RL, plan_Rd = focused(), tokens(4, 5), pad_plan(PLAN)
+    shares = []
+    for reduced in (False, True):
+        if reduced and how == "bfloat16":
+            model = model.to(torch.bfloat16)
+        with (
+            attention_mass(model, OF_ROWS) as found,
+            torch.no_grad(),
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=reduced and how == "autocast"),
+        ):
+            model(ids_RL, plan=plan_Rd)
+        shares.append(found.r_d())
+    assert shares[0] != shares[1]
+    assert shares[1] == pytest.approx(shares[0], abs=0.02)
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 6), (3, 5)], ids=str)
+def test_documents_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    model, documents = focused(), torch.zeros(shape)
+    with pytest.raises(ValueError, match="documents"), attention_mass(model, documents), torch.no_grad():
+        model(tokens(4, 5), plan=pad_plan(PLAN))
+
+
+def test_the_mass_of_an_objective_without_contexts_at_position_zero_is_refused() -> None:
+    model = focused()
+    with pytest.raises(ValueError, match="transformer_xl"), attention_mass(model, OF_ROWS), torch.no_grad():
+        model(tokens(4, 5), plan=pad_plan([[], [0], [1], [2]]), objective="transformer_xl")
