@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class FotCache(DynamicCache):
         self._turns_memory_layers = config.mem_positionals
         self._rope = LlamaRotaryEmbedding(config)
         self._left = len(self.memory)  # tokens that left the local context
+        self._reach = 0  # positions used while the local context's keys were rotated
         self._tail = Tail()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -77,6 +79,7 @@ class FotCache(DynamicCache):
         """Make room for `length` new tokens; `seen_BL` is False where they are padding. Returns their positions
         [B or 1, length]: in the local context, padding not counted."""
         start = self.local_length
+        self._reach = max(self._reach if start else 0, start + length)
         if seen_BL is not None or self.seen_BL is not None:
             past = (
                 self.seen_BL if self.seen_BL is not None else torch.ones(rows, start, dtype=torch.bool, device=device)
@@ -95,8 +98,8 @@ class FotCache(DynamicCache):
         positions = self._positions(length, device)
         gone_BL = None if self.seen_BL is None else self.seen_BL[:, :count]
         moved_B1 = positions.new_full((1, 1), count) if gone_BL is None else gone_BL.sum(1, keepdim=True)
-        back_to_start = rotation(self._rope, positions[:, :count], length)
-        back_by_moved = rotation(self._rope, moved_B1, length)
+        back_to_start = rotation(self._rope, positions[:, :count], self._reach)
+        back_by_moved = rotation(self._rope, moved_B1, self._reach)
         for number, layer in enumerate(self.layers):
             remembers = number in self._mem_layers
             turns = self._turns_memory_layers or not remembers
@@ -205,6 +208,9 @@ class FotCache(DynamicCache):
         unfinished = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
         try:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, unfinished, metadata)
+            mask = os.umask(0)
+            os.umask(mask)
+            unfinished.chmod(0o666 & ~mask)  # safetensors lets no one else read it
             os.replace(unfinished, path)
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from None
@@ -221,16 +227,10 @@ class FotCache(DynamicCache):
         try:
             with safe_open(os.fspath(path), framework="pt", device=str(model.device)) as file:
                 metadata = file.metadata() or {}
+                check_origin(path, metadata, model)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
         except SafetensorError as error:
             raise ValueError(f"{path} is no memory file, or damaged ({error}): save it again") from None
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is no memory file: FotCache.save writes one")
-        if metadata["model"] != fingerprint(model):
-            raise ValueError(
-                f"{path} is the memory of another model (fingerprint {metadata['model'][:12]}, this model's is "
-                f"{fingerprint(model)[:12]}): load that model, or read the text again with this one"
-            )
         cache.memory.load_state_dict(
             {key.removeprefix("memory."): tensor for key, tensor in tensors.items() if key.startswith("memory.")}
         )
@@ -240,7 +240,7 @@ class FotCache(DynamicCache):
         cache.seen_BL = tensors.get("seen")
         if "tail.embeddings" in tensors:
             cache.note(tensors["tail.embeddings"].to(model.dtype), tensors["tail.seen"])
-        cache._left = json.loads(metadata["left"])
+        cache._left, cache._reach = json.loads(metadata["left"]), cache.local_length
         return cache
 
     def _positions(self, length: int, device: torch.device) -> Tensor:
@@ -279,9 +279,20 @@ class Tail:
         self._seen.select(rows)
 
 
+def check_origin(path: str | os.PathLike[str], metadata: Mapping[str, str], model: PreTrainedModel) -> None:
+    """Raises ValueError for a file of another kind, or of another model."""
+    if metadata.get("format") != FORMAT or "model" not in metadata:
+        raise ValueError(f"{path} is no memory file: FotCache.save writes one")
+    if (theirs := metadata["model"]) != (ours := fingerprint(model)):
+        raise ValueError(
+            f"{path} is the memory of another model (fingerprint {theirs[:12]}, this model's is {ours[:12]}): load "
+            f"that model, or read the text again with this one"
+        )
+
+
 def fingerprint(model: PreTrainedModel) -> str:
-    """Names a model by its shape and a sample of every parameter, in bfloat16 so that the number type
-    it was loaded in does not matter."""
+    """Names a model by its shape and a sample of every parameter, in bfloat16 so that it does not matter
+    whether it was loaded in float32 or bfloat16."""
     digest = hashlib.sha256()
     config = model.config
     shape = {name: getattr(config, name) for name in SHAPE}

@@ -37,7 +37,9 @@ class FotLlamaConfig(LlamaConfig):
       models).
     - `mem_dtype`: number type of keys and values in memory ("float32", "bfloat16", "float16"); None is the model's.
     - `mem_gate`: memory joins through a learnt gate a head, as in the Memorizing Transformer; adds parameters.
-    - `local_context`: tokens of the local context (the window); None is `max_position_embeddings`.
+    - `local_context`: tokens of the local context (the window); None is `max_position_embeddings`. With
+      longrope and dynamic RoPE choose at most the original length: beyond it transformers' frequencies change with
+      the length of a call, and so does what was read.
     - `last_context_length`: tokens that stay local when a long input goes to memory. None, the default, makes windows
       that do not depend on how an input was split into calls; a number follows LongLLaMA's code: of each longer input
       all but that many last tokens go to memory, window by window.

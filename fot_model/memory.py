@@ -18,7 +18,7 @@ from torch import Tensor
 from fot_model.attention import MASKED, Partial, attend, is_fused, merge, wide_dtype
 
 CHUNK = 4096  # keys a step, at most
-SCORES = 2**24  # scores a step, at most, where they are written out
+SCORES = 2**24  # scores a step, at most, where they are written out; and numbers in the values picked by a top-k search
 
 
 class Memory(Protocol):
@@ -64,6 +64,7 @@ class GrowingBuffer:
             if self._held is not None:
                 grown[:, :, :start] = self._held[:, :, :start]
             self._held = grown
+        assert self._held.shape[0] == new_BHkLD.shape[0], "another number of rows"
         if self._held.is_inference() and not torch.is_inference_mode_enabled():
             self._held = self._held.clone()  # torch lets nothing be written into it any more
         self._held[:, :, start:end] = new_BHkLD.detach()
@@ -144,6 +145,8 @@ class DenseMemory:
 
     def truncate(self, length: int) -> None:
         assert length >= 0, length
+        if length == 0:
+            self.reset()  # another number of rows may come next
         for layer in self._layers.values():
             for buffer in layer.buffers().values():
                 buffer.length = min(length, buffer.length)
@@ -186,7 +189,7 @@ class TopKMemory(DenseMemory):
         if len(self) <= self.k or layer not in self._layers:
             return super().attend(layer, q_BHLD, scale)
         B, H, _, _ = q_BHLD.shape
-        queries = max(1, SCORES // (B * H * (CHUNK + self.k)))
+        queries = max(1, SCORES // (B * H * max(CHUNK + self.k, self.k * q_BHLD.shape[3])))
         parts = [self._attend(self._layers[layer], q, scale) for q in q_BHLD.split(queries, dim=2)]
         out, lse = zip(*parts, strict=True)
         return torch.cat(out, dim=2), torch.cat(lse, dim=2)
