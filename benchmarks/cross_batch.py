@@ -44,14 +44,14 @@ def gathered(q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, plan
 
 
 def gather_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, plan: Tensor, scale: float, *_: object
+    q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, plan: Tensor, scale: float, *_: object, **__: object
 ) -> Tensor:
     keys, values, mask = gathered(q, k, v, far_k, far_v, plan.to(q.device))
     return functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
 
 
 def gather_matrix(
-    q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, plan: Tensor, scale: float, *_: object
+    q: Tensor, k: Tensor, v: Tensor, far_k: Tensor, far_v: Tensor, plan: Tensor, scale: float, *_: object, **__: object
 ):
     keys, values, mask = gathered(q, k, v, far_k, far_v, plan.to(q.device))
     return ((q @ keys.transpose(-1, -2)) * scale).masked_fill(~mask, -torch.inf).softmax(-1) @ values
