@@ -3,8 +3,8 @@
     python -m benchmarks.windows MODEL TEXT...
 
 MODEL: a FoT checkpoint directory; TEXT: text files, each read as one document from an empty memory, one thread. Prints
-perplexity by place in the window: how many windows' eighths were read since the context was last emptied, for the
-reader that empties it; the same tokens for the other.
+perplexity by place in the window of the reader that empties its local context when it is full, by eighths, and on the
+same tokens that of ours.
 """
 
 import argparse
