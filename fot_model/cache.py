@@ -122,7 +122,15 @@ class FotCache(DynamicCache):
     def flush(self) -> None:
         """Move the whole local context to the memory: the next tokens start a new one (the next document)."""
         self.evict(self.local_length)
+        self.settle()
+
+    def settle(self) -> None:
+        """Nothing read so far is to be replayed."""
         self._tail = Tail()
+
+    def fits(self, config: FotLlamaConfig) -> bool:
+        """Whether it has this model's layers and memory layers."""
+        return (len(self.layers), self._mem_layers) == (config.num_hidden_layers, frozenset(config.mem_layers or []))
 
     def note(self, embeddings_BLC: Tensor, seen_BL: Tensor | None) -> None:
         """Keep the inputs of tokens that enter now, to be replayed."""
@@ -163,7 +171,6 @@ class FotCache(DynamicCache):
     def reset(self) -> None:
         """Forget everything."""
         self.truncate(0)
-        self.memory.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""

@@ -84,8 +84,8 @@ class FotLlamaConfig(LlamaConfig):
 
     def check_last_context(self, length: int | None) -> None:
         """Raises ValueError for a `last_context_length` that the window cannot hold."""
-        if length is not None and not 1 <= length <= self.window:
-            raise ValueError(f"last_context_length {length}: the local context holds 1 to {self.window} tokens")
+        if length is not None and not (type(length) is int and 1 <= length <= self.window):
+            raise ValueError(f"last_context_length {length!r}: the local context holds 1 to {self.window} tokens")
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -173,8 +173,9 @@ def flex_cross_batch(
         return torch.where(key < R * L, near if local else near & ~near, sees_RR[query // L, at // L])
 
     compiled = q_RHLD.is_cuda
-    mask = create_block_mask(allowed, None, None, R * L, 2 * R * L, q_RHLD.device.type, _compile=compiled)
-    out = _flex(compiled)(
+    block_mask, flex = _flex(compiled)
+    mask = block_mask(allowed, None, None, R * L, 2 * R * L, device=str(q_RHLD.device))
+    out = flex(
         _one_sequence(q_RHLD),
         torch.cat([_one_sequence(k_RHkLD), _one_sequence(far_k_RHkLD)], dim=2),
         torch.cat([_one_sequence(v_RHkLD), _one_sequence(far_v_RHkLD)], dim=2),
@@ -191,5 +192,7 @@ def _one_sequence(x_RHLD: Tensor) -> Tensor:
 
 
 @cache
-def _flex(compiled: bool) -> Any:
-    return torch.compile(flex_attention) if compiled else flex_attention
+def _flex(compiled: bool) -> tuple[Any, Any]:
+    if not compiled:
+        return create_block_mask, flex_attention
+    return torch.compile(create_block_mask), torch.compile(flex_attention)

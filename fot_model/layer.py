@@ -28,7 +28,7 @@ class CrossBatch:
     plan: Tensor
     objective: Objective
     document_ids: Tensor | None
-    one_context: tuple[Tensor, Tensor]
+    one_context: tuple[Tensor, Tensor] | None
 
 
 class FotAttention(LlamaAttention):
@@ -100,6 +100,7 @@ class FotAttention(LlamaAttention):
         far_k, far_v = unturned_k * self.rope_scale, v_RHkLD  # the rotation of position 0
         if cross_batch.objective == "transformer_xl":
             turns = self.config.mem_positionals or not self.is_memory_layer
+            assert cross_batch.one_context is not None
             far_k = turn_back(k_RHkLD, *cross_batch.one_context) if turns else k_RHkLD
         tensors, plan_Rd = (q_RHLD, k_RHkLD, v_RHkLD, far_k, far_v), cross_batch.plan
         documents_RL, differentiable = cross_batch.document_ids, cross_batch.objective == "fot"
@@ -117,7 +118,7 @@ class FotAttention(LlamaAttention):
         q_BHLD, k_BHkLD = apply_rotary_pos_emb(q_BHLD, k_BHkLD, cos, sin)
         keys, values = cache.update(k_BHkLD, v_BHkLD, self.layer_idx)
         q_BHLD, keys, values = (x.to(v_BHkLD.dtype) for x in (q_BHLD, keys, values))  # RoPE's float32 under autocast
-        seen_B11M = None if cache.seen_BL is None else cache.seen_BL[:, None, None, :]
+        seen_B11M = None if cache.seen_BL is None else cache.seen_BL[:, None, None, :].to(q_BHLD.device)
         local = self._attend_local(q_BHLD, keys, values, seen_B11M)
         remembered = cache.memory.attend(self.layer_idx, q_BHLD, self.scaling)
         assert remembered is not None, "the memory is not empty"

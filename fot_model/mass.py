@@ -109,7 +109,7 @@ def _mass(
             continue
         own_LL = causal_LL
         if cross_batch.document_ids is not None:
-            ids_L = cross_batch.document_ids[row]
+            ids_L = cross_batch.document_ids[row].to(q_RHLD.device)
             own_LL = causal_LL & (ids_L[:, None] == ids_L[None, :])
         keys_HkMD = torch.cat([k_RHkLD[row], *(far_k_RHkLD[other] for other in others)], dim=1)
         scores_HLM = (q_RHLD[row] @ keys_HkMD.repeat_interleave(group, 0).transpose(-1, -2)).float() * attention.scaling

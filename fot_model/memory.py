@@ -60,7 +60,7 @@ class GrowingBuffer:
         start, end = self.length, self.length + new_BHkLD.shape[2]
         if self._held is None or self._held.shape[2] < end:
             B, Hk, _, D = new_BHkLD.shape
-            grown = new_BHkLD.new_empty(B, Hk, max(end, 2 * start), D)
+            grown = (new_BHkLD if self._held is None else self._held).new_empty(B, Hk, max(end, 2 * start), D)
             if self._held is not None:
                 grown[:, :, :start] = self._held[:, :, :start]
             self._held = grown
@@ -76,7 +76,8 @@ class GrowingBuffer:
         return self._held[:, :, start : self.length if end is None else end]
 
     def select(self, rows: Tensor) -> None:
-        if self._held is not None:
+        same = torch.arange(len(rows), device=rows.device)
+        if self._held is not None and not (len(rows) == self._held.shape[0] and torch.equal(rows, same)):
             self._held = self.view().index_select(0, rows.to(self._held.device))
 
 
@@ -95,15 +96,15 @@ class LayerMemory:
         if self._seen is not None:
             if seen_BL is None:
                 seen_BL = torch.ones(B, L, dtype=torch.bool, device=k_BHkLD.device)
-            self._seen.append(seen_BL[:, None, :, None])
+            self._seen.append(seen_BL[:, None, :, None].to(k_BHkLD.device))
         self.keys.append(k_BHkLD)
         self.values.append(v_BHkLD)
 
-    def chunks(self, size: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Keys and values [B, Hk, <= size, D] of the dtype, seen [B, 1, 1, <= size] or None."""
+    def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Keys and values [B, Hk, <= size, D] as held, seen [B, 1, 1, <= size] or None."""
         for start in range(0, self.keys.length, size):
             end = min(start + size, self.keys.length)
-            keys, values = (buffer.view(start, end).to(dtype) for buffer in (self.keys, self.values))
+            keys, values = self.keys.view(start, end), self.values.view(start, end)
             seen = None if self._seen is None else self._seen.view(start, end).transpose(2, 3)
             yield keys, values, seen
 
@@ -138,7 +139,9 @@ class DenseMemory:
         merged = None
         if layer in self._layers:
             size = CHUNK if is_fused(q_BHLD) else min(CHUNK, max(1, SCORES // q_BHLD[..., 0].numel()))
-            for keys, values, seen in self._layers[layer].chunks(size, q_BHLD.dtype):
+            copies = torch.is_grad_enabled()  # autograd keeps them, and the buffer will be written to again
+            for keys, values, seen in self._layers[layer].chunks(size):
+                keys, values = (x.to(q_BHLD.dtype, copy=copies) for x in (keys, values))
                 part = attend(q_BHLD, keys, values, scale, seen=seen)
                 merged = part if merged is None else merge(merged, part)
         return merged
@@ -180,8 +183,8 @@ class TopKMemory(DenseMemory):
     """Attention to the `k` keys of largest inner product with each query of each head, found exactly (`Memory`)."""
 
     def __init__(self, k: int = 128, dtype: torch.dtype | None = None) -> None:
-        if k < 1:
-            raise ValueError(f"k is {k}: a memory must attend to at least 1 key")
+        if type(k) is not int or k < 1:
+            raise ValueError(f"k is {k!r}: give a whole number of keys, at least 1")
         super().__init__(dtype)
         self.k = k
 
@@ -190,7 +193,8 @@ class TopKMemory(DenseMemory):
             return super().attend(layer, q_BHLD, scale)
         B, H, _, _ = q_BHLD.shape
         queries = max(1, SCORES // (B * H * max(CHUNK + self.k, self.k * q_BHLD.shape[3])))
-        parts = [self._attend(self._layers[layer], q, scale) for q in q_BHLD.split(queries, dim=2)]
+        with torch.autocast(q_BHLD.device.type, enabled=False):
+            parts = [self._attend(self._layers[layer], q, scale) for q in q_BHLD.split(queries, dim=2)]
         out, lse = zip(*parts, strict=True)
         return torch.cat(out, dim=2), torch.cat(lse, dim=2)
 
@@ -200,7 +204,8 @@ class TopKMemory(DenseMemory):
         best = q_BHkND.new_empty(*q_BHkND.shape[:3], 0, dtype=wide_dtype(q_BHLD))
         places = torch.empty(best.shape, dtype=torch.long, device=best.device)
         start = 0
-        for keys, _, seen in memory.chunks(CHUNK, best.dtype):
+        for keys, _, seen in memory.chunks(CHUNK):
+            keys = keys.to(best.dtype, copy=torch.is_grad_enabled())
             scores = (q_BHkND.to(best.dtype) @ keys.transpose(-1, -2)) * scale
             if seen is not None:
                 scores = scores.masked_fill(~seen, MASKED)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache, LlamaForCausalLM
 from transformers.generation import GenerationMode, MaxLengthCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
 from fot_model.cache import FotCache
@@ -46,11 +47,22 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
     config_class = FotLlamaConfig
 
     def __init__(self, config: FotLlamaConfig) -> None:
+        if not isinstance(config, FotLlamaConfig):
+            raise ValueError(f"config is a {type(config).__name__}: give FotLlamaConfig(**config.to_dict())")
         super().__init__(config)
         config.check()
         for layer in self.model.layers:
             FotAttention.adopt(layer.self_attn, self.model.rotary_emb.attention_scaling)
         self.post_init()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "FotLlamaForCausalLM":
+        """As torch does; RoPE's frequencies stay float32 in a model cast to 16 bits, because keys are turned back by
+        the same angles that turned them."""
+        super()._apply(*args, **kwargs)
+        rope, exact = self.model.rotary_emb, LlamaRotaryEmbedding(self.config)
+        for name in ("inv_freq", "original_inv_freq"):
+            setattr(rope, name, getattr(exact, name).to(getattr(rope, name).device))
+        return self
 
     def initialize_weights(self) -> None:
         """As transformers does; gates that no checkpoint brought start half open."""
@@ -83,6 +95,11 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         if len(given) != 1:
             raise ValueError("give either input_ids or inputs_embeds")
         B, L = given[0].shape[:2]
+        if L == 0 and past_key_values is not None:
+            read = past_key_values.get_seq_length()
+            raise ValueError(
+                f"no tokens are new: put the {read} that the cache has read before them, generate() wants all"
+            )
         if L == 0:
             raise ValueError("the input has no tokens: give at least one, such as the tokenizer's bos")
         if plan is not None:
@@ -132,15 +149,17 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         self,
         save_directory: str | os.PathLike[str],
         *args: Any,
-        form: Literal["fot_llama", "longllama"] = "fot_llama",
+        form: Literal["fot_llama", "longllama"] | None = None,
         **kwargs: Any,
     ) -> None:
-        """As transformers does. `form` "longllama" writes the layout of the released LongLLaMA checkpoints."""
-        if form not in ("fot_llama", "longllama"):
-            raise ValueError(f"form {form!r}: give fot_llama or longllama")
+        """As transformers does. `form` "longllama" writes the layout of the released LongLLaMA checkpoints; by default
+        the class's own."""
+        own = self.config.model_type
+        if form not in (None, own, "longllama"):
+            raise ValueError(f"form {form!r}: a {type(self).__name__} saves as {own} or longllama")
         config = LongLlamaConfig.of(self.config) if form == "longllama" else None
         super().save_pretrained(save_directory, *args, **kwargs)
-        if config is not None:
+        if config is not None and kwargs.get("is_main_process", True):
             config.save_pretrained(save_directory)
 
     def _cross_batch(
@@ -153,7 +172,9 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         check_plan(plan_Rd, R, document_ids_RL)
         if objective == "transformer_xl" and plan_Rd.shape[1] > 1:
             raise ValueError(f"transformer_xl sees one context, the previous: the plan has {plan_Rd.shape[1]} columns")
-        one_context = rotation(self.model.rotary_emb, torch.full((1, 1), L, device=self.device), L)
+        one_context = None
+        if objective == "transformer_xl":
+            one_context = rotation(self.model.rotary_emb, torch.full((1, 1), L, device=self.device), L)
         return CrossBatch(plan_Rd, objective, document_ids_RL, one_context)
 
     def _document_mask(self, document_ids_RL: Tensor | None) -> Tensor | None:
@@ -190,7 +211,7 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
             raise ValueError("output_attentions with memory: attention_mass reads out what memory layers attend to")
         if self.training and self.is_gradient_checkpointing:
             raise ValueError("memory with gradient checkpointing: call model.eval() to read, or train with a plan")
-        cache = FotCache(self.config) if cache is None else check_cache(cache, B)
+        cache = FotCache(self.config) if cache is None else check_cache(cache, B, self.config)
         seen_BL = new_padding(attention_mask, B, L, cache.get_seq_length())
         check_positions(position_ids, seen_BL)
         wants_states = kwargs.get("output_hidden_states") or self.config.output_hidden_states

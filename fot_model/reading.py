@@ -16,6 +16,7 @@ from transformers import Cache
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from fot_model.cache import FotCache
+from fot_model.config import FotLlamaConfig
 
 
 def read(
@@ -31,6 +32,8 @@ def read(
     those of every layer where they were asked for. `seen_BL` is False for padding."""
     if kept_local is not None:
         embeddings_BLC, seen_BL = with_tail(cache, embeddings_BLC, seen_BL, kept_local, model.config.window)
+    else:
+        cache.settle()
     B, length, _ = embeddings_BLC.shape
     outputs = []
     for start, end in windows(cache, length, model.config.window, kept_local):
@@ -92,10 +95,12 @@ def with_tail(
     return embeddings_BLC, seen_BL
 
 
-def check_cache(cache: Cache, rows: int) -> FotCache:
-    """Raises ValueError for a cache without memory, and for one of another number of rows than the input."""
+def check_cache(cache: Cache, rows: int, config: FotLlamaConfig) -> FotCache:
+    """Raises ValueError for a cache without memory, of another model, or of another number of rows than the input."""
     if not isinstance(cache, FotCache):
         raise ValueError(f"past_key_values is a {type(cache).__name__}: give a FotCache(model.config), or none")
+    if not cache.fits(config):
+        raise ValueError("past_key_values is of a model with other layers: give FotCache(model.config) of this one")
     if cache.rows not in (None, rows):
         raise ValueError(
             f"past_key_values holds {cache.rows} rows, the input has {rows}: "

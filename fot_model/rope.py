@@ -22,4 +22,5 @@ def rotation(rope: LlamaRotaryEmbedding, by_BL: Tensor, window: int) -> tuple[Te
 def turn_back(keys_BHkLD: Tensor, cos_BLD: Tensor, sin_BLD: Tensor) -> Tensor:
     """Keys rotated back by these angles."""
     wide = keys_BHkLD.to(wide_dtype(keys_BHkLD))
-    return (wide * cos_BLD[:, None] - rotate_half(wide) * sin_BLD[:, None]).to(keys_BHkLD.dtype)
+    cos_B1LD, sin_B1LD = cos_BLD[:, None].to(wide.device), sin_BLD[:, None].to(wide.device)
+    return (wide * cos_B1LD - rotate_half(wide) * sin_B1LD).to(keys_BHkLD.dtype)

@@ -904,3 +904,45 @@ def test_reading_a_plan_of_positives_is_training_on_it() -> None:
         [logits] = read(model, [ids_RL[row : row + 1]], cache)
         assert_same(logits[0], trained[row])
         cache.flush()
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "half"])
+def test_a_model_cast_to_16_bits_turns_keys_back_by_the_angles_that_turned_them(cast: str) -> None:
+    model = focused(max_position_embeddings=2048, num_hidden_layers=1, mem_layers=[0], head_dim=32)
+    exact = model.model.rotary_emb.inv_freq.clone()
+    getattr(model, cast)()
+    assert model.dtype != torch.float32
+    assert torch.equal(model.model.rotary_emb.inv_freq, exact)
+    assert torch.equal(FotCache(model.config)._rope.inv_freq, exact)
+
+
+def test_a_call_without_last_context_length_settles_what_was_read_before_it() -> None:
+    model, ids_BL = focused(), tokens(2, 40)
+    cache = model(ids_BL[:, :20], last_context_length=4).past_key_values
+    model(ids_BL[:, 20:30], past_key_values=cache)
+    assert cache.replay() is None
+    model(ids_BL[:, 30:], past_key_values=cache, last_context_length=4)
+    assert cache.get_seq_length() == 40
+    cache.flush()
+    assert len(cache.memory) == 40
+
+
+@pytest.mark.parametrize("num_key_value_heads", [4, 2])
+@torch.enable_grad()
+def test_a_loss_is_differentiated_through_a_long_reading(num_key_value_heads: int) -> None:
+    model, ids_BL = focused(num_key_value_heads=num_key_value_heads), tokens(2, 40)
+    model(ids_BL, labels=ids_BL).loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 2}, {"mem_layers": [0]}])
+def test_a_cache_of_a_model_with_other_layers_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"other layers.*FotCache\(model.config\)"):
+        focused()(tokens(2, 9), past_key_values=FotCache(focused(**changes).config))
+
+
+def test_a_question_without_the_text_before_it_is_answered_with_what_generate_wants() -> None:
+    model, ids_BL = focused(), tokens(1, 20)
+    cache = model(ids_BL).past_key_values
+    with pytest.raises(ValueError, match="put the 20 that the cache has read before"):
+        model.generate(ids_BL[:, :5], past_key_values=cache, **GREEDY)
