@@ -5,7 +5,7 @@
 Model: 8 layers (memory layer 5), d_model 256, 8 heads, local context 512, float32. The memory and the caches are filled
 with random keys and values; a figure is the median time of 16 tokens of one row after 3 to warm up. `dense`, `top-128`:
 FotCache with such a memory. `LLaMA static`, `LLaMA dynamic`: transformers' caches with M tokens in all layers (the
-dynamic one copies itself for every token, as transformers does). Megabytes are computed from the shapes: keys and values
+dynamic one copies itself for every token, as transformers does). Megabytes are computed from shapes: keys and values
 of M tokens and of the local contexts. `append`: microseconds to add one token to a memory that has grown from nothing
 to M tokens, one at a time, in all.
 """
