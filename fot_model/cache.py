@@ -81,11 +81,9 @@ class FotCache(DynamicCache):
         start = self.local_length
         self._reach = max(self._reach if start else 0, start + length)
         if seen_BL is not None or self.seen_BL is not None:
-            past = (
-                self.seen_BL if self.seen_BL is not None else torch.ones(rows, start, dtype=torch.bool, device=device)
-            )
-            new = seen_BL if seen_BL is not None else torch.ones(rows, length, dtype=torch.bool, device=device)
-            self.seen_BL = torch.cat([past, new], dim=1)
+            all_seen = torch.ones(rows, start + length, dtype=torch.bool, device=device)
+            past = all_seen[:, :start] if self.seen_BL is None else self.seen_BL
+            self.seen_BL = torch.cat([past, all_seen[:, start:] if seen_BL is None else seen_BL], dim=1)
         return self._positions(start + length, device)[:, start:]
 
     def evict(self, count: int) -> None:
@@ -195,10 +193,8 @@ class FotCache(DynamicCache):
         for layer in self.layers:
             made.layers.append(copy.copy(layer))
             if layer.is_initialized:
-                made.layers[-1].keys, made.layers[-1].values = (
-                    layer.keys.detach().clone(),
-                    layer.values.detach().clone(),
-                )
+                made.layers[-1].keys = layer.keys.detach().clone()
+                made.layers[-1].values = layer.values.detach().clone()
         return made
 
     def save(self, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
@@ -214,10 +210,10 @@ class FotCache(DynamicCache):
         metadata = {"format": FORMAT, "model": fingerprint(model), "left": json.dumps(self._left)}
         unfinished = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
         try:
+            unfinished.touch()
+            mode = unfinished.stat().st_mode
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, unfinished, metadata)
-            mask = os.umask(0)
-            os.umask(mask)
-            unfinished.chmod(0o666 & ~mask)  # safetensors lets no one else read it
+            unfinished.chmod(mode)  # safetensors lets no one else read it
             os.replace(unfinished, path)
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from None

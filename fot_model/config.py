@@ -94,17 +94,14 @@ class FotLlamaConfig(LlamaConfig):
         if config and model_type not in LLAMA_MODEL_TYPES:
             raise ValueError(f"the checkpoint is no LLaMA: its config.json says model_type {model_type!r}")
         if model_type == LongLlamaConfig.model_type:
-            config = {**LONGLLAMA_DEFAULTS, **config}
-            config = {key: value for key, value in config.items() if key not in LONGLLAMA_CODE}
+            defaults = {name: getattr(LongLlamaConfig, name) for name in LONGLLAMA_DEFAULTS}
+            config = {**defaults, **{key: value for key, value in config.items() if key not in LONGLLAMA_CODE}}
         # Same architecture under another name: without this transformers warns of a type mismatch.
         return {**config, "model_type": cls.model_type}, kwargs
 
 
-# What a released configuration leaves out, and what in it belongs to its own code.
-LONGLLAMA_DEFAULTS = {
-    "mem_layers": [], "mem_positionals": True, "mem_dtype": "bfloat16", "last_context_length": 1024,
-    "mem_attention_grouping": None, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "pad_token_id": 0,
-}  # fmt: skip
+# Where a released configuration's defaults are others than ours, and what in it belongs to its own code.
+LONGLLAMA_DEFAULTS = ("mem_dtype", "last_context_length", "mem_attention_grouping", "pad_token_id")
 LONGLLAMA_CODE = ("auto_map", "architectures", "torch_attention", "gradient_checkpoint_every_ith")
 
 
@@ -155,5 +152,4 @@ class LongLlamaConfig(FotLlamaConfig):
             "rope_theta": rope.get("rope_theta", 10000.0),
             "mem_dtype": self.mem_dtype or str(self.dtype or torch.float32).removeprefix("torch."),
             "last_context_length": self.last_context_length or max(1, self.window // 2),
-            "mem_attention_grouping": getattr(self, "mem_attention_grouping", None),
         }

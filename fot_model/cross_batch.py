@@ -46,9 +46,15 @@ def cross_batch_attention(
     `document_ids_RL` keeps local attention inside each of the documents joined in a row. Without `local`, additional
     contexts alone; rows that see none get zeros. Unless `differentiable`, far keys and values get no gradient.
     """
+    if not differentiable:
+        far_k_RHkLD, far_v_RHkLD = _detached(far_k_RHkLD), _detached(far_v_RHkLD)
     attention = flex_cross_batch if q_RHLD.is_cuda else merged_cross_batch
-    inputs = (q_RHLD, k_RHkLD, v_RHkLD, far_k_RHkLD, far_v_RHkLD)
-    return attention(*inputs, plan_Rd, scale, document_ids_RL, local, differentiable)
+    return attention(q_RHLD, k_RHkLD, v_RHkLD, far_k_RHkLD, far_v_RHkLD, plan_Rd, scale, document_ids_RL, local)
+
+
+@torch.compiler.disable  # a detached view as a graph's output is refused
+def _detached(x: Tensor) -> Tensor:
+    return x.detach()
 
 
 @torch.compiler.disable
@@ -62,11 +68,8 @@ def merged_cross_batch(
     scale: float,
     document_ids_RL: Tensor | None,
     local: bool,
-    differentiable: bool = True,
 ) -> Tensor:
     """Part by part; see `cross_batch_attention`."""
-    if not differentiable:
-        far_k_RHkLD, far_v_RHkLD = far_k_RHkLD.detach(), far_v_RHkLD.detach()
     plan = [[row for row in seen if row >= 0] for seen in plan_Rd.tolist()]
     seen_R1LL = None if document_ids_RL is None else same_document(document_ids_RL.to(q_RHLD.device))
     return _MergedCrossBatch.apply(q_RHLD, k_RHkLD, v_RHkLD, far_k_RHkLD, far_v_RHkLD, plan, scale, seen_R1LL, local)
@@ -151,12 +154,9 @@ def flex_cross_batch(
     scale: float,
     document_ids_RL: Tensor | None,
     local: bool,
-    differentiable: bool = True,
 ) -> Tensor:
     """The batch as one long sequence: R * L queries against R * L local and R * L far keys, of which a block mask
     leaves those that the plan allows. See `cross_batch_attention`."""
-    if not differentiable:
-        far_k_RHkLD, far_v_RHkLD = far_k_RHkLD.detach(), far_v_RHkLD.detach()
     R, _, L, _ = q_RHLD.shape
     plan_Rd = plan_Rd.to(q_RHLD.device, torch.long)
     sees_RR = torch.zeros(R, R + 1, dtype=torch.bool, device=q_RHLD.device)

@@ -157,6 +157,8 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         own = self.config.model_type
         if form not in (None, own, "longllama"):
             raise ValueError(f"form {form!r}: a {type(self).__name__} saves as {own} or longllama")
+        if form is not None and kwargs.get("push_to_hub"):
+            raise ValueError("push_to_hub with form: save first, then upload the directory")
         config = LongLlamaConfig.of(self.config) if form == "longllama" else None
         super().save_pretrained(save_directory, *args, **kwargs)
         if config is not None and kwargs.get("is_main_process", True):

@@ -223,7 +223,7 @@ def greedy_loop(model: FotLlamaForCausalLM, ids_BL: Tensor, steps: int) -> Tenso
 def test_a_long_input_goes_through_windows_that_keep_half_and_remember_the_rest_at_position_zero(
     changes: dict[str, Any],
 ) -> None:
-    model, ids_BL = focused(**changes), tokens(2, 45)
+    model, ids_BL = focused(**changes).double(), tokens(2, 45)  # float32 differs by 1.2e-5 on some processors
     assert_same(model(ids_BL).logits, naive_logits(model, ids_BL))
 
 
