@@ -3,6 +3,8 @@
 import errno
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -33,19 +35,26 @@ set_option = click.option(
 )
 
 
+@contextmanager
+def goes_on_later() -> Iterator[None]:
+    """Ctrl-C in the block is one line, and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("fot: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
 @fot.command()
 @recipe_argument
 @set_option
 def run(recipe: Path, overrides: tuple[str, ...]) -> None:
     """Run a recipe from corpus to registered model. Finished stages are not run again."""
     prepare_environment()
-    try:
+    with goes_on_later():
         from jobs.run import run_recipe
 
         run_recipe(recipe, overrides)
-    except KeyboardInterrupt:
-        print("fot: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(INTERRUPTED)
 
 
 @fot.command()
@@ -57,6 +66,80 @@ def status(recipe: Path, overrides: tuple[str, ...]) -> None:
     from jobs.run import show_status
 
     show_status(recipe, overrides)
+
+
+@fot.group()
+def data() -> None:
+    """Make, check, mend and look at a recipe's data."""
+
+
+training_option = click.option(
+    "--training",
+    default="finetune",
+    show_default=True,
+    metavar="NAME",
+    help="finetune, or base where it is pre-trained.",
+)
+
+
+@data.command()
+@recipe_argument
+@set_option
+def prepare(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Tokenize and pack what is new in the sources; train nothing."""
+    prepare_environment()
+    with goes_on_later():
+        from jobs.data import commands
+
+        commands.prepare(recipe, overrides)
+
+
+@data.command()
+@recipe_argument
+@set_option
+def verify(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Compare all files with their checksums and counts."""
+    prepare_environment()
+    from jobs.data import commands
+
+    commands.verify(recipe, overrides)
+
+
+@data.command()
+@recipe_argument
+@set_option
+def repair(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Make damaged or missing files again from the sources, the same to the byte."""
+    prepare_environment()
+    with goes_on_later():
+        from jobs.data import commands
+
+        commands.repair(recipe, overrides)
+
+
+@data.command()
+@recipe_argument
+@set_option
+@training_option
+@click.option("--step", required=True, type=click.IntRange(min=0), help="Which step, from 0.")
+def show(recipe: Path, overrides: tuple[str, ...], training: str, step: int) -> None:
+    """Print a step's batch: its documents, and which serve which as negatives."""
+    prepare_environment()
+    from jobs.data import commands
+
+    commands.show(recipe, overrides, step, training)
+
+
+@data.command()
+@recipe_argument
+@set_option
+@training_option
+def inspect(recipe: Path, overrides: tuple[str, ...], training: str) -> None:
+    """Print sources, document lengths, epochs, samples and the plan."""
+    prepare_environment()
+    from jobs.data import commands
+
+    commands.inspect(recipe, overrides, training)
 
 
 def main() -> None:

@@ -207,15 +207,19 @@ class Recipe(Part):
             )
         return self
 
+    @property
+    def trainings(self) -> dict[str, Training]:
+        """What is trained, by the name of its stage."""
+        pretrain = {"base": self.base.pretrain.training} if self.base.pretrain is not None else {}
+        return {**pretrain, "finetune": self.finetune}
+
     @model_validator(mode="after")
     def _batches_divide(self) -> "Recipe":
-        trainings = [("finetune", self.finetune)]
-        if self.base.pretrain is not None:
-            trainings.append(("base.pretrain.training", self.base.pretrain.training))
-        for name, training in trainings:
+        for name, training in self.trainings.items():
             if training.batch.micro_batches % self.resources.workers:
+                key = "finetune" if name == "finetune" else "base.pretrain.training"
                 raise ValueError(
-                    f"{name}.batch.micro_batches ({training.batch.micro_batches}) is not a multiple of "
+                    f"{key}.batch.micro_batches ({training.batch.micro_batches}) is not a multiple of "
                     f"resources.workers ({self.resources.workers}): change one of them"
                 )
         return self

@@ -2,11 +2,9 @@
 
 import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from jobs.recipe import Recipe, load_recipe
@@ -14,11 +12,11 @@ from jobs.registry import ALIAS, tracking_uri
 from jobs.stages import recipe_stages
 from jobs.train.launch import last_metrics
 from jobs.train.spec import METRICS, MODEL
-from pipelines.cluster import check_workers, ray_cluster
-from pipelines.errors import UserError
-from pipelines.progress import console, quiet
-from pipelines.store import Output, Store
-from pipelines.workflow import run_workflow, workflow_status
+from jobs.workspace import Workspace, duration
+from pipelines.cluster import check_workers
+from pipelines.progress import console
+from pipelines.store import Output
+from pipelines.workflow import workflow_status
 
 
 def run_recipe(path: Path, overrides: Sequence[str]) -> None:
@@ -27,46 +25,23 @@ def run_recipe(path: Path, overrides: Sequence[str]) -> None:
     Raises UserError for a mistake in recipe, corpus, checkpoint or machine.
     """
     recipe = load_recipe(path, overrides)
-    work_dir = Path(recipe.work_dir).resolve()  # workers have working directories of their own
-    try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"work_dir {work_dir} cannot be made ({error.strerror}): set another one") from None
-    began = time.monotonic()
-    log = work_dir / "logs" / f"{recipe.name}.log"
-    with quiet(log):
-        stages = recipe_stages(recipe)
-        console.print(f"[bold]{recipe.name}[/bold]: {len(stages)} stages; library output goes to {escape(str(log))}")
-        with ray_cluster():
-            resources = recipe.resources
-            check_workers(resources.workers, resources.cpus_per_worker, resources.gpus_per_worker)
-            outputs = run_workflow(stages, Store(work_dir / "store"), report=_report, warn=_warn)
-    _closing_table(recipe, outputs, time.monotonic() - began)
+    workspace = Workspace(recipe)
+    with workspace.with_ray():
+        resources = recipe.resources
+        check_workers(resources.workers, resources.cpus_per_worker, resources.gpus_per_worker)
+        outputs, seconds = workspace.run(recipe_stages)
+    _closing_table(recipe, outputs, seconds)
 
 
 def show_status(path: Path, overrides: Sequence[str]) -> None:
     """Print the stages with state, duration and output."""
-    recipe = load_recipe(path, overrides)
-    store = Store(Path(recipe.work_dir).resolve() / "store")
-    print(f"{'stage':>12}  {'state':<24}  {'duration':>8}  output")
-    for stage, state, seconds, where in workflow_status(recipe_stages(recipe), store):
+    workspace = Workspace(load_recipe(path, overrides))
+    print(f"{'stage':>15}  {'state':<24}  {'duration':>8}  output")
+    for stage, state, seconds, where in workflow_status(recipe_stages(workspace), workspace.store):
         detail = ""
         if state in ("running", "interrupted") and (last := last_metrics(Path(where) / METRICS)):
             detail = f" at step {last['step']}"
-        print(f"{stage.name:>12}  {state + detail:<24}  {_duration(seconds) if seconds else '':>8}  {where}")
-
-
-def _warn(message: str) -> None:
-    console.print(message, soft_wrap=True, markup=False)
-
-
-def _report(output: Output) -> None:
-    how = "found" if output.reused else f"done in {_duration(output.seconds)}"
-    console.print(f"{output.stage:>12} [green]{how}[/green] {escape(str(output.path))}", soft_wrap=True)
-
-
-def _duration(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+        print(f"{stage.name:>15}  {state + detail:<24}  {duration(seconds) if seconds else '':>8}  {where}")
 
 
 def _closing_table(recipe: Recipe, outputs: Mapping[str, Output], seconds: float) -> None:
@@ -101,6 +76,6 @@ def _closing_table(recipe: Recipe, outputs: Mapping[str, Output], seconds: float
         "registered model": f"models:/{run['model']}/{run['version']} (alias {ALIAS})",
         "look at runs, plots and models": f"{mlflow} ui --backend-store-uri {tracking_uri(Path(recipe.work_dir))}",
     }
-    console.print(f"[bold]{recipe.name}: done in {_duration(seconds)}[/bold]")
+    console.print(f"[bold]{recipe.name}: done in {duration(seconds)}[/bold]")
     for what, where in made.items():  # a line each, never folded, so that paths can be copied
         console.print(f"  {what:<{max(map(len, made))}}  {where}", soft_wrap=True, markup=False)

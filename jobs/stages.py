@@ -1,114 +1,74 @@
 """The stages of a recipe: what each makes, of what, by which function.
 
-corpus files -> tokenizer -> shards -> base -> finetune -> perplexity, passkey -> register
+data stages (jobs/data/stages.py) -> base -> finetune -> perplexity, passkey -> register
 """
 
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jobs.base import asked_mem_layers, check_llama, read_llama_config
+from jobs.data.stages import (
+    DOCUMENTS,
+    SHARDS,
+    Corpus,
+    Inputs,
+    data_stages,
+    directory_files,
+    look_at_corpus,
+    repair_shards,
+)
 from jobs.evaluate.passkey import check_lengths, passkey
 from jobs.evaluate.perplexity import Scoring, choose_windows, perplexity
 from jobs.plot import plot_perplexity
 from jobs.recipe import Recipe, Training
 from jobs.registry import Outcome, record
-from jobs.train.batches import make_sampler
 from jobs.train.launch import read_metrics, train
 from jobs.train.spec import METRICS, MODEL, TrainSpec
 from jobs.version import code_version
-from pipelines.config import Data
-from pipelines.corpus import Document, Unit, list_units, read_unit
-from pipelines.errors import UserError
+from jobs.workspace import Workspace
+from pipelines.dataset import DamagedShardError, TokenDataset
 from pipelines.files import write_atomically
 from pipelines.hashing import FileHashes, hash_json
-from pipelines.progress import Progress
-from pipelines.sampler import is_held_out, split
-from pipelines.shards import TokenDataset
+from pipelines.progress import Progress, console
+from pipelines.shards import Manifest
 from pipelines.store import RECORD, Stage
-from pipelines.tokenize import recipe_part, tokenize
-from pipelines.tokenizer import import_tokenizer, load_tokenizer, train_tokenizer
-
-Inputs = Mapping[str, Path]
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+from pipelines.tokenizer import load_tokenizer
 
 
-def recipe_stages(recipe: Recipe) -> list[Stage]:
+def recipe_stages(workspace: Workspace) -> list[Stage]:
     """The recipe's workflow. Looks at the corpus and the base checkpoint, which name the first stages.
 
     Raises UserError for what is missing or unusable there.
     """
-    work_dir = Path(recipe.work_dir).resolve()
-    hashes = FileHashes(work_dir / "file-hashes.json")
-    units = list_units(recipe.data, recipe.seed, hashes)
-    corpus = hash_json([recipe_part(recipe.data), [unit.identity() for unit in units]])
-    stages = [
-        _tokenizer_stage(recipe, units, corpus, hashes),
-        _shards_stage(recipe, units, corpus),
-        _base_stage(recipe, hashes),
-        _finetune_stage(recipe),
-        _perplexity_stage(recipe),
-        _passkey_stage(recipe),
-        _register_stage(recipe, work_dir),
-    ]
-    hashes.save()
-    return stages
+    recipe = workspace.recipe
+    with workspace.hashes() as hashes:
+        corpus = look_at_corpus(recipe, workspace.store, hashes)
+        return [
+            *data_stages(recipe, corpus),
+            _base_stage(recipe, corpus, hashes),
+            _finetune_stage(recipe, corpus),
+            _perplexity_stage(recipe),
+            _passkey_stage(recipe),
+            _register_stage(recipe, workspace.directory),
+        ]
 
 
-def _tokenizer_stage(recipe: Recipe, units: list[Unit], corpus: str, hashes: FileHashes) -> Stage:
-    given = recipe.tokenizer.path or recipe.base.checkpoint
-    if given is None:
-
-        def learn(output: Path, inputs: Inputs) -> None:
-            with Progress("tokenizer", sum(unit.bytes for unit in units), "B") as progress:
-                train_tokenizer(_training_texts(units, recipe.data, progress), recipe.tokenizer.vocab_size, output)
-
-        params = {"corpus": corpus, "vocab_size": recipe.tokenizer.vocab_size, "held_out": _held_out(recipe)}
-        return Stage("tokenizer", learn, params)
-
-    path = Path(given).expanduser().resolve()
-
-    def bring(output: Path, inputs: Inputs) -> None:
-        import_tokenizer(path, output)
-
-    files = {name: hash for name, hash in _checkpoint_files(path, hashes).items() if not name.endswith(WEIGHTS)}
-    return Stage("tokenizer", bring, {"files": files})
-
-
-def _training_texts(units: list[Unit], data: Data, progress: Progress) -> Iterator[str]:
-    sources = {source.name: source for source in data.sources}
-    for unit in units:
-        source = sources[unit.source]
-        for item in read_unit(unit, source.text_field, source.id_field):
-            if isinstance(item, Document) and not is_held_out(item.id, source.held_out):
-                yield item.text
-        progress.advance(unit.bytes)
-
-
-def _shards_stage(recipe: Recipe, units: list[Unit], corpus: str) -> Stage:
-    def run(output: Path, inputs: Inputs) -> None:
-        with Progress("shards", sum(unit.bytes for unit in units), "B") as progress:
-            tokenize(units, recipe.data, inputs["tokenizer"], output, progress)
-        TokenDataset(output)  # refuses ambiguous document ids
-
-    return Stage("shards", run, {"corpus": corpus}, inputs=("tokenizer",))
-
-
-def _base_stage(recipe: Recipe, hashes: FileHashes) -> Stage:
+def _base_stage(recipe: Recipe, corpus: Corpus, hashes: FileHashes) -> Stage:
     checkpoint, pretrain = recipe.base.checkpoint, recipe.base.pretrain
     if pretrain is not None:
 
         def make(output: Path, inputs: Inputs) -> None:
             _check_data(recipe, inputs)
-            train(_train_spec(recipe, "base", pretrain.training, pretrain.shape, output, inputs))
+            _train(recipe, corpus, _train_spec(recipe, "base", pretrain.training, pretrain.shape, output, inputs))
 
         params = {"pretrain": _dump(pretrain), **_what_else_decides(recipe)}
-        return Stage("base", make, params, inputs=("tokenizer", "shards"), content=MODEL)
+        inputs = ("tokenizer", SHARDS, DOCUMENTS, "base-groups")
+        return Stage("base", make, params, inputs=inputs, content=MODEL)
 
     assert checkpoint is not None, "a recipe has one of the two"
     path = Path(checkpoint).expanduser().resolve()
-    files = _checkpoint_files(path, hashes)
+    files = directory_files(path, hashes)
     config = read_llama_config(path)
 
     def bring(output: Path, inputs: Inputs) -> None:
@@ -122,13 +82,15 @@ def _base_stage(recipe: Recipe, hashes: FileHashes) -> Stage:
     return Stage("base", bring, params, inputs=("tokenizer",))
 
 
-def _finetune_stage(recipe: Recipe) -> Stage:
+def _finetune_stage(recipe: Recipe, corpus: Corpus) -> Stage:
     def run(output: Path, inputs: Inputs) -> None:
         _check_data(recipe, inputs)
-        train(_train_spec(recipe, "finetune", recipe.finetune, inputs["base"] / MODEL, output, inputs))
+        base = inputs["base"] / MODEL
+        _train(recipe, corpus, _train_spec(recipe, "finetune", recipe.finetune, base, output, inputs))
 
     params = {"training": _dump(recipe.finetune), **_what_else_decides(recipe)}
-    return Stage("finetune", run, params, inputs=("tokenizer", "shards", "base"), content=MODEL)
+    inputs = ("tokenizer", SHARDS, DOCUMENTS, "finetune-groups", "base")
+    return Stage("finetune", run, params, inputs=inputs, content=MODEL)
 
 
 def _perplexity_stage(recipe: Recipe) -> Stage:
@@ -138,8 +100,7 @@ def _perplexity_stage(recipe: Recipe) -> Stage:
         memory = _memory_settings(inputs["finetune"] / MODEL)
         results = {
             name: perplexity(
-                Scoring(inputs[stage] / MODEL, memory, inputs["shards"], local, settings.contexts),
-                recipe.data,
+                Scoring(inputs[stage] / MODEL, memory, inputs[SHARDS], inputs[DOCUMENTS], local, settings.contexts),
                 settings.windows,
                 f"ppl {name}",
             )
@@ -148,8 +109,8 @@ def _perplexity_stage(recipe: Recipe) -> Stage:
         write_atomically(output / "perplexity.json", json.dumps({"local_context": local, **results}, indent=1).encode())
         plot_perplexity(results["base"], results["fot"], local, output / "perplexity.png")
 
-    params = {**_dump(settings), "local": local, "held_out": _held_out(recipe)}
-    return Stage("perplexity", run, params, inputs=("shards", "base", "finetune"))
+    params = {**_dump(settings), "local": local}
+    return Stage("perplexity", run, params, inputs=(SHARDS, DOCUMENTS, "base", "finetune"))
 
 
 def _passkey_stage(recipe: Recipe) -> Stage:
@@ -176,7 +137,7 @@ def _register_stage(recipe: Recipe, work_dir: Path) -> Stage:
             write_atomically(output / "run.json", json.dumps(record(outcome, work_dir), indent=1).encode())
             progress.advance(1)
 
-    inputs = ("tokenizer", "shards", "base", "finetune", "perplexity", "passkey")
+    inputs = ("tokenizer", SHARDS, DOCUMENTS, "finetune-groups", "base", "finetune", "perplexity", "passkey")
     return Stage("register", run, {"recipe": described}, inputs=inputs)
 
 
@@ -186,7 +147,7 @@ def _lineage(inputs: Inputs) -> dict[str, Any]:
 
 
 def _outcome(recipe: Recipe, recipe_hash: str, inputs: Inputs, output: Path) -> Outcome:
-    manifest = TokenDataset(inputs["shards"]).manifest
+    manifest = Manifest.read(inputs[SHARDS])
     results = json.loads((inputs["perplexity"] / "perplexity.json").read_text())
     keys = json.loads((inputs["passkey"] / "passkey.json").read_text())
     local = results["local_context"]
@@ -250,21 +211,32 @@ def _train_spec(recipe: Recipe, name: str, training: Training, base: Any, output
         data=recipe.data,
         seed=recipe.seed,
         base=base,
-        dataset=inputs["shards"],
+        shards=inputs[SHARDS],
+        documents=inputs[DOCUMENTS],
+        groups=inputs[f"{name}-groups"],
         tokenizer=inputs["tokenizer"],
         output=output,
         logs=Path(recipe.work_dir).resolve() / "logs" / f"{name}-{output.stem}",
     )
 
 
+def _train(recipe: Recipe, corpus: Corpus, spec: TrainSpec) -> None:
+    """Train; where a shard turns out damaged on the way, and the recipe says so, repair the data set and go on."""
+    try:
+        train(spec)
+    except DamagedShardError as error:
+        if not recipe.data.auto_repair:
+            raise
+        console.print(f"{error}: repairing, as data.auto_repair says", soft_wrap=True, markup=False)
+        repair_shards(recipe.data, corpus.entries, spec.tokenizer, spec.shards)
+        train(spec)
+
+
 def _check_data(recipe: Recipe, inputs: Inputs) -> None:
     """Find out before hours of training whether all that comes after has what it needs."""
-    dataset = TokenDataset(inputs["shards"])
+    dataset = TokenDataset(inputs[SHARDS], inputs[DOCUMENTS])
     local, settings = recipe.finetune.objective.context, recipe.evaluation
-    if recipe.base.pretrain is not None:
-        make_sampler(dataset, recipe.base.pretrain.training, recipe.data, recipe.seed)
-    make_sampler(dataset, recipe.finetune, recipe.data, recipe.seed)
-    choose_windows(dataset, split(dataset, recipe.data)[1], local, max(settings.perplexity.contexts), 1)
+    choose_windows(dataset, local, max(settings.perplexity.contexts), 1)
     check_lengths(inputs["tokenizer"], local, settings.passkey.lengths, settings.passkey.digits)
 
 
@@ -273,20 +245,10 @@ def _memory_settings(model: Path) -> dict[str, Any]:
     return {name: config[name] for name in ("mem_layers", "mem_positionals")}
 
 
-def _checkpoint_files(path: Path, hashes: FileHashes) -> dict[str, str]:
-    """Content hashes of a model or tokenizer directory's files."""
-    if not path.is_dir():
-        raise UserError(f"{path} is no directory: give a Hugging Face checkpoint directory")
-    return {file.name: hashes.hash(file) for file in sorted(path.iterdir()) if file.is_file()}
-
-
 def _what_else_decides(recipe: Recipe) -> dict[str, Any]:
     """A training's numbers depend on these too: sums over ranks differ in their last bits with the number of ranks."""
-    return {"seed": recipe.seed, "workers": recipe.resources.workers, "held_out": _held_out(recipe)}
-
-
-def _held_out(recipe: Recipe) -> dict[str, float]:
-    return {source.name: source.held_out for source in recipe.data.sources}
+    weights = {source.name: source.weight for source in recipe.data.sources}
+    return {"seed": recipe.seed, "workers": recipe.resources.workers, "weights": weights}
 
 
 def _dump(part: Any) -> dict[str, Any]:

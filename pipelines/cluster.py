@@ -1,15 +1,18 @@
-"""A connection to Ray: the cluster of RAY_ADDRESS, or one started on this machine."""
+"""Ray: the cluster of RAY_ADDRESS or one started on this machine, and running many tasks on it."""
 
+import itertools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import ray
 
 from pipelines.environment import WORKERS
 from pipelines.errors import UserError
 
+Result = TypeVar("Result")
 OBJECT_STORE_BYTES = 200_000_000  # tasks pass paths and counts, not data
 
 
@@ -51,3 +54,26 @@ def check_workers(workers: int, cpus: int, gpus: int) -> None:
                 f"resources: {workers} workers with {each} {kind} each need {workers * each}, Ray has {there}: "
                 f"{remedy}use a larger machine"
             )
+
+
+def run_tasks(
+    function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]]
+) -> Generator[tuple[int, Result], None, None]:
+    """Run `function(*arguments[i])` for every i as a Ray task of one CPU; yields (i, result) as done.
+
+    Few are handed to Ray at a time, so there may be millions. A task whose worker or node died is run again. Raises what
+    a task raised; those still running are then stopped.
+    """
+    task = ray.remote(num_cpus=1, max_retries=5)(function)
+    at_once = 2 * int(ray.cluster_resources().get("CPU", 1))
+    running: dict[ray.ObjectRef, int] = {}
+    pending = iter(range(len(arguments)))
+    try:
+        for _ in arguments:
+            for number in itertools.islice(pending, at_once - len(running)):
+                running[task.remote(*arguments[number])] = number
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            yield running.pop(done), ray.get(done)
+    finally:
+        for unfinished in running:
+            ray.cancel(unfinished, force=True)

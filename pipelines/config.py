@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Part(BaseModel):
@@ -12,38 +12,86 @@ class Part(BaseModel):
 
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
 
 
 class Source(Part):
     """One source of documents.
 
-    `path`: a file, a directory, a glob, or `python:stdlib` (the running interpreter's standard library).
-    .jsonl files hold a document a line; any other file is one document. In a directory each top-level entry is a
-    document of its own, a subdirectory as its files concatenated directory by directory in seeded random order; with
-    `directory: one_document` the whole directory is a single document (a repository).
+    `path`: a file, a directory, a glob, or `python:stdlib` (the running interpreter's standard library); on this
+    machine or at a URL (s3://, gs://, hf:// and whatever else fsspec opens). A .jsonl or .json file holds a document a
+    line, a .parquet or .arrow file a document a row, any other file is one document; each may end in .gz or .zst. In a
+    directory each top-level entry is a document of its own, a subdirectory as its files concatenated directory by
+    directory; with `directory: one_document` the whole directory is a single document (a repository). A directory
+    written by Hugging Face datasets' `save_to_disk` is read as that data set.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
     path: str
     directory: Literal["document_per_entry", "one_document"] = "document_per_entry"
+    order: Literal["random", "imports"] = Field(
+        "random",
+        description="of files and directories in a tree: seeded random; or Isabelle theories after those they import",
+    )
     suffixes: tuple[str, ...] | None = Field(None, description="take only files that end so, in directories")
     exclude: tuple[str, ...] = Field((), description="names of files or directories to leave out, * and ? allowed")
+    follow_links: bool = Field(False, description="read symbolic links that lead out of the path, too")
     text_field: str = "text"
     id_field: str = "id"
+    min_tokens: Positive = Field(1, description="shorter documents are left out")
+    max_tokens: Positive | None = Field(None, description="longer documents are left out")
     held_out: Fraction = Field(0.05, description="share of documents kept for evaluation, drawn by document hash")
+    weight: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="share of training tokens, beside the others'"
+    )
+    max_epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="the most that a training may read it")
+
+    @model_validator(mode="after")
+    def _lengths_in_order(self) -> "Source":
+        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
+            raise ValueError(
+                f"source {self.name}: max_tokens ({self.max_tokens}) is below min_tokens ({self.min_tokens})"
+            )
+        return self
 
 
 class Data(Part):
-    """Corpus and tokenization."""
+    """Corpus, tokenization and mixture.
+
+    Without weights every document is read equally often; with them, each source gives its share of the tokens and is
+    begun again when it has been read. Near-duplicates (estimated Jaccard similarity of at least `similarity`) never
+    serve one another as negatives; `duplicates` says whether copies of an earlier document are left out as well.
+    """
 
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
-    task_bytes: Annotated[int, Field(gt=0)] = Field(4_000_000, description="bytes of text a tokenization task takes")
-    max_bad_lines: Annotated[int, Field(ge=0)] = Field(0, description="broken .jsonl lines tolerated, in all")
+    task_bytes: Positive = Field(4_000_000, description="bytes of text a tokenization task takes")
+    max_bad_documents: Annotated[int, Field(ge=0)] = Field(
+        0, description="broken lines, rows and files tolerated, in all"
+    )
+    duplicates: Literal["keep", "drop_exact", "drop_near"] = "keep"
+    similarity: Annotated[float, Field(ge=0.5, le=1.0)] = 0.8
+    auto_repair: bool = Field(False, description="rebuild a shard that is found damaged during training, and go on")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Data":
+        names = [source.name for source in self.sources]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"data.sources: the name {repeated[0]!r} is used twice: give each source its own name")
+        without = [source.name for source in self.sources if source.weight is None]
+        if without and len(without) < len(names):
+            raise ValueError(
+                f"data.sources: {without[0]!r} has no weight, others do: give all sources a weight or none"
+            )
+        return self
 
 
 class TokenizerPart(Part):
-    """`path`: a Hugging Face tokenizer directory. Without one, the base checkpoint's tokenizer is taken, and where the
-    base is pre-trained here, a byte-level BPE of `vocab_size` is trained on the corpus."""
+    """`path`: a Hugging Face tokenizer directory, a SentencePiece model file, or a hub id (with an optional
+    `revision`). Without one, the base checkpoint's tokenizer is taken, and where the base is pre-trained here, a
+    byte-level BPE of `vocab_size` is trained on the corpus. `backend: gigatoken` is used where it gives the same tokens
+    on every document of a sample of the corpus."""
 
     path: str | None = None
+    revision: str | None = None
     vocab_size: Annotated[int, Field(ge=258)] = 2048
+    backend: Literal["huggingface", "gigatoken"] = "huggingface"

@@ -1,13 +1,16 @@
-"""Content hashes: of JSON values and of files, the latter remembered by (size, modification time)."""
+"""Content hashes: of JSON values and of files, the latter remembered by (size, modification time, inode)."""
 
 import hashlib
 import json
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pipelines.errors import UserError
 from pipelines.files import write_atomically
+from pipelines.storage import Item, is_url, open_binary, printable, readable, storage_of
 
 
 def hash_json(value: Any) -> str:
@@ -22,9 +25,9 @@ def hash_file(path: Path) -> str:
 
 
 class FileHashes:
-    """File hashes with a cache on disk, so that an unchanged corpus is not read again on every run.
+    """What names the contents of files, with a cache on disk, so that an unchanged corpus is not read on every run.
 
-    An entry holds only while the file's size, modification time and inode are unchanged.
+    An entry holds only while the file's stamp (size, modification time, inode) is unchanged.
     """
 
     def __init__(self, cache: Path) -> None:
@@ -37,22 +40,40 @@ class FileHashes:
                 self._known = {}
 
     def hash(self, path: Path) -> str:
-        """sha256 (hex) of the file. Raises UserError where it cannot be read."""
-        try:
-            return self._hash(path)
-        except PermissionError:
-            raise UserError(f"{path} cannot be read: check its permissions") from None
+        """sha256 (hex) of a local file. Raises UserError where it cannot be read."""
+        item = storage_of(str(path)).info(str(path))
+        if item is None:
+            raise UserError(f"{printable(str(path))} does not exist: check the recipe")
+        return self.contents([item])[0]
 
-    def _hash(self, path: Path) -> str:
-        stat = os.stat(path)
-        identity = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        name = str(path.resolve())
-        known = self._known.get(name)
-        if known is None or known[:3] != identity:
-            known = self._known[name] = [*identity, hash_file(path)]
-        return str(known[3])
+    def contents(self, files: Sequence[Item]) -> list[str]:
+        """What names each file's content: the tag that its storage gives, else its sha256 (hex).
+
+        Several files are read at once. Raises UserError for one that cannot be read.
+        """
+        unknown = [item for item in files if self._find(item) is None]
+        with ThreadPoolExecutor() as pool:
+            hashed = dict(zip(map(_key, unknown), pool.map(_hash, unknown), strict=True))
+        self._known |= {_key(item): [*item.stamp, hashed[_key(item)]] for item in unknown if item.stamp is not None}
+        return [self._find(item) or hashed[_key(item)] for item in files]
+
+    def _find(self, item: Item) -> str | None:
+        """What is known to name the content."""
+        if item.tag is not None:
+            return item.tag
+        *stamp, content = self._known.get(_key(item), [None])
+        return content if item.stamp is not None and stamp == list(item.stamp) else None
 
     def save(self) -> None:
         """Keep what was learned for the next run, if its directory is there."""
         if self._cache.parent.is_dir():
             write_atomically(self._cache, json.dumps(self._known).encode())
+
+
+def _key(item: Item) -> str:
+    return item.path if is_url(item.path) else os.path.abspath(item.path)
+
+
+def _hash(item: Item) -> str:
+    with readable(item.path), open_binary(item.path) as file:
+        return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()

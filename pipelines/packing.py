@@ -1,13 +1,28 @@
 """Packing: document groups of k consecutive contexts of L tokens, as a pure function of the documents' lengths.
 
 A long document fills groups on its own. What is left of it, and short documents, are joined longest first and cut into
-groups, so that each holds few documents. Every token of every document is used once, but for the remainder of the
-last, incomplete group, which is counted.
+groups, so that each holds few documents: those after the first lie between the eos of one document and the bos of the
+next. Every token of every document is used once, but for the remainder of the last, incomplete group of each source,
+which is counted. On disk a group is a row of an Arrow file, a source a file.
 """
 
+import json
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+
+from pipelines.cluster import run_tasks
+from pipelines.dataset import TokenDataset
+from pipelines.files import complete_or_invisible, write_atomically
+
+REPORT = "report.json"
+COLUMNS = ("document", "start", "length")
+SCHEMA = pa.schema([(name, pa.large_list(pa.int64())) for name in COLUMNS])
 
 
 @dataclass(frozen=True)
@@ -62,3 +77,51 @@ def pack(documents: np.ndarray, lengths: np.ndarray, group_tokens: int) -> Group
         length=np.concatenate([np.full(len(own_document), group_tokens), piece_length]),
         dropped=int(lengths.sum()) - (len(own_document) + shared) * group_tokens,
     )
+
+
+def groups_file(source: int) -> str:
+    return f"groups-{source:03d}.arrow"
+
+
+def pack_dataset(shards: Path, index: Path, sources: Sequence[str], group_tokens: int, output: Path) -> dict[str, Any]:
+    """Pack the training documents of every source, a Ray task each. Returns the report, written beside the groups."""
+    arguments = [(shards, index, number, group_tokens, output) for number in range(len(sources))]
+    report = {}
+    with closing(run_tasks(pack_source, arguments)) as results:
+        for number, counts in results:
+            report[sources[number]] = counts
+    report = {name: report[name] for name in sources}
+    write_atomically(output / REPORT, json.dumps(report, indent=1).encode())
+    return report
+
+
+def pack_source(shards: Path, index: Path, source: int, group_tokens: int, output: Path) -> dict[str, int]:
+    """One task: the groups of a source. Returns its numbers of tokens, groups, pieces and dropped tokens."""
+    dataset = TokenDataset(shards, index)
+    documents = dataset.training[dataset.source[dataset.training] == source]
+    groups = pack(documents, dataset.length[documents], group_tokens)
+    write_groups(groups, output / groups_file(source))
+    return {
+        "tokens": int(dataset.length[documents].sum()),
+        "groups": len(groups),
+        "pieces": len(groups.document),
+        "dropped": groups.dropped,
+    }
+
+
+def write_groups(groups: Groups, path: Path) -> None:
+    """Write the groups, a row each, complete or invisible."""
+    offsets = pa.array(groups.offsets)
+    columns = [pa.LargeListArray.from_arrays(offsets, pa.array(getattr(groups, name))) for name in COLUMNS]
+    schema = SCHEMA.with_metadata({"dropped": str(groups.dropped)})
+    with complete_or_invisible(path) as temporary, pa.ipc.new_file(str(temporary), schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+
+
+def read_groups(path: Path) -> Groups:
+    """Groups from their file, mapped into memory."""
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    batch = reader.get_batch(0)
+    document, start, length = (batch.column(name).values.to_numpy() for name in COLUMNS)
+    offsets = batch.column("document").offsets.to_numpy()
+    return Groups(offsets, document, start, length, int(reader.schema.metadata[b"dropped"]))

@@ -1,19 +1,23 @@
-"""The CrossBatch sampler: the batch of step t as a pure function of (data set, batch shape, seed, t).
+"""The CrossBatch sampler: the batch of step t as a pure function of (data set, recipe, seed, t).
 
 The unit is the *micro-batch*: G document groups of k contexts whose rows may see one another. A step is M of them;
 ranks take them in strides, so the batch of a step does not depend on how many ranks there are. Groups come in a seeded
-order, a new permutation each epoch, computed by index (a Feistel network), so seeking to any step costs nothing.
+order, a new permutation each epoch, computed by index (a Feistel network), so seeking to any step costs nothing. With
+weights every source has an order and epochs of its own, and the mixture says whose turn it is.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from pipelines.config import Data
+from pipelines.config import Source
+from pipelines.dataset import TokenDataset
 from pipelines.errors import UserError
-from pipelines.packing import Groups, pack
-from pipelines.shards import TokenDataset
+from pipelines.mixture import Mixture
+from pipelines.packing import Groups, groups_file, read_groups
 
 IGNORE = -100  # label of a token whose successor is not in its document
 
@@ -22,8 +26,8 @@ IGNORE = -100  # label of a token whose successor is not in its document
 class MicroBatch:
     """R = G * k rows of L tokens; rows of a group follow each other.
 
-    `input_ids`, `labels` [R, L] int64; `group`, `segment` of each row; `related` [G, G]: groups that share a document;
-    `documents`: the document ids each group holds.
+    `input_ids`, `labels` [R, L] int64; `group`, `segment` of each row; `related` [G, G]: groups that share a document
+    or hold near-duplicates; `sources` of each group; `documents` of each row, by number, in order.
     """
 
     input_ids: np.ndarray
@@ -31,87 +35,134 @@ class MicroBatch:
     group: list[int]
     segment: list[int]
     related: list[list[bool]]
-    documents: list[tuple[str, ...]]
+    sources: list[str]
+    documents: list[tuple[int, ...]]
 
 
-def is_held_out(document_id: str, share: float) -> bool:
-    """Whether a document is kept for evaluation: decided by its id alone, so growth moves nothing."""
-    draw = int.from_bytes(hashlib.sha256(f"held out/{document_id}".encode()).digest()[:8], "big")
-    return draw < share * 2**64
+@dataclass(frozen=True)
+class BatchShape:
+    """L tokens a context, k contexts a group, G groups a micro-batch, M micro-batches a step."""
 
+    context: int
+    contexts_per_group: int
+    groups_per_micro_batch: int
+    micro_batches: int
 
-def split(dataset: TokenDataset, data: Data) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of the documents for training and of those held out."""
-    share = {source.name: source.held_out for source in data.sources}
-    held_out = np.array(
-        [is_held_out(dataset.ids[number], share[dataset.sources[number]]) for number in dataset.admitted], dtype=bool
-    )
-    return dataset.admitted[~held_out], dataset.admitted[held_out]
+    @property
+    def group_tokens(self) -> int:
+        return self.context * self.contexts_per_group
 
-
-class CrossBatchSampler:
-    """Batches over `documents` of a data set. Raises UserError where they do not fill one micro-batch."""
-
-    def __init__(
-        self,
-        dataset: TokenDataset,
-        documents: np.ndarray,
-        *,
-        context: int,
-        contexts_per_group: int,
-        groups_per_micro_batch: int,
-        micro_batches: int,
-        seed: int,
-    ) -> None:
-        self._dataset = dataset
-        self._context, self._contexts = context, contexts_per_group
-        self._groups, self._micro_batches, self._seed = groups_per_micro_batch, micro_batches, seed
-        self.groups: Groups = pack(documents, dataset.lengths[documents], context * contexts_per_group)
-        if len(self.groups) < groups_per_micro_batch:
-            raise UserError(
-                f"the training documents hold {int(dataset.lengths[documents].sum())} tokens, fewer than one "
-                f"micro-batch of {groups_per_micro_batch * contexts_per_group * context}: give more text, or lower the "
-                f"context or the groups per micro-batch"
-            )
+    @property
+    def groups_per_step(self) -> int:
+        return self.groups_per_micro_batch * self.micro_batches
 
     @property
     def tokens_per_step(self) -> int:
-        return self._micro_batches * self._groups * self._contexts * self._context
+        return self.groups_per_step * self.group_tokens
 
-    def group_numbers(self, step: int, micro_batch: int) -> list[int]:
-        """Which groups the micro-batch of a step holds."""
-        assert 0 <= micro_batch < self._micro_batches
-        first = (step * self._micro_batches + micro_batch) * self._groups
-        return [self._group_at(place) for place in range(first, first + self._groups)]
 
-    def _group_at(self, place: int) -> int:
-        epoch, index = divmod(place, len(self.groups))
-        return permute(index, len(self.groups), f"{self._seed}/{epoch}/{self._dataset.manifest.hash}")
+class CrossBatchSampler:
+    """Batches of a data set's groups (those of each source, in the recipe's order).
+
+    Raises UserError where the groups do not fill one micro-batch, and where a source with a weight has none.
+    """
+
+    def __init__(
+        self, dataset: TokenDataset, groups: Sequence[Groups], sources: Sequence[Source], shape: BatchShape, seed: int
+    ) -> None:
+        self.dataset, self.groups, self.sources, self.shape = dataset, groups, sources, shape
+        self._order = f"{seed}/{dataset.manifest.hash}"
+        self._ends = np.cumsum([len(own) for own in groups])
+        weights = {source.name: source.weight for source in sources if source.weight is not None}
+        self._mixture = Mixture(weights, seed) if weights else None
+        if self._ends[-1] < shape.groups_per_micro_batch:
+            raise UserError(
+                f"the training documents fill {self._ends[-1]} groups of {shape.contexts_per_group} x {shape.context} "
+                f"tokens, a micro-batch takes {shape.groups_per_micro_batch}: give more text, or lower the context or "
+                f"the groups per micro-batch"
+            )
+        if empty := [name for name, own in zip(weights, groups, strict=False) if len(own) == 0]:
+            raise UserError(
+                f"source {empty[0]!r} has a weight but not the {shape.group_tokens} training tokens of one group: give "
+                f"it more text or leave it out"
+            )
+
+    @classmethod
+    def open(
+        cls, dataset: TokenDataset, packed: Path, sources: Sequence[Source], shape: BatchShape, seed: int
+    ) -> "CrossBatchSampler":
+        """With the groups of a directory written by `pack_dataset`."""
+        groups = [read_groups(packed / groups_file(number)) for number in range(len(sources))]
+        return cls(dataset, groups, sources, shape, seed)
+
+    def epochs(self, steps: int) -> dict[str, float]:
+        """How often each source is read in so many steps."""
+        places = steps * self.shape.groups_per_step
+        if self._mixture is None:
+            return {source.name: places / int(self._ends[-1]) for source in self.sources}
+        counts = self._mixture.count(places).tolist()
+        named = zip(self.sources, counts, self.groups, strict=True)
+        return {source.name: count / len(own) for source, count, own in named}
+
+    def group_numbers(self, step: int, micro_batch: int) -> list[tuple[int, int]]:
+        """Which groups the micro-batch of a step holds: (source, number among the source's groups)."""
+        assert 0 <= micro_batch < self.shape.micro_batches
+        first = (step * self.shape.micro_batches + micro_batch) * self.shape.groups_per_micro_batch
+        return [self._group_at(place) for place in range(first, first + self.shape.groups_per_micro_batch)]
+
+    def _group_at(self, place: int) -> tuple[int, int]:
+        if self._mixture is None:
+            size = int(self._ends[-1])
+            epoch, turn = divmod(place, size)
+            index = permute(turn, size, f"{self._order}/{epoch}")
+            source = int(np.searchsorted(self._ends, index, side="right"))
+            return source, index - int(self._ends[source] - len(self.groups[source]))
+        source, turn = self._mixture.at(place)
+        epoch, index = divmod(turn, len(self.groups[source]))
+        return source, permute(index, len(self.groups[source]), f"{self._order}/{epoch}/{self.sources[source].name}")
 
     def micro_batch(self, step: int, micro_batch: int) -> MicroBatch:
-        """Micro-batch number `micro_batch` (0 to M - 1) of a step."""
-        pieces = [self.groups.pieces(group) for group in self.group_numbers(step, micro_batch)]
-        inputs, labels = zip(*(self._read(group) for group in pieces), strict=True)
-        held = [{document for document, _, _ in group} for group in pieces]
-        G, k = self._groups, self._contexts
+        """Micro-batch number `micro_batch` (0 to M - 1) of a step. Raises DamagedShardError."""
+        G, k, L = self.shape.groups_per_micro_batch, self.shape.contexts_per_group, self.shape.context
+        numbers = self.group_numbers(step, micro_batch)
+        pieces = [self.groups[source].pieces(number) for source, number in numbers]
+        inputs, labels = np.empty((G, k * L), np.int64), np.full((G, k * L), IGNORE, np.int64)
+        for group, own in enumerate(pieces):
+            self._read(own, inputs[group], labels[group])
+        clusters = [{int(self.dataset.cluster[document]) for document, _, _ in own} for own in pieces]
         return MicroBatch(
-            input_ids=np.concatenate(inputs).reshape(G * k, self._context),
-            labels=np.concatenate(labels).reshape(G * k, self._context),
+            input_ids=inputs.reshape(G * k, L),
+            labels=labels.reshape(G * k, L),
             group=[group for group in range(G) for _ in range(k)],
             segment=list(range(k)) * G,
-            related=[[bool(held[a] & held[b]) for b in range(G)] for a in range(G)],
-            documents=[tuple(self._dataset.ids[document] for document in sorted(group)) for group in held],
+            related=[[not one.isdisjoint(other) for other in clusters] for one in clusters],
+            sources=[self.sources[source].name for source, _ in numbers],
+            documents=[row for own in pieces for row in _documents_by_row(own, L)],
         )
 
-    def _read(self, pieces: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
-        inputs, labels = [], []
+    def _read(self, pieces: list[tuple[int, int, int]], inputs: np.ndarray, labels: np.ndarray) -> None:
+        """Fill the tokens of one group and the tokens that follow them."""
+        at = 0
         for document, start, length in pieces:
-            tokens = self._dataset.tokens(document, start, start + length + 1).astype(np.int64)
-            inputs.append(tokens[:length])
-            following = np.full(length, IGNORE)
-            following[: len(tokens) - 1] = tokens[1:]
-            labels.append(following)
-        return np.concatenate(inputs), np.concatenate(labels)
+            tokens = self.dataset.tokens(document, start, start + length + 1)
+            inputs[at : at + length] = tokens[:length]
+            labels[at : at + len(tokens) - 1] = tokens[1:]
+            at += length
+
+
+def _documents_by_row(pieces: list[tuple[int, int, int]], context: int) -> list[tuple[int, ...]]:
+    """The documents in each of a group's contexts."""
+    length = [length for _, _, length in pieces]
+    end = np.cumsum(length)
+    rows = range(0, int(end[-1]), context)
+    return [
+        tuple(
+            document
+            for (document, _, n), last in zip(pieces, end, strict=True)
+            if last > at and last - n < at + context
+        )
+        for at in rows
+    ]
 
 
 def permute(index: int, size: int, key: str) -> int:

@@ -1,11 +1,11 @@
 """Token shards (one Arrow IPC file each, a row a document) and the manifest that lists them.
 
-Shards are uncompressed so that a reader maps them into memory and takes any span of tokens without a copy.
+Shards are uncompressed, so any span of a document's tokens is a span of bytes in the file.
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,17 +15,22 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.corpus import Document
-from pipelines.errors import UserError
 from pipelines.files import complete_or_invisible, write_atomically
-from pipelines.hashing import hash_json
+from pipelines.hashing import hash_file, hash_json
+from pipelines.minhash import BINS
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+REPAIR = "rebuild it with `fot data repair RECIPE`"
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Two bytes a token where the vocabulary fits, else four."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 def schema(vocab_size: int) -> pa.Schema:
-    """Columns of a shard; token ids take two bytes where the vocabulary fits."""
-    token = pa.uint16() if vocab_size <= 1 << 16 else pa.uint32()
+    """Columns of a shard. `signature` is the document's MinHash."""
     return pa.schema(
         [
             ("document_id", pa.string()),
@@ -34,63 +39,99 @@ def schema(vocab_size: int) -> pa.Schema:
             ("start", pa.int64()),
             ("end", pa.int64()),
             ("content_hash", pa.string()),
-            ("tokens", pa.large_list(token)),
+            ("signature", pa.list_(pa.uint32(), BINS)),
+            ("tokens", pa.large_list(pa.from_numpy_dtype(token_dtype(vocab_size)))),
         ]
     )
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """A document as it goes into a shard: `tokens` [n] with bos and eos, `signature` [BINS] uint32."""
+
+    document: Document
+    tokens: np.ndarray
+    signature: np.ndarray
+
+
+@dataclass(frozen=True)
 class Shard:
-    """A shard as the manifest records it. `dropped`: what became no document, by reason."""
+    """A shard as the manifest records it. `unit`: what of the corpus it was made of; `dropped`: what of it became no
+    document, by reason, of which `bad` were broken."""
 
     file: str
     sha256: str
+    unit: dict[str, Any]
     documents: int
     tokens: int
     characters: int
     dropped: dict[str, int]
+    bad: int
 
 
-def write_shard(
-    path: Path, batches: Iterable[tuple[list[Document], list[list[int]]]], vocab_size: int
-) -> tuple[int, int, int]:
-    """Write a shard from batches of documents with their token ids, complete or invisible.
+def write_shard(path: Path, batches: Iterable[Sequence[Encoded]], vocab_size: int) -> tuple[int, int, int]:
+    """Write a shard from batches of documents, complete or invisible.
 
     Returns its numbers of documents, tokens and characters.
     """
     documents = tokens = characters = 0
     table = schema(vocab_size)
     with complete_or_invisible(path) as temporary, pa.ipc.new_file(str(temporary), table) as writer:
-        for batch, ids in batches:
-            columns = {
-                "document_id": [document.id for document in batch],
-                "source": [document.source for document in batch],
-                "file": [document.file for document in batch],
-                "start": [document.start for document in batch],
-                "end": [document.end for document in batch],
-                "content_hash": [document.content_hash for document in batch],
-                "tokens": ids,
-            }
-            writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=table))
+        for batch in batches:
+            writer.write_batch(_record_batch(batch, table, token_dtype(vocab_size)))
             documents += len(batch)
-            tokens += sum(map(len, ids))
-            characters += sum(len(document.text) for document in batch)
+            tokens += sum(len(each.tokens) for each in batch)
+            characters += sum(len(each.document.text) for each in batch)
     return documents, tokens, characters
+
+
+def _record_batch(batch: Sequence[Encoded], table: pa.Schema, dtype: np.dtype) -> pa.RecordBatch:
+    offsets = np.cumsum([0, *(len(each.tokens) for each in batch)])
+    values = np.concatenate([each.tokens for each in batch]).astype(dtype)
+    signatures = np.concatenate([each.signature for each in batch])
+    columns = [
+        pa.array([getattr(each.document, name) for each in batch], pa.string()) for name in ("id", "source", "file")
+    ]
+    columns += [pa.array([getattr(each.document, name) for each in batch], pa.int64()) for name in ("start", "end")]
+    columns += [
+        pa.array([each.document.content_hash for each in batch], pa.string()),
+        pa.FixedSizeListArray.from_arrays(pa.array(signatures), BINS),
+        pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values)),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=table)
+
+
+def damage_of(directory: Path, shard: Shard) -> str | None:
+    """What is wrong with a shard's file, None if nothing is."""
+    path = directory / shard.file
+    if not path.exists():
+        return f"{path} is missing"
+    return None if hash_file(path) == shard.sha256 else f"{path} is corrupt"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The shards of a data set, in order. Its hash names the data set everywhere downstream."""
+    """The shards of a data set, in order. Its hash names the data set everywhere downstream.
 
-    tokenizer: str
+    `token_type`: uint16 or uint32. `tokenizer`: its fingerprint, the hash of what the library made of it on probe
+    texts, and the backend. `recipe`: the part of the recipe that decides the shards. `parent`: the hash of the manifest
+    that this one extends, whose shards, in their order, are the first of these. `generations`: how many shards each
+    growth added. `libraries`: versions that made it, for people; not part of the hash.
+    """
+
+    token_type: str
+    tokenizer: dict[str, str]
     recipe: dict[str, Any]
     shards: tuple[Shard, ...]
+    parent: str | None
+    generations: list[int]
+    libraries: dict[str, str]
     format: int = FORMAT
 
     @cached_property
     def hash(self) -> str:
-        """sha256 (hex) over everything the manifest says."""
-        return hash_json(asdict(self))
+        """sha256 (hex) over everything the manifest says, but for `libraries`."""
+        return hash_json({**asdict(self), "libraries": None})
 
     @property
     def documents(self) -> int:
@@ -116,55 +157,3 @@ class Manifest:
         content = json.loads((directory / MANIFEST).read_text())
         shards = tuple(Shard(**shard) for shard in content.pop("shards"))
         return cls(shards=shards, **content)
-
-
-class TokenDataset:
-    """All documents of a data set, memory-mapped. Documents are numbered in manifest order.
-
-    Raises UserError for two documents of one id with different content. Copies (same id and content) are left out:
-    `admitted` lists the documents in use.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.manifest = Manifest.read(directory)
-        ids: list[str] = []
-        hashes: list[str] = []
-        sources: list[str] = []
-        self._batches: list[tuple[np.ndarray, np.ndarray]] = []  # (tokens, offsets) of a record batch
-        place: list[np.ndarray] = []
-        for shard in self.manifest.shards:
-            reader = pa.ipc.open_file(pa.memory_map(str(directory / shard.file)))
-            for number in range(reader.num_record_batches):
-                batch = reader.get_batch(number)
-                ids += batch.column("document_id").to_pylist()
-                hashes += batch.column("content_hash").to_pylist()
-                sources += batch.column("source").to_pylist()
-                column = batch.column("tokens")
-                place.append(np.stack([np.full(len(column), len(self._batches)), np.arange(len(column))], axis=1))
-                self._batches.append((column.values.to_numpy(), column.offsets.to_numpy()))
-        self.ids, self.sources = ids, sources
-        self._place = np.concatenate(place) if place else np.zeros((0, 2), np.int64)
-        self.lengths = np.concatenate([np.diff(offsets) for _, offsets in self._batches] or [np.zeros(0, np.int64)])
-        self.admitted = self._without_copies(ids, hashes)
-
-    @staticmethod
-    def _without_copies(ids: list[str], hashes: list[str]) -> np.ndarray:
-        known: dict[str, str] = {}
-        admitted = []
-        for number, (name, content) in enumerate(zip(ids, hashes, strict=True)):
-            if name not in known:
-                known[name] = content
-                admitted.append(number)
-            elif known[name] != content:
-                raise UserError(
-                    f"two documents have the id {name!r} but different text: make the ids unique, or name the field "
-                    f"that holds them with data.sources.N.id_field"
-                )
-        return np.array(admitted, dtype=np.int64)
-
-    def tokens(self, document: int, start: int = 0, end: int | None = None) -> np.ndarray:
-        """Token ids [start, end) of a document, without a copy; shorter where the document ends."""
-        batch, row = self._place[document]
-        values, offsets = self._batches[batch]
-        first, last = offsets[row], offsets[row + 1]
-        return values[first + start : last if end is None else min(first + end, last)]

@@ -31,7 +31,8 @@ class Stage:
     """A step of a workflow: `run(output, inputs)` writes files into `output`, reading the directories of `inputs`.
 
     `version` changes when the code makes something else of the same inputs. `params` is JSON. `content` names the part
-    of the output that later stages depend on, where the rest (logs of a training, say) differs from run to run.
+    of the output that later stages depend on, where the rest (logs of a training, say) differs from run to run. A stage
+    that `mends` is given its damaged output without the damaged files and makes these again; others begin anew.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Stage:
     inputs: tuple[str, ...] = ()
     version: int = 1
     content: str = ""
+    mends: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Output:
     """A finished stage.
 
     `seconds`: time spent in all its runs, killed ones excepted; `files`: sha256 and size of each file, by name; `hash`
-    names the content.
+    names the content; `params` and `inputs` (the key of each input) are what it was made of.
     """
 
     stage: str
@@ -56,6 +58,8 @@ class Output:
     files: dict[str, list[Any]] = field(repr=False)
     seconds: float
     hash: str
+    params: Mapping[str, Any] = field(repr=False)
+    inputs: Mapping[str, str] = field(repr=False)
     reused: bool = False
 
 
@@ -88,11 +92,13 @@ class Store:
         with self._locked(path):
             if path.exists():
                 output = self.read(path)
-                if output is not None and (damage := _damage(output)) is None:
+                damage = damage_of(output) if output is not None else {path / RECORD: "missing or damaged"}
+                if output is not None and not damage:
                     return replace(output, reused=True)
-                damage = damage if output is not None else f"{path / RECORD} is missing or damaged"
-                warn(f"stage {stage.name}: {damage}; it is made again")
-                shutil.rmtree(path)
+                file, what = next(iter(damage.items()))
+                more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
+                warn(f"stage {stage.name}: {file} is {what}{more}; it is made again")
+                _take_back(path, partial, damage if stage.mends else None)
             partial.mkdir(exist_ok=True)
             (partial / RECORD).unlink(missing_ok=True)
             _remove_temporaries(partial)
@@ -106,9 +112,9 @@ class Store:
             _remove_temporaries(partial)
             files = _checksums(partial)
             content = {name: file for name, file in files.items() if name.startswith(stage.content)}
-            output = Output(stage.name, key, path, files, seconds, hash_json(content))
-            record = {**asdict(output), "path": None, "params": stage.params, "version": stage.version}
-            record["inputs"] = {name: outputs[name].key for name in stage.inputs}
+            made_of = {name: outputs[name].key for name in stage.inputs}
+            output = Output(stage.name, key, path, files, seconds, hash_json(content), stage.params, made_of)
+            record = {**asdict(output), "path": None, "version": stage.version}
             write_atomically(partial / RECORD, json.dumps(record, indent=1, sort_keys=True).encode())
             os.rename(partial, path)
             return output
@@ -117,7 +123,8 @@ class Store:
         """A finished output from its directory, None if its record is missing or damaged."""
         try:
             record = json.loads((path / RECORD).read_text())
-            return Output(record["stage"], record["key"], path, record["files"], record["seconds"], record["hash"])
+            fields = [record[name] for name in ("files", "seconds", "hash", "params", "inputs")]
+            return Output(record["stage"], record["key"], path, *fields)
         except (OSError, ValueError, KeyError):
             return None
 
@@ -184,12 +191,24 @@ def _checksums(directory: Path) -> dict[str, list[Any]]:
     return {str(path.relative_to(directory)): [hash_file(path), path.stat().st_size] for path in files}
 
 
-def _damage(output: Output) -> str | None:
-    """What is wrong with an output's files, None if nothing is."""
+def damage_of(output: Output) -> dict[Path, str]:
+    """What is wrong with which of an output's files."""
+    damage = {}
     for name, (checksum, size) in output.files.items():
         file = output.path / name
         if not file.exists():
-            return f"{file} is missing"
-        if file.stat().st_size != size or hash_file(file) != checksum:
-            return f"{file} is corrupt"
-    return None
+            damage[file] = "missing"
+        elif file.stat().st_size != size or hash_file(file) != checksum:
+            damage[file] = "corrupt"
+    return damage
+
+
+def _take_back(path: Path, partial: Path, damage: Mapping[Path, str] | None) -> None:
+    """Make a finished output an unfinished one: without the damaged files, or with nothing in it."""
+    if damage is None:
+        shutil.rmtree(path)
+        return
+    for file in damage:
+        file.unlink(missing_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    os.rename(path, partial)

@@ -1,121 +1,207 @@
 """Tokenization: one Ray task a unit, one shard a task.
 
 Exactly once: a task writes its shard under a temporary name, renames it, then leaves a record beside it. Whatever died
-in between, running again repeats only the units without a record, and the result is the same to the byte.
+in between, running again repeats only the units without a record, and the result is the same to the byte. The manifest,
+written last, takes the records' place; rebuilding a damaged shard is the same task again.
 """
 
-import itertools
 import json
+import os
+import shutil
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import ray
+import numpy as np
 
-from pipelines.config import Data
-from pipelines.corpus import Document, Unit, read_unit
+from pipelines.cluster import run_tasks
+from pipelines.config import Data, Source
+from pipelines.corpus import Document, Dropped, Unit
 from pipelines.errors import UserError
 from pipelines.files import write_atomically
 from pipelines.hashing import hash_file, hash_json
+from pipelines.minhash import signature
 from pipelines.progress import Progress
-from pipelines.shards import Manifest, Shard, write_shard
+from pipelines.readers import describe, read_unit
+from pipelines.shards import MANIFEST, REPAIR, Encoded, Manifest, Shard, damage_of, token_dtype, write_shard
 from pipelines.tokenizer import TextTokenizer, load_tokenizer
 
 BATCH_CHARACTERS = 1_000_000  # text encoded and written at once: bounds a task's memory
+NOT_CONTENT = {
+    "path",
+    "held_out",
+    "weight",
+    "max_epochs",
+    "follow_links",
+}  # a source's settings that shards do not show
 
 
 def recipe_part(data: Data) -> dict[str, Any]:
     """What of the recipe decides the shards' content: not the paths (their files' content hashes do), nor the split."""
-    sources = [source.model_dump(mode="json", exclude={"path", "held_out"}) for source in data.sources]
+    sources = [source.model_dump(mode="json", exclude=NOT_CONTENT) for source in data.sources]
     return {"sources": sources, "task_bytes": data.task_bytes}
 
 
-def tokenize(units: list[Unit], data: Data, tokenizer: Path, output: Path, progress: Progress) -> Manifest:
-    """Tokenize all units into shards under `output` and write the manifest.
+@dataclass(frozen=True)
+class Encoding:
+    """How texts become shards: the tokenizer's directory and backend, and where shards go."""
 
-    Raises UserError for broken lines beyond `data.max_bad_lines` and for a corpus without a single document.
+    tokenizer: Path
+    backend: str
+    output: Path
+
+    def load(self) -> TextTokenizer:
+        return load_tokenizer(self.tokenizer, self.backend)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A task's result: the shard, and the first broken document of its unit, if there was one."""
+
+    shard: Shard
+    first_bad: Dropped | None
+
+
+def tokenize(
+    units: Sequence[Unit], data: Data, encoding: Encoding, progress: Progress, parent: Path | None = None
+) -> Manifest:
+    """Tokenize all units into shards under `encoding.output` and write the manifest.
+
+    With a `parent` (a data set's directory) its shards come first, as they are. Raises UserError for broken documents
+    beyond `data.max_bad_documents` and for a corpus without a single document.
     """
-    tokenize_task = ray.remote(num_cpus=1, max_retries=5)(tokenize_unit)
-    at_once = 2 * int(ray.cluster_resources().get("CPU", 1))
-    running: dict[ray.ObjectRef, int] = {}
+    sources = {source.name: source for source in data.sources}
+    before = Manifest.read(parent) if parent else None
+    inherited = inherit(parent, before, encoding.output) if parent and before else ()
+    finished = {made.shard.file: made for made in _finished(encoding.output)}
+    names = [shard_name(len(inherited) + number, unit) for number, unit in enumerate(units)]
+    arguments = [
+        (unit, name, sources[unit.source], encoding, finished.get(name))
+        for unit, name in zip(units, names, strict=True)
+    ]
     shards: dict[int, Shard] = {}
-    bad_lines, first_bad_line = 0, ""
-    pending = iter(range(len(units)))
-    try:
-        while len(shards) < len(units):
-            for number in itertools.islice(pending, at_once - len(running)):
-                running[tokenize_task.remote(units[number], number, data, tokenizer, output)] = number
-            (done,), _ = ray.wait(list(running), num_returns=1)
-            number = running.pop(done)
-            shards[number], bad, first = ray.get(done)
-            bad_lines, first_bad_line = bad_lines + bad, first_bad_line or first
-            if bad_lines > data.max_bad_lines:
+    bad = sum(shard.bad for shard in inherited)
+    with closing(run_tasks(tokenize_unit, arguments)) as results:
+        for number, made in results:
+            shards[number] = made.shard
+            bad += made.shard.bad
+            if bad > data.max_bad_documents and made.first_bad is not None:
                 raise UserError(
-                    f"{first_bad_line}: mend the line, or tolerate up to N such lines with --set data.max_bad_lines=N"
+                    f"{describe(made.first_bad)}: mend it, or tolerate up to N such documents with "
+                    f"--set data.max_bad_documents=N"
                 )
             progress.advance(units[number].bytes)
-    finally:
-        for task in running:
-            ray.cancel(task, force=True)
+    tokenizer = encoding.load()
     manifest = Manifest(
-        tokenizer=load_tokenizer(tokenizer).fingerprint,
+        token_type=token_dtype(tokenizer.vocab_size).name,
+        tokenizer={
+            "fingerprint": tokenizer.fingerprint,
+            "behaviour": tokenizer.behaviour,
+            "backend": encoding.backend,
+        },
         recipe=recipe_part(data),
-        shards=tuple(shards[number] for number in range(len(units))),
+        shards=(*inherited, *(shards[number] for number in range(len(units)))),
+        parent=before.hash if before else None,
+        generations=[*(before.generations if before else ()), len(units)],
+        libraries={name: version(name) for name in ("numpy", "pyarrow", "tokenizers")},
     )
     if manifest.documents == 0:
         dropped = ", ".join(f"{count} {reason}" for reason, count in manifest.dropped.items()) or "nothing in the files"
         raise UserError(f"the corpus is empty, no source holds a document ({dropped}): check data.sources")
-    manifest.write(output)
-    for made_on_the_way in (*output.glob("*.record.json"), *output.glob(".*.tmp")):
+    manifest.write(encoding.output)
+    for made_on_the_way in (*encoding.output.glob("*.record.json"), *encoding.output.glob(".*.tmp")):
         made_on_the_way.unlink()
     return manifest
 
 
-def tokenize_unit(unit: Unit, number: int, data: Data, tokenizer: Path, output: Path) -> tuple[Shard, int, str]:
-    """One task: the unit's shard, its number of bad lines and the first ("file, line N: reason"), made or found."""
-    path = output / f"shard-{number:05d}-{hash_json(unit.identity())[:12]}.arrow"
-    record = path.with_suffix(".record.json")
-    if record.exists():
-        known = json.loads(record.read_text())
-        shard = Shard(**known["shard"])
-        if path.exists() and hash_file(path) == shard.sha256:
-            return shard, known["bad_lines"], known["first_bad_line"]
+def shard_name(number: int, unit: Unit) -> str:
+    return f"shard-{number:05d}-{hash_json(unit.identity())[:12]}.arrow"
 
-    source = next(source for source in data.sources if source.name == unit.source)
-    text_tokenizer = load_tokenizer(tokenizer)
+
+def inherit(parent: Path, manifest: Manifest, output: Path) -> tuple[Shard, ...]:
+    """The parent's shards, brought into the output: as second names of the same files where the file system has them.
+
+    Raises UserError where one is damaged.
+    """
+    for shard in manifest.shards:
+        if damage := damage_of(parent, shard):
+            raise UserError(f"{damage}: {REPAIR}")
+        target = output / shard.file
+        if not target.exists():
+            try:
+                os.link(parent / shard.file, target)
+            except OSError:
+                shutil.copyfile(parent / shard.file, target)
+    return manifest.shards
+
+
+def _finished(output: Path) -> Iterator[Made]:
+    """What an earlier run of the output had made: by its manifest, or by its records."""
+    if (output / MANIFEST).exists():
+        for shard in Manifest.read(output).shards:
+            yield Made(shard, None)
+    for record in output.glob("*.record.json"):
+        known = json.loads(record.read_text())
+        yield Made(Shard(**known["shard"]), Dropped(**known["first_bad"]) if known["first_bad"] else None)
+
+
+def tokenize_unit(unit: Unit, name: str, source: Source, encoding: Encoding, known: Made | None) -> Made:
+    """One task: the unit's shard, found whole or made."""
+    path = encoding.output / name
+    if known is not None and path.exists() and hash_file(path) == known.shard.sha256:
+        return known
+
+    tokenizer = encoding.load()
     dropped: Counter[str] = Counter()
-    bad: list[str] = []  # as many entries as bad lines, only the first says where
+    bad: list[Dropped] = []
 
     def documents() -> Iterator[Document]:
-        for item in read_unit(unit, source.text_field, source.id_field):
+        for item in read_unit(unit, source):
             if isinstance(item, Document):
                 yield item
-            else:
-                dropped[item.reason] += 1
-                if item.bad_line:
-                    bad.append("" if bad else f"{item.where}: {item.reason}")
+                continue
+            dropped[item.reason] += 1
+            if item.bad:
+                bad.append(item)
 
-    batches = _encoded(documents(), text_tokenizer)
-    counts = write_shard(path, batches, text_tokenizer.vocab_size)
-    shard = Shard(path.name, hash_file(path), *counts, dict(sorted(dropped.items())))
-    found = len(bad), bad[0] if bad else ""
-    known = {"shard": asdict(shard), "bad_lines": found[0], "first_bad_line": found[1]}
-    write_atomically(record, json.dumps(known).encode())
-    return shard, *found
+    batches = (_admit(batch, source, dropped) for batch in _encoded(documents(), tokenizer))
+    documents_, tokens, characters = write_shard(path, filter(None, batches), tokenizer.vocab_size)
+    counts = dict(sorted(dropped.items()))
+    shard = Shard(path.name, hash_file(path), unit.identity(), documents_, tokens, characters, counts, len(bad))
+    made = Made(shard, bad[0] if bad else None)
+    write_atomically(path.with_suffix(".record.json"), json.dumps(asdict(made)).encode())
+    return made
 
 
-def _encoded(
-    documents: Iterator[Document], tokenizer: TextTokenizer
-) -> Iterator[tuple[list[Document], list[list[int]]]]:
+def _encoded(documents: Iterator[Document], tokenizer: TextTokenizer) -> Iterator[list[tuple[Document, np.ndarray]]]:
+    """(document, its tokens with bos and eos), in batches of about BATCH_CHARACTERS."""
     batch: list[Document] = []
     characters = 0
     for document in documents:
         batch.append(document)
         characters += len(document.text)
         if characters >= BATCH_CHARACTERS:
-            yield batch, tokenizer.encode_documents([document.text for document in batch])
+            yield list(zip(batch, tokenizer.encode_documents([each.text for each in batch]), strict=True))
             batch, characters = [], 0
     if batch:
-        yield batch, tokenizer.encode_documents([document.text for document in batch])
+        yield list(zip(batch, tokenizer.encode_documents([each.text for each in batch]), strict=True))
+
+
+def _admit(batch: list[tuple[Document, np.ndarray]], source: Source, dropped: Counter[str]) -> list[Encoded]:
+    """Those of the length that the source asks for, with their signatures."""
+    admitted = []
+    for document, tokens in batch:
+        length = len(tokens)
+        if length == 2:  # bos and eos
+            dropped["no tokens"] += 1
+        elif length < source.min_tokens:
+            dropped[f"shorter than {source.min_tokens} tokens"] += 1
+        elif source.max_tokens is not None and length > source.max_tokens:
+            dropped[f"longer than {source.max_tokens} tokens"] += 1
+        else:
+            admitted.append(Encoded(document, tokens, signature(document.text)))
+    return admitted

@@ -1,67 +1,125 @@
 """Tokenizers as directories of `tokenizer.json` and `tokenizer_config.json`, as Hugging Face lays them out.
 
-Trained here (byte-level BPE) or taken from a checkpoint. Text never becomes a special token: a literal `</s>` in a
-document is tokenized as the characters it is made of.
+Trained here (byte-level BPE), or brought from a checkpoint, a SentencePiece model or the hub. Text never becomes a
+special token: a literal `</s>` in a document is tokenized as the characters it is made of.
 """
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from pipelines import sentencepiece_model
 from pipelines.errors import UserError
 from pipelines.hashing import hash_json
+from pipelines.long_text import encode_texts
+from pipelines.shards import token_dtype
 
 BOS, EOS = "<s>", "</s>"
+HUB_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"]
+
+PROBES = (
+    "",
+    "The quick brown fox can't jump, they'll say; IT'S over-rated (1852-1915)!",
+    " one space before, two  and three   within, one behind ",
+    "\n\n\tdef f(x: int) -> str:\r\n        return f'{x:>8}'  # 4 and 8\u00a0spaces\u2003\u200b\n",
+    "0 7 42 1000000 3.14159 1e-05 ٣٤ ½ Ⅷ x²",
+    "<s> </s> <unk> <pad> <0x0A> <|endoftext|> [CLS] [INST] ▁ Ġ",
+    "caf\u00e9 cafe\u0301 \ufb01n \u212b \uff21 n\u0303\u0323 \u0e01\u0e33 straße İi",
+    "😀 👩🏽‍🚀 🇩🇪 ❤️ ☂",
+    "漢字とカタカナ、한국어. 中文没有空格",
+    "السَّلامُ عليكم، शुभ प्रभात, Привет, γλώσσα",
+    r"$\int_0^\infty e^{-x^2}\,dx = \frac{\sqrt{\pi}}{2}$ ∀ε>0 ∃δ",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ---------------- \x00\x7f\ufeff\ufffd",
+)
 
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """A tokenizer for documents: text in, token ids out, bos and eos around."""
+    """A tokenizer for documents: text in, token ids out, bos and eos around.
+
+    `encoder` makes ids of texts: the library's, or another with the same result.
+    """
 
     tokenizer: Tokenizer
     bos: int
     eos: int
+    encoder: Callable[[list[str]], list[np.ndarray]]
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        return int(self.tokenizer.get_vocab_size())
+        """One more than the largest token id."""
+        return int(max(self.tokenizer.get_vocab().values())) + 1
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that decides which tokens a text becomes."""
+        """Hash of the tokenizer's own definition: everything that decides which tokens a text becomes."""
         return hash_json([json.loads(self.tokenizer.to_str()), self.bos, self.eos])
 
-    def encode_documents(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, between bos and eos."""
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [[self.bos, *encoding.ids, self.eos] for encoding in encodings]
+    @cached_property
+    def behaviour(self) -> str:
+        """Hash of what the library makes of the tokenizer: the tokens of texts chosen to tell its versions apart."""
+        return hash_json([ids.tolist() for ids in encode_texts(self.tokenizer, list(PROBES))])
+
+    def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each text between bos and eos, in the type that shards hold. No text, no tokens: [bos, eos]."""
+        dtype = token_dtype(self.vocab_size)
+        bos, eos = np.array([self.bos], dtype), np.array([self.eos], dtype)
+        return [np.concatenate([bos, ids.astype(dtype), eos]) for ids in self.encoder(texts)]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text alone, without bos and eos."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(self.encoder([text])[0].tolist())
 
 
-def load_tokenizer(directory: Path) -> TextTokenizer:
+def load_tokenizer(directory: Path, backend: str = "huggingface") -> TextTokenizer:
     """A tokenizer directory written by this module.
 
-    `encode_special_tokens` makes the library treat special strings in a text as ordinary characters.
+    Raises UserError for the backend "gigatoken" where it is not installed.
     """
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
     config = json.loads((directory / "tokenizer_config.json").read_text())
-    bos, eos = (_token_id(tokenizer, config[name]) for name in ("bos_token", "eos_token"))
-    return TextTokenizer(tokenizer, bos, eos)
+    ends = [_content(config[name]) for name in ("bos_token", "eos_token")]
+    _neutralise_special_strings(tokenizer, ends)
+    bos, eos = (tokenizer.get_vocab()[end] for end in ends)
+    if backend == "huggingface":
+        return TextTokenizer(tokenizer, bos, eos, lambda texts: encode_texts(tokenizer, texts))
+
+    from pipelines.gigatoken import make_encoder
+
+    return TextTokenizer(tokenizer, bos, eos, make_encoder(tokenizer))
 
 
-def _token_id(tokenizer: Tokenizer, token: str | dict[str, str]) -> int:
-    number = tokenizer.token_to_id(token if isinstance(token, str) else token["content"])
-    assert number is not None, f"{token} is not in the vocabulary of its own tokenizer"
-    return int(number)
+def _content(token: str | dict[str, str]) -> str:
+    return token if isinstance(token, str) else token["content"]
+
+
+def _neutralise_special_strings(tokenizer: Tokenizer, ends: list[str]) -> None:
+    """Have special tokens' strings in a text, bos and eos among them, tokenized as ordinary characters.
+
+    The library does so with `encode_special_tokens`, but some models (all Unigram ones) have the strings among their
+    own pieces: there a word ends after the first character of such a string. Added tokens that are not special are
+    ordinary vocabulary.
+    """
+    tokenizer.add_special_tokens([AddedToken(end, normalized=False, special=True) for end in ends])
+    tokenizer.encode_special_tokens = True
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    pieces = sorted(
+        string for string in special if any(piece.value == string for piece in tokenizer.model.tokenize(string))
+    )
+    if pieces:
+        first = "|".join(f"{re.escape(string[0])}(?={re.escape(string[1:])})" for string in pieces)
+        apart = pre_tokenizers.Split(Regex(first), behavior="merged_with_previous")
+        before = tokenizer.pre_tokenizer
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([before, apart]) if before else apart
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
@@ -81,21 +139,67 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
 
 
-def import_tokenizer(path: Path, directory: Path) -> None:
-    """Bring any Hugging Face tokenizer directory into the directory.
+def import_tokenizer(path: str, directory: Path, revision: str | None = None) -> None:
+    """Bring a tokenizer into the directory: a Hugging Face tokenizer directory, a SentencePiece model file, or a hub id
+    (`organisation/name`, at a `revision`).
 
-    Raises UserError where there is none and where it has no bos or eos token.
+    A `tokenizer.json` is taken as it stands. Raises UserError where there is no tokenizer, and where it has no bos or
+    eos token.
     """
-    from transformers import AutoTokenizer
-
-    remedy = "set tokenizer.path to a directory with tokenizer.json or tokenizer.model"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"no tokenizer in {path}: {remedy}") from error
-    if not tokenizer.is_fast or tokenizer.vocab_size == 0:
-        raise UserError(f"no tokenizer in {path}: {remedy}")
+    origin = Path(path).expanduser()
+    if not origin.exists():
+        origin = _download(path, revision)
+    model = origin / "tokenizer.model" if origin.is_dir() else origin
+    has_json = (origin / "tokenizer.json").exists()
+    tokenizer = _convert(model) if model.is_file() and not has_json else _open(origin, path)
     for name in ("bos_token", "eos_token"):
         if getattr(tokenizer, name) is None:
             raise UserError(f"the tokenizer in {path} has no {name}: add it to its tokenizer_config.json")
     tokenizer.save_pretrained(directory)
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # which takes the tokenizer.json as it stands
+    for where_from in ("is_local", "local_files_only"):
+        config.pop(where_from, None)
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+
+
+def _open(origin: Path, path: str) -> Any:
+    """The transformers tokenizer of a directory: its tokenizer.json as it stands, or what its other files make."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    kind = PreTrainedTokenizerFast if (origin / "tokenizer.json").exists() else AutoTokenizer
+    try:
+        tokenizer = kind.from_pretrained(origin)
+    except (OSError, ValueError, KeyError) as error:
+        raise _no_tokenizer(path) from error
+    if not tokenizer.is_fast or tokenizer.vocab_size == 0:
+        raise _no_tokenizer(path)
+    return tokenizer
+
+
+def _convert(model: Path) -> Any:
+    """The transformers tokenizer of a SentencePiece model; the tokenizer_config.json beside it may name bos and eos."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer, names = sentencepiece_model.convert(model)
+    config = model.with_name("tokenizer_config.json")
+    given = json.loads(config.read_text()) if config.exists() else {}
+    names |= {name: _content(given[name]) for name in ("bos_token", "eos_token", "unk_token") if given.get(name)}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def _download(path: str, revision: str | None) -> Path:
+    """The tokenizer files of a hub repository, from the hub or its cache on this machine."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=HUB_FILES))
+    except (OSError, ValueError) as error:
+        raise _no_tokenizer(path) from error
+
+
+def _no_tokenizer(path: str) -> UserError:
+    return UserError(
+        f"no tokenizer in {path}: set tokenizer.path to a directory with tokenizer.json or tokenizer.model, a "
+        f"SentencePiece .model file, or the id of a hub repository that can be reached"
+    )

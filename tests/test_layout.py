@@ -20,6 +20,8 @@ def test_a_package_imports_nothing_from_above(package: str) -> None:
             if isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]
             found = {name.split(".")[0] for name in names} & FORBIDDEN[package]
+            if path.name == "loader.py":  # the thin torch front of the sampler
+                found -= {"torch"}
             assert not found, f"{path} imports {found}"
 
 

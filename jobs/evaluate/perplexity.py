@@ -10,21 +10,20 @@ Shapes: B windows, L tokens a window.
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from torch.nn import functional
 
 from fot_model import FotCache, FotLlamaForCausalLM
-from pipelines.config import Data
+from pipelines.cluster import run_tasks
+from pipelines.dataset import TokenDataset
 from pipelines.errors import UserError
 from pipelines.progress import Progress
-from pipelines.sampler import split
-from pipelines.shards import TokenDataset
 
 WINDOWS_AT_ONCE = 8
 
@@ -32,11 +31,13 @@ WINDOWS_AT_ONCE = 8
 @dataclass(frozen=True)
 class Scoring:
     """What is scored: a model with its memory layers' settings (`mem_layers`, `mem_positionals`; for a plain LLaMA
-    too), on a data set, at multiples (`contexts`) of the local context (`local`, tokens)."""
+    too), on a data set (`shards`, their index `documents`), at multiples (`contexts`) of the local context (`local`,
+    tokens)."""
 
     model: Path
     memory: Mapping[str, Any]
-    dataset: Path
+    shards: Path
+    documents: Path
     local: int
     contexts: Sequence[int]
 
@@ -49,23 +50,24 @@ class Window:
     start: int
 
 
-def choose_windows(dataset: TokenDataset, documents: np.ndarray, local: int, longest: int, count: int) -> list[Window]:
-    """Up to `count` windows, spread evenly over the documents and within each.
+def choose_windows(dataset: TokenDataset, local: int, longest: int, count: int) -> list[Window]:
+    """Up to `count` windows of held-out documents, spread evenly over the documents and within each.
 
     Raises UserError where no document is long enough.
     """
     needed = longest * local + 1  # one more token: the last label
-    long_enough = [number for number in documents.tolist() if dataset.lengths[number] >= needed]
+    documents = dataset.held_out
+    long_enough = documents[dataset.length[documents] >= needed].tolist()
     if not long_enough:
-        longest_document = int(dataset.lengths[documents].max()) if len(documents) else 0
+        longest_document = int(dataset.length[documents].max()) if len(documents) else 0
         raise UserError(
             f"no held-out document has the {needed} tokens that perplexity at {longest} x {local} tokens needs (the "
             f"longest of {len(documents)} has {longest_document}): hold out longer documents "
             f"(data.sources.N.held_out) or lower evaluation.perplexity.contexts"
         )
     # Round after round every document gives a window; documents in an order without meaning, sources mixed.
-    long_enough.sort(key=lambda number: hashlib.sha256(dataset.ids[number].encode()).digest())
-    offered = {number: (int(dataset.lengths[number]) - 1) // local - longest + 1 for number in long_enough}
+    long_enough.sort(key=lambda number: hashlib.sha256(dataset.id(number).encode()).digest())
+    offered = {number: (int(dataset.length[number]) - 1) // local - longest + 1 for number in long_enough}
     quota = dict.fromkeys(long_enough, 0)
     left = count
     while left and (open_ones := [number for number in long_enough if quota[number] < offered[number]]):
@@ -79,23 +81,20 @@ def choose_windows(dataset: TokenDataset, documents: np.ndarray, local: int, lon
     ]
 
 
-def perplexity(scoring: Scoring, data: Data, count: int, name: str) -> dict[int, float]:
+def perplexity(scoring: Scoring, count: int, name: str) -> dict[int, float]:
     """{multiple of the local context: perplexity per token} on `count` windows of held-out documents, as Ray tasks.
 
     Raises UserError where no document is long enough.
     """
-    tokens = TokenDataset(scoring.dataset)
-    windows = choose_windows(tokens, split(tokens, data)[1], scoring.local, max(scoring.contexts), count)
-    task = ray.remote(num_cpus=1, max_retries=5)(window_losses)
+    dataset = TokenDataset(scoring.shards, scoring.documents)
+    windows = choose_windows(dataset, scoring.local, max(scoring.contexts), count)
     batches = [windows[first : first + WINDOWS_AT_ONCE] for first in range(0, len(windows), WINDOWS_AT_ONCE)]
-    tasks = {task.remote(scoring, batch): len(batch) for batch in batches}
-    order, waiting = list(tasks), list(tasks)
-    with Progress(name, len(windows), "windows") as progress:
-        while waiting:
-            (done,), waiting = ray.wait(waiting)
-            ray.get(done)
-            progress.advance(tasks[done])
-    results = ray.get(order)
+    results: list[dict[int, float]] = [{} for _ in batches]
+    tasks = run_tasks(window_losses, [(scoring, batch) for batch in batches])
+    with Progress(name, len(windows), "windows") as progress, closing(tasks):
+        for number, losses in tasks:
+            results[number] = losses
+            progress.advance(len(batches[number]))
     return {
         context: math.exp(math.fsum(result[context] for result in results) / (len(windows) * scoring.local))
         for context in scoring.contexts
@@ -105,7 +104,7 @@ def perplexity(scoring: Scoring, data: Data, count: int, name: str) -> dict[int,
 @torch.inference_mode()
 def window_losses(scoring: Scoring, windows: list[Window]) -> dict[int, float]:
     """One task: summed loss (nats) of the windows at each context."""
-    tokens, local = TokenDataset(scoring.dataset), scoring.local
+    tokens, local = TokenDataset(scoring.shards, scoring.documents), scoring.local
     model = FotLlamaForCausalLM.from_pretrained(scoring.model, **scoring.memory).eval()
     losses = {}
     for context in scoring.contexts:

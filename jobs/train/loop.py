@@ -21,12 +21,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from fot_model import FotLlamaConfig, FotLlamaForCausalLM, cross_batch_plan, default_mem_layers
+from jobs.data.batches import make_sampler
 from jobs.recipe import FotObjective, ModelShape, Objective, Schedule, Training
-from jobs.train.batches import make_sampler
 from jobs.train.spec import METRICS, MODEL, TrainSpec
+from pipelines.dataset import TokenDataset
 from pipelines.files import write_atomically
-from pipelines.sampler import IGNORE, CrossBatchSampler, MicroBatch
-from pipelines.shards import TokenDataset
+from pipelines.loader import TensorBatch, rank_batches
+from pipelines.sampler import IGNORE, CrossBatchSampler
 from pipelines.store import RECORD
 from pipelines.tokenizer import load_tokenizer
 
@@ -43,9 +44,10 @@ def train_loop(spec: TrainSpec) -> None:
     torch.manual_seed(spec.seed)
 
     engine = _engine(build_model(spec), training, world)
-    dataset = TokenDataset(spec.dataset)
-    sampler = make_sampler(dataset, spec.training, spec.data, spec.seed)
+    dataset = TokenDataset(spec.shards, spec.documents)
+    sampler = make_sampler(dataset, spec.groups, training, spec.data, spec.seed)
     step = _restore(engine)
+    batches = rank_batches(sampler, range(step, training.steps), rank, world, workers=int(device.type == "cuda"))
     metrics = Metrics(spec.output / METRICS, step) if rank == 0 else None
 
     while step < training.steps:
@@ -53,8 +55,8 @@ def train_loop(spec: TrainSpec) -> None:
         for group in engine.optimizer.param_groups:
             group["lr"] = training.optimizer.learning_rate * schedule_factor(training.schedule, step, training.steps)
         total = torch.zeros((), device=device)
-        for micro_batch in range(rank, training.batch.micro_batches, world):
-            loss = batch_loss(engine, sampler.micro_batch(step, micro_batch), objective, device)
+        for _ in range(rank, training.batch.micro_batches, world):
+            loss = batch_loss(engine, next(batches), objective, device)
             engine.backward(loss)
             engine.step()  # applies the gradients at the last micro-batch of the step
             total += loss.detach() / training.batch.micro_batches
@@ -99,13 +101,13 @@ def build_model(spec: TrainSpec) -> FotLlamaForCausalLM:
     return FotLlamaForCausalLM.from_pretrained(spec.base, config=config, dtype=dtype)
 
 
-def batch_loss(model: torch.nn.Module, batch: MicroBatch, objective: Objective, device: torch.device) -> Tensor:
+def batch_loss(model: torch.nn.Module, batch: TensorBatch, objective: Objective, device: torch.device) -> Tensor:
     """Mean next-token loss (nats per token) of a micro-batch."""
     plan = None
     if isinstance(objective, FotObjective):
         plan = cross_batch_plan(batch.group, batch.segment, batch.related, objective.segments)
-    logits = model(torch.from_numpy(batch.input_ids).to(device), plan=plan, use_cache=False).logits
-    labels = torch.from_numpy(batch.labels).to(device)
+    logits = model(batch.input_ids.to(device, non_blocking=True), plan=plan, use_cache=False).logits
+    labels = batch.labels.to(device, non_blocking=True)
     return functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE)
 
 
@@ -133,8 +135,8 @@ class Metrics:
             "step": step,
             "loss": loss,
             "learning_rate": learning_rate,
-            "tokens": step * sampler.tokens_per_step,
-            "tokens_per_second": sampler.tokens_per_step / (time.monotonic() - began),
+            "tokens": step * sampler.shape.tokens_per_step,
+            "tokens_per_second": sampler.shape.tokens_per_step / (time.monotonic() - began),
             "time": time.time(),
         }
         self._file.write(json.dumps(entry) + "\n")

@@ -13,8 +13,8 @@ CHECKPOINT = "checkpoint"  # the last DeepSpeed checkpoint, optimizer state incl
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """`base`: a LLaMA directory to start from, or the shape of one to make. `output`: where results are written;
-    `logs`: where workers' output goes."""
+    """`base`: a LLaMA directory to start from, or the shape of one to make. `shards`, `documents`, `groups`: data set,
+    index and packing. `output`: where results are written; `logs`: where workers' output goes."""
 
     name: str
     training: Training
@@ -22,7 +22,9 @@ class TrainSpec:
     data: Data
     seed: int
     base: Path | ModelShape
-    dataset: Path
+    shards: Path
+    documents: Path
+    groups: Path
     tokenizer: Path
     output: Path
     logs: Path

@@ -89,7 +89,7 @@ def test_mistakes_in_the_corpus_are_one_line_and_nothing_is_trusted_later(
     corpus.write_text(good + "{broken\n")
     line = one_line(path)
     assert f"{corpus}, line 25" in line
-    assert "max_bad_lines" in line
+    assert "max_bad_documents" in line
     corpus.write_text("\n\n")
     assert "empty" in one_line(path)
     corpus.write_text('{"id": "a", "text": "short"}\n' * 1 + good[: good.index("\n") + 1])

@@ -20,7 +20,8 @@ from jobs.train.spec import METRICS
 from pipelines.tokenizer import train_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-STAGES = ["tokenizer", "shards", "base", "finetune", "perplexity", "passkey", "register"]
+DATA = ["tokenizer", "shards", "documents", "base-groups", "finetune-groups"]
+STAGES = [*DATA, "base", "finetune", "perplexity", "passkey", "register"]
 
 
 @pytest.fixture

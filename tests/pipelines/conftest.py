@@ -4,12 +4,18 @@ import itertools
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from pipelines.config import Data, Source
-from pipelines.corpus import Document, list_units, read_unit
+from pipelines.corpus import Document
+from pipelines.dataset import TokenDataset
+from pipelines.documents import index_documents
 from pipelines.hashing import FileHashes, hash_file
-from pipelines.shards import Manifest, Shard, TokenDataset, write_shard
+from pipelines.listing import group_units, list_entries
+from pipelines.minhash import BINS
+from pipelines.readers import read_unit
+from pipelines.shards import Encoded, Manifest, Shard, token_dtype, write_shard
 from pipelines.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -43,16 +49,19 @@ def contents():
 def data_of():
     """The recipe part with one source named "s"."""
 
-    def make(path, *, task_bytes=1_000_000, max_bad_lines=0, **source):
+    def make(path, *, task_bytes=1_000_000, max_bad_documents=0, **source):
         source = Source(name="s", path=str(path), **source)
-        return Data(sources=(source,), task_bytes=task_bytes, max_bad_lines=max_bad_lines)
+        return Data(sources=(source,), task_bytes=task_bytes, max_bad_documents=max_bad_documents)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def units_of(fresh):
-    return lambda data, seed=0: list_units(data, seed, FileHashes(fresh() / "hashes.json"))
+    def make(data, seed=0):
+        return group_units(list_entries(data, seed, FileHashes(fresh() / "hashes.json")), data.task_bytes)
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -61,8 +70,7 @@ def read(data_of, units_of):
 
     def everything(path, *, seed=0, **options):
         data = data_of(path, **options)
-        fields = data.sources[0].text_field, data.sources[0].id_field
-        return [item for unit in units_of(data, seed) for item in read_unit(unit, *fields)]
+        return [item for unit in units_of(data, seed) for item in read_unit(unit, data.sources[0])]
 
     return everything
 
@@ -81,28 +89,82 @@ def tokenizer(tokenizer_directory):
 
 
 @pytest.fixture(scope="session")
-def dataset_of(fresh):
-    """A data set of documents of the given lengths. Its tokens are numbered through: 0, 1, 2, ... in document order."""
+def encoded():
+    """A document as a shard takes it. `signature`: itself, or a number that it is drawn from."""
 
-    def make(lengths, ids=None, hashes=None, *, shards=1, vocab_size=1 << 20):
-        directory, count = fresh(), itertools.count()
-        ids = ids or [f"s/{number}" for number in range(len(lengths))]
-        hashes = hashes or [f"hash of {name}" for name in ids]
-        rows = [
-            (Document(name, "s", "text", "file", 0, 4, content), [next(count) for _ in range(length)])
-            for name, content, length in zip(ids, hashes, lengths, strict=True)
-        ]
-        made = []
-        for number in range(shards):
-            part = rows[number * len(rows) // shards : (number + 1) * len(rows) // shards]
-            path = directory / f"shard-{number}.arrow"
-            batches = [([document for document, _ in part], [tokens for _, tokens in part])] if part else []
-            counts = write_shard(path, batches, vocab_size)
-            made.append(Shard(path.name, hash_file(path), *counts, {}))
-        Manifest("tokenizer", {}, tuple(made)).write(directory)
-        return TokenDataset(directory)
+    def make(name, tokens, *, source="s", content=None, signature=0):
+        if not isinstance(signature, np.ndarray):
+            signature = np.random.default_rng(signature).integers(2**32, size=BINS, dtype=np.uint32)
+        document = Document(name, source, "text", "file", 0, 4, content or f"hash of {name}")
+        return Encoded(document, np.array(tokens, np.uint32), signature)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def write_shards(fresh):
+    """Write shards, each (source, batches of documents), and their manifest into a new directory."""
+
+    def write(shards, vocab_size=1 << 20):
+        directory, made = fresh(), []
+        for number, (source, batches) in enumerate(shards):
+            path = directory / f"shard-{number}.arrow"
+            counts = write_shard(path, batches, vocab_size)
+            unit = {"source": source, "entries": [], "span": None}
+            made.append(Shard(path.name, hash_file(path), unit, *counts, {}, 0))
+        token_type = token_dtype(vocab_size).name
+        Manifest(token_type, {"fingerprint": "tokenizer"}, {}, tuple(made), None, [len(made)], {}).write(directory)
+        return directory
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def dataset_of(fresh, encoded, write_shards):
+    """A data set of documents of the given lengths. Its tokens are numbered through: 0, 1, 2, ... in document order.
+
+    `signatures`: a number a document, equal for near-duplicates; `sources`: {name: how many of the documents it has};
+    `shards`: how many of each source, of so many `batches`; `data`: settings of the recipe's part.
+    """
+
+    def make(
+        lengths,
+        ids=None,
+        hashes=None,
+        signatures=None,
+        *,
+        sources=None,
+        shards=1,
+        batches=1,
+        vocab_size=1 << 20,
+        held_out=0.0,
+        **data,
+    ):
+        count = itertools.count()
+        sources = sources or {"s": len(lengths)}
+        names = [name for name, n in sources.items() for _ in range(n)]
+        ids = ids or [f"{name}/{number}" for number, name in enumerate(names)]
+        columns = zip(ids, lengths, names, hashes or [None] * len(ids), signatures or range(len(ids)), strict=True)
+        rows = [
+            encoded(name, [*itertools.islice(count, length)], source=source, content=content, signature=signature)
+            for name, length, source, content, signature in columns
+        ]
+        made, first = [], 0
+        for source, n in sources.items():
+            made += [(source, _parts(part, batches)) for part in _parts(rows[first : first + n], shards)]
+            first += n
+        directory, index = write_shards(made, vocab_size), fresh()
+        parts = tuple(Source(name=name, path="x", held_out=held_out) for name in sources)
+        index_documents(directory, Data(sources=parts, **data), index)
+        return TokenDataset(directory, index)
+
+    return make
+
+
+def _parts(rows, n):
+    """The rows in n consecutive parts, without the empty ones."""
+    cuts = [number * len(rows) // n for number in range(n + 1)]
+    return [rows[start:end] for start, end in itertools.pairwise(cuts) if start < end]
 
 
 @pytest.fixture

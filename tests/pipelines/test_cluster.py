@@ -1,10 +1,14 @@
 import ipaddress
+import os
+import signal
+import time
+from contextlib import closing
 
 import psutil
 import pytest
 import ray
 
-from pipelines.cluster import check_workers
+from pipelines.cluster import check_workers, run_tasks
 from pipelines.errors import UserError
 
 
@@ -30,3 +34,114 @@ def test_too_many_workers_are_a_users_error_with_the_number_that_fits(local_ray)
         check_workers(there + 1, 1, 0)
     with pytest.raises(UserError, match=r"1 GPU each need 1000, Ray has 0"):
         check_workers(1000, 0, 1)
+
+
+# Running tasks. They are defined inside functions, as Ray sends those by value.
+
+
+def slots():
+    return int(ray.cluster_resources()["CPU"])
+
+
+def wait_until(there):
+    deadline = time.monotonic() + 60
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_every_result_comes_with_its_number(local_ray) -> None:
+    n = 5 * slots()
+    results = list(run_tasks(lambda one, other: (one, other), [(i, -i) for i in range(n)]))
+    assert sorted(results) == [(i, (i, -i)) for i in range(n)]
+
+
+def test_results_come_as_they_are_done(local_ray, tmp_path) -> None:
+    def task(number, path):
+        deadline = time.monotonic() + 30
+        while number == 0 and not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return number
+
+    n = slots() + 2
+    with closing(run_tasks(task, [(number, tmp_path / "go") for number in range(n)])) as results:
+        first = [next(results) for _ in range(n - 1)]
+        assert sorted(first) == [(number, number) for number in range(1, n)]
+        (tmp_path / "go").touch()
+        assert list(results) == [(0, 0)]
+
+
+def test_no_tasks_have_no_results(local_ray) -> None:
+    assert list(run_tasks(lambda: 1, [])) == []
+
+
+def test_few_tasks_are_handed_over_at_a_time(local_ray) -> None:
+    """What has not been handed over can still be changed."""
+    n = 8 * slots()
+    arguments = [("early",)] * n
+    results = run_tasks(lambda word: word, arguments)
+    got = dict([next(results)])
+    arguments[:] = [("late",)] * n
+    got |= dict(results)
+    assert sorted(got) == list(range(n))
+    assert [got[number] for number in range(n)] == ["early"] * 2 * slots() + ["late"] * 6 * slots()
+
+
+def test_what_a_task_raises_arrives_and_the_others_are_stopped(local_ray, tmp_path) -> None:
+    def task(number, directory, others):
+        deadline = time.monotonic() + 30
+        if number == 0:
+            while len(list(directory.glob("*.pid"))) < others and time.monotonic() < deadline:
+                time.sleep(0.05)
+            raise UserError("this one")
+        (directory / f".{number}").write_text(str(os.getpid()))
+        (directory / f".{number}").rename(directory / f"{number}.pid")
+        time.sleep(300)
+
+    others = slots() - 1
+    with pytest.raises(UserError, match="this one") as error:
+        list(run_tasks(task, [(number, tmp_path, others) for number in range(4 * slots())]))
+    assert str(error.value.cause) == "this one"
+    pids = [int(path.read_text()) for path in tmp_path.glob("*.pid")]
+    assert len(pids) >= others
+    wait_until(lambda: not any(map(psutil.pid_exists, pids)))
+    started = len(list(tmp_path.glob("*.pid")))
+    assert list(run_tasks(lambda: 1, [()] * slots())) != []  # all slots are free again
+    assert len(list(tmp_path.glob("*.pid"))) == started
+
+
+def test_tasks_are_stopped_when_nobody_wants_their_results_any_more(local_ray, tmp_path) -> None:
+    def task(number, directory):
+        if number > 0:
+            (directory / f".{number}").write_text(str(os.getpid()))
+            (directory / f".{number}").rename(directory / f"{number}.pid")
+            time.sleep(300)
+
+    with closing(run_tasks(task, [(number, tmp_path) for number in range(2 * slots())])) as results:
+        assert next(results) == (0, None)
+        wait_until(lambda: list(tmp_path.glob("*.pid")))
+    wait_until(lambda: not any(psutil.pid_exists(int(path.read_text())) for path in tmp_path.glob("*.pid")))
+
+
+def test_a_task_whose_worker_is_killed_is_run_again(local_ray, tmp_path) -> None:
+    def task(number, directory):
+        with open(directory / str(number), "a") as runs:
+            runs.write("x")
+        if number == 1 and (directory / "1").read_text() == "x":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number
+
+    results = list(run_tasks(task, [(number, tmp_path) for number in range(3)]))
+    assert sorted(results) == [(0, 0), (1, 1), (2, 2)]
+    assert (tmp_path / "1").read_text() == "xx"
+
+
+def test_a_task_that_raises_is_not_run_again(local_ray, tmp_path) -> None:
+    def task(path):
+        with open(path, "a") as runs:
+            runs.write("x")
+        raise ValueError("no use")
+
+    with pytest.raises(ValueError, match="no use"):
+        list(run_tasks(task, [(tmp_path / "runs",)]))
+    assert (tmp_path / "runs").read_text() == "x"

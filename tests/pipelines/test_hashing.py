@@ -3,7 +3,9 @@ import os
 
 import pytest
 
+from pipelines.errors import UserError
 from pipelines.hashing import FileHashes, hash_file, hash_json
+from pipelines.storage import Item, storage_of
 
 
 def sha256(content):
@@ -71,3 +73,44 @@ def test_a_damaged_cache_only_costs_time(tmp_path, damage):
     assert hashes.hash(tmp_path / "file") == sha256(b"content")
     hashes.save()
     assert FileHashes(tmp_path / "cache.json").hash(tmp_path / "file") == sha256(b"content")
+
+
+def test_many_files_are_hashed_at_once_each_by_its_own_content(tmp_path):
+    for number in range(50):
+        (tmp_path / f"{number:02d}").write_bytes(b"x" * number)
+    items = storage_of(str(tmp_path)).children(str(tmp_path))
+    hashes = FileHashes(tmp_path / "cache.json")
+    assert hashes.contents(items) == [sha256(b"x" * number) for number in range(50)]
+    (tmp_path / "07").write_bytes(b"changed")
+    items = storage_of(str(tmp_path)).children(str(tmp_path))
+    assert hashes.contents(items)[6:9] == [sha256(b"x" * 6), sha256(b"changed"), sha256(b"x" * 8)]
+
+
+def test_a_tag_is_taken_as_it_is(tmp_path):
+    hashes = FileHashes(tmp_path / "cache.json")
+    assert hashes.contents([Item("a", "s3://nowhere/a", False, 3, tag="etag")]) == ["etag"]
+
+
+def test_a_file_that_nothing_tells_changes_of_is_hashed_every_time(tmp_path):
+    (tmp_path / "file").write_bytes(b"one")
+    item, hashes = Item("", str(tmp_path / "file"), False, 3), FileHashes(tmp_path / "cache.json")
+    assert hashes.contents([item]) == [sha256(b"one")]
+    (tmp_path / "file").write_bytes(b"two")
+    assert hashes.contents([item]) == [sha256(b"two")]
+
+
+def test_what_is_known_of_a_name_that_is_not_utf8_is_kept(tmp_path):
+    path = tmp_path / "a\udcff"
+    path.write_bytes(b"content")
+    hashes = FileHashes(tmp_path / "cache.json")
+    assert hashes.hash(path) == sha256(b"content")
+    hashes.save()
+    stat = path.stat()
+    path.write_bytes(b"another")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert FileHashes(tmp_path / "cache.json").hash(path) == sha256(b"content")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="missing does not exist"):
+        FileHashes(tmp_path / "cache.json").hash(tmp_path / "missing")

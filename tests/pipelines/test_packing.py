@@ -1,11 +1,15 @@
+import json
 from collections import Counter
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.packing import pack
+from pipelines.config import Data, Source
+from pipelines.documents import index_documents
+from pipelines.packing import COLUMNS, REPORT, groups_file, pack, pack_dataset, pack_source, read_groups, write_groups
 
 lengths_of_documents = st.lists(st.integers(0, 200), max_size=40)
 sizes_of_groups = st.integers(1, 64)
@@ -77,3 +81,106 @@ def test_what_is_left_is_joined_longest_first(lengths, group_tokens):
 def test_no_documents_make_no_groups():
     groups, pieces = packed([], 8)
     assert (len(groups), pieces, groups.dropped) == (0, [], 0)
+
+
+# Few documents a group
+
+
+@given(lengths_of_documents, sizes_of_groups)
+def test_no_cut_is_made_without_need(lengths, group_tokens):
+    """A shared piece begins where a document's tail does or a group does; at the first group's beginning both do."""
+    groups, _ = packed(lengths, group_tokens)
+    own = sum(length // group_tokens for length in lengths)
+    tails = sum(length % group_tokens > 0 for length in lengths)
+    shared = len(groups) - own
+    assert len(groups.document) - own <= tails + max(0, shared - 1)
+
+
+@given(lengths_of_documents, sizes_of_groups)
+def test_a_group_holds_no_more_documents_than_the_fewest_that_could_fill_it(lengths, group_tokens):
+    """The fewest of the tails that no earlier group has begun, and the one that the group before it has.
+
+    Proof: what follows that one in the group are the longest tails not begun, longest first. So as soon as the fewest
+    of them that hold group_tokens have been placed the group is full.
+    """
+    _, pieces = packed(lengths, group_tokens)
+    begun = set()
+    for group in pieces[sum(length // group_tokens for length in lengths) :]:
+        left = [n % group_tokens for number, n in enumerate(lengths) if n % group_tokens and number not in begun]
+        sums = accumulate(sorted(left, reverse=True))
+        fewest = next((count for count, total in enumerate(sums, 1) if total >= group_tokens), len(left))
+        assert len(group) <= fewest + (group[0][0] in begun)
+        begun |= {document for document, _, _ in group}
+
+
+# On disk
+
+
+def same(one, other):
+    arrays = all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("offsets", *COLUMNS))
+    return arrays and one.dropped == other.dropped
+
+
+@given(lengths_of_documents, sizes_of_groups)
+def test_groups_read_back_are_the_same(fresh, lengths, group_tokens):
+    groups, pieces = packed(lengths, group_tokens)
+    path = fresh() / "new" / groups_file(0)
+    write_groups(groups, path)
+    again = read_groups(path)
+    assert same(again, groups)
+    assert [again.pieces(number) for number in range(len(again))] == pieces
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [7], [3, 4]])
+def test_no_groups_read_back_are_no_groups(tmp_path, lengths):
+    write_groups(packed(lengths, 8)[0], tmp_path / "groups.arrow")
+    again = read_groups(tmp_path / "groups.arrow")
+    assert (len(again), again.offsets.tolist(), again.document.tolist(), again.dropped) == (0, [0], [], sum(lengths))
+
+
+# A data set
+
+SOURCES = {"b": 30, "none": 1, "a": 20}
+
+
+@pytest.fixture(scope="module")
+def dataset(dataset_of):
+    """With held-out documents, with copies of the first of "b" at the end of "a", with one document of "none"."""
+    first = [1 + number * 7 % 50 for number in range(30)]
+    lengths = [*first, 5, *(1 + number * 11 % 50 for number in range(13)), *first[:7]]
+    kinds = [*range(44), *range(7)]
+    return dataset_of(lengths, [f"id {kind}" for kind in kinds], None, kinds, sources=SOURCES, held_out=0.3)
+
+
+@pytest.fixture(scope="module")
+def index(dataset, fresh):
+    directory = fresh()
+    sources = tuple(Source(name=name, path="x", held_out=0.3) for name in SOURCES)
+    index_documents(dataset.directory, Data(sources=sources), directory)
+    return directory
+
+
+def test_the_training_documents_of_every_source_are_packed_alone(local_ray, dataset, index, fresh):
+    output = fresh()
+    report = pack_dataset(dataset.directory, index, [*SOURCES], 16, output)
+    assert list(report) == [*SOURCES]
+    assert json.loads((output / REPORT).read_text()) == report
+    ends = np.cumsum([0, *SOURCES.values()]).tolist()
+    for number, (name, (first, end)) in enumerate(zip(SOURCES, pairwise(ends), strict=True)):
+        own = [document for document in dataset.training.tolist() if first <= document < end]
+        assert len(own) < SOURCES[name] or name == "none"
+        lengths = [int(dataset.length[document]) for document in own]
+        expected, _ = packed(lengths, 16, own)
+        assert same(read_groups(output / groups_file(number)), expected)
+        counts = {"tokens": sum(lengths), "groups": len(expected), "pieces": len(expected.document)}
+        assert report[name] == counts | {"dropped": expected.dropped}
+        assert report[name]["tokens"] == report[name]["groups"] * 16 + report[name]["dropped"]
+    assert report["none"] == {"tokens": 5, "groups": 0, "pieces": 0, "dropped": 5}
+
+
+def test_the_same_data_set_makes_the_same_groups(dataset, index, fresh, contents):
+    directories = [fresh(), fresh()]
+    for directory in directories:
+        pack_source(dataset.directory, index, 0, 16, directory)
+    assert contents(directories[0]) == contents(directories[1])
+    assert contents(directories[0]).keys() == {groups_file(0)}

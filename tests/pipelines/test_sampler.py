@@ -7,22 +7,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.config import Data, Source
+from pipelines.config import Source
 from pipelines.errors import UserError
-from pipelines.sampler import IGNORE, CrossBatchSampler, is_held_out, permute, split
+from pipelines.packing import pack
+from pipelines.sampler import IGNORE, BatchShape, CrossBatchSampler, permute
 
 LENGTHS = [70, 3, 41, 8, 100, 1, 33, 64, 17, 5, 90, 2, 58]
-SHAPE = {"context": 4, "contexts_per_group": 2, "groups_per_micro_batch": 3, "micro_batches": 4, "seed": 0}
+SHAPE = {"context": 4, "contexts_per_group": 2, "groups_per_micro_batch": 3, "micro_batches": 4}
+REST = ("group", "segment", "related", "documents", "sources")
 
 
-def sampler(dataset, **shape):
-    return CrossBatchSampler(dataset, dataset.admitted, **{**SHAPE, **shape})
+def sampler(dataset, weights=None, seed=0, **shape):
+    """Over all training documents, sources by number: {name: weight or None}."""
+    weights = weights or {"s": None}
+    shape = BatchShape(**{**SHAPE, **shape})
+    groups = []
+    for number in range(len(weights)):
+        own = dataset.training[dataset.source[dataset.training] == number]
+        groups.append(pack(own, dataset.length[own], shape.group_tokens))
+    sources = [Source(name=name, path="x", weight=weight) for name, weight in weights.items()]
+    return CrossBatchSampler(dataset, groups, sources, shape, seed)
 
 
 def same(one, other):
     arrays = all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("input_ids", "labels"))
-    rest = all(getattr(one, name) == getattr(other, name) for name in ("group", "segment", "related", "documents"))
-    return arrays and rest
+    return arrays and all(getattr(one, name) == getattr(other, name) for name in REST)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +91,7 @@ def test_a_step_holds_the_same_groups_however_it_is_split(dataset, micro_batches
 
     other = sampler(dataset, groups_per_micro_batch=groups, micro_batches=micro_batches)
     assert of_step(other, micro_batches) == of_step(sampler(dataset), 4)
-    assert other.tokens_per_step == sampler(dataset).tokens_per_step == 12 * 8
+    assert other.shape.tokens_per_step == sampler(dataset).shape.tokens_per_step == 12 * 8
 
 
 def test_any_step_is_as_near_as_the_first(dataset):
@@ -130,15 +139,15 @@ def test_a_permutation_is_not_the_identity_and_depends_on_its_key():
 @given(corpora, shapes)
 def test_in_every_epoch_each_group_appears_once(dataset_of, lengths, shape):
     _, _, batches = made(dataset_of, lengths, shape)
-    groups, per_step = len(batches.groups), shape["groups_per_micro_batch"] * shape["micro_batches"]
+    groups, per_step = len(batches.groups[0]), shape["groups_per_micro_batch"] * shape["micro_batches"]
     steps = -(-2 * groups // per_step)
     order = [g for t in range(steps) for m in range(shape["micro_batches"]) for g in batches.group_numbers(t, m)]
-    assert sorted(order[:groups]) == sorted(order[groups : 2 * groups]) == list(range(groups))
+    assert sorted(order[:groups]) == sorted(order[groups : 2 * groups]) == [(0, number) for number in range(groups)]
 
 
 def test_every_epoch_has_an_order_of_its_own(dataset):
     one = sampler(dataset, groups_per_micro_batch=1, micro_batches=1)
-    n = len(one.groups)
+    n = len(one.groups[0])
     orders = {tuple(one.group_numbers(epoch * n + step, 0)[0] for step in range(n)) for epoch in range(5)}
     assert len(orders) == 5
 
@@ -149,12 +158,12 @@ def test_an_epoch_reads_every_token_once_but_for_the_counted_remainder(dataset_o
     shape = shape | {"groups_per_micro_batch": 1, "micro_batches": 1}
     lengths, _, batches = made(dataset_of, lengths, shape)
     read = Counter()
-    for step in range(len(batches.groups)):
+    for step in range(len(batches.groups[0])):
         read.update(batches.micro_batch(step, 0).input_ids.flatten().tolist())
     assert set(read.values()) == {1}
     assert read.keys() <= set(range(sum(lengths)))
-    assert len(read) == sum(lengths) - batches.groups.dropped
-    assert batches.groups.dropped < shape["context"] * shape["contexts_per_group"]
+    assert len(read) == sum(lengths) - batches.groups[0].dropped
+    assert batches.groups[0].dropped < shape["context"] * shape["contexts_per_group"]
 
 
 # Law 4 and the content of a micro-batch
@@ -181,7 +190,9 @@ def test_groups_are_related_exactly_where_they_share_a_document(dataset_of, leng
     G, k = shape["groups_per_micro_batch"], shape["contexts_per_group"]
     held = [set(document_of(lengths)[tokens]) for tokens in batch.input_ids.reshape(G, -1)]
     assert batch.related == [[not one.isdisjoint(other) for other in held] for one in held]
-    assert [set(names) for names in batch.documents] == [{dataset.ids[d] for d in group} for group in held]
+    rows = batch.input_ids.reshape(G * k, -1)
+    assert [list(row) for row in batch.documents] == [list(dict.fromkeys(document_of(lengths)[row])) for row in rows]
+    assert batch.sources == ["s"] * G
     assert batch.group == np.repeat(np.arange(G), k).tolist()
     assert batch.segment == np.tile(np.arange(k), G).tolist()
     assert batch.input_ids.shape == (G * k, shape["context"])
@@ -195,41 +206,100 @@ def test_the_rows_of_a_group_follow_each_other_in_the_document(dataset_of):
     assert batch.related == [[True] * 4] * 4
 
 
+def test_groups_with_near_duplicates_are_related(dataset_of):
+    apart = sampler(dataset_of([16] * 6), groups_per_micro_batch=6, contexts_per_group=4).micro_batch(0, 0)
+    assert apart.related == np.eye(6, dtype=bool).tolist()
+    signatures = [0, 1, 0, 2, 1, 0]
+    batch = sampler(
+        dataset_of([16] * 6, signatures=signatures), groups_per_micro_batch=6, contexts_per_group=4
+    ).micro_batch(0, 0)
+    kinds = [signatures[documents[0]] for documents in batch.documents[::4]]
+    assert sorted(kinds) == [0, 0, 0, 1, 1, 2]
+    assert batch.related == [[one == other for other in kinds] for one in kinds]
+
+
+def test_groups_with_equal_texts_are_related(dataset_of):
+    batch = sampler(
+        dataset_of([16] * 3, hashes=["one", "two", "one"]), groups_per_micro_batch=3, contexts_per_group=4
+    ).micro_batch(0, 0)
+    kinds = [documents[0] % 2 for documents in batch.documents[::4]]
+    assert batch.related == [[one == other for other in kinds] for one in kinds]
+
+
 def test_documents_too_short_for_a_micro_batch_are_a_mistake(dataset_of):
     assert sampler(dataset_of([20, 4])).micro_batch(0, 0).input_ids.shape == (6, 4)
-    with pytest.raises(UserError, match="hold 23 tokens, fewer than one micro-batch of 24"):
+    with pytest.raises(UserError, match="fill 2 groups of 2 x 4 tokens, a micro-batch takes 3"):
         sampler(dataset_of([20, 3]))
-    with pytest.raises(UserError, match="hold 0 tokens"):
-        sampler(dataset_of([]))
+    with pytest.raises(UserError, match="fill 0 groups"):
+        sampler(dataset_of([3]))
 
 
-# Held-out documents
+# Mixtures
+
+SOURCES = {"long": 3, "short": 12}
+MIXED = [320, 240, 80, *[20] * 12]
 
 
-@given(st.text(), st.floats(0, 1), st.floats(0, 1))
-def test_a_larger_share_keeps_what_a_smaller_one_held_out(name, one, other):
-    smaller, larger = sorted([one, other])
-    assert is_held_out(name, larger) >= is_held_out(name, smaller)
-    assert not is_held_out(name, 0.0)
-    assert is_held_out(name, 1.0)
+@pytest.fixture(scope="module")
+def mixed(dataset_of):
+    return dataset_of(MIXED, sources=SOURCES)
 
 
-def test_the_share_is_held_out():
-    held_out = sum(is_held_out(f"s/{number}", 0.2) for number in range(5000))
-    assert 850 < held_out < 1150
+def sources_of(sampler, steps):
+    return [source for t in range(steps) for m in range(4) for source, _ in sampler.group_numbers(t, m)]
 
 
-def test_training_and_held_out_documents_make_up_the_admitted_ones(dataset_of):
-    names = [f"s/{number % 150}" for number in range(200)]  # 50 copies
-    dataset = dataset_of([4] * 200, ids=names)
-    data = Data(sources=(Source(name="s", path="x", held_out=0.3),))
-    training, held_out = split(dataset, data)
-    assert sorted([*training, *held_out]) == list(range(150)) == dataset.admitted.tolist()
-    assert {dataset.ids[n] for n in held_out} == {name for name in names if is_held_out(name, 0.3)}
-    assert 20 < len(held_out) < 70
+def test_weights_give_each_source_its_share(mixed):
+    one = sampler(mixed, {"long": 1, "short": 3})
+    drawn = sources_of(one, 1000)
+    assert len(drawn) == 12_000
+    assert drawn.count(0) == 3000
+    for first in range(0, 12_000, 1000):  # in every block
+        assert drawn[first : first + 1000].count(0) == 250
+    assert 150 < sum(a != b for a, b in zip(drawn[:1000], drawn[1:1001], strict=True)) < 500  # mixed, not in turns
 
 
-def test_a_growing_corpus_moves_no_document_across_the_split(dataset_of):
-    data = Data(sources=(Source(name="s", path="x", held_out=0.3),))
-    small, large = dataset_of([4] * 50), dataset_of([4] * 100)
-    assert set(split(small, data)[1]) == {number for number in split(large, data)[1] if number < 50}
+def test_with_weights_each_source_has_epochs_of_its_own(mixed):
+    one = sampler(mixed, {"long": 1, "short": 3})
+    for source, size in enumerate((80, 30)):
+        assert len(one.groups[source]) == size
+        drawn = [n for t in range(400) for m in range(4) for s, n in one.group_numbers(t, m) if s == source]
+        epochs = [tuple(drawn[first : first + size]) for first in range(0, len(drawn) - size, size)]
+        assert len(epochs) > 3
+        assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+        assert len(set(epochs)) == len(epochs)
+
+
+def test_epochs_count_how_often_each_source_is_read(mixed):
+    for weights in ({"long": 1, "short": 3}, {"long": None, "short": None}):
+        one = sampler(mixed, weights)
+        drawn = Counter(sources_of(one, 123))
+        expected = {"long": drawn[0] / 80, "short": drawn[1] / 30}
+        if weights["long"] is None:  # one epoch of both together
+            expected = dict.fromkeys(expected, 123 * 12 / 110)
+        assert one.epochs(123) == expected
+
+
+def test_without_weights_an_epoch_holds_every_group_of_every_source_once(mixed):
+    one = sampler(mixed, {"long": None, "short": None}, groups_per_micro_batch=1, micro_batches=1)
+    drawn = [one.group_numbers(step, 0)[0] for step in range(220)]
+    everything = [(0, n) for n in range(80)] + [(1, n) for n in range(30)]
+    assert sorted(drawn[:110]) == sorted(drawn[110:]) == everything
+    assert drawn[:110] != drawn[110:]
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**9), st.integers(0, 3)), min_size=1, max_size=8))
+def test_a_mixed_micro_batch_does_not_depend_on_what_was_read_before(mixed, places):
+    one = sampler(mixed, {"long": 2, "short": 1})
+    for place in places:
+        batch = one.micro_batch(*place)
+        assert same(batch, sampler(mixed, {"long": 2, "short": 1}).micro_batch(*place))
+        names = [["long", "short"][int(mixed.source[documents[0]])] for documents in batch.documents[::2]]
+        assert batch.sources == names
+
+
+def test_a_source_with_a_weight_but_without_a_group_is_a_mistake(dataset_of):
+    dataset = dataset_of([80, 7], sources={"long": 1, "short": 1})
+    assert sampler(dataset, {"long": None, "short": None}).micro_batch(0, 0).sources == ["long"] * 3
+    with pytest.raises(UserError, match="source 'short' has a weight but not the 8 training tokens of one group"):
+        sampler(dataset, {"long": 1, "short": 1})

@@ -14,11 +14,13 @@ import pytest
 import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, normalizers
 
 from pipelines.errors import UserError
+from pipelines.minhash import signature
 from pipelines.progress import Progress
-from pipelines.shards import MANIFEST, Manifest, TokenDataset
-from pipelines.tokenize import tokenize, tokenize_unit
+from pipelines.shards import MANIFEST, Manifest, Shard
+from pipelines.tokenize import Encoding, Made, shard_name, tokenize, tokenize_unit
 
 TEXTS = [f"document {number}: the cat sat on the mat <s> é {'漢字 ' * (number % 7)}" for number in range(40)]
 LINES = "\n".join(json.dumps({"text": text, "id": number}) for number, text in enumerate(TEXTS)) + "\n"
@@ -35,8 +37,39 @@ def run(data_of, units_of, tokenizer_directory, fresh):
     def make(path, output=None, **options):
         output = output or fresh()
         data = data_of(path, **options)
-        units = units_of(data)
-        return output, tokenize(units, data, tokenizer_directory, output, Progress("shards", 1, "B"))
+        encoding = Encoding(tokenizer_directory, "huggingface", output)
+        return output, tokenize(units_of(data), data, encoding, Progress("shards", 1, "B"))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run_unit(tokenizer_directory):
+    """One task as a process would run it that finds what earlier ones left."""
+
+    def make(units, number, data, output):
+        name = shard_name(number, units[number])
+        record = (output / name).with_suffix(".record.json")
+        known = None
+        if record.exists():
+            content = json.loads(record.read_text())
+            known = Made(Shard(**content["shard"]), None)
+        encoding = Encoding(tokenizer_directory, "huggingface", output)
+        return tokenize_unit(units[number], name, data.sources[0], encoding, known).shard
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def documents_of():
+    """{id: tokens} of a directory of shards."""
+
+    def make(directory):
+        return {
+            row["document_id"]: row["tokens"]
+            for shard in Manifest.read(directory).shards
+            for row in pa.ipc.open_file(pa.memory_map(str(directory / shard.file))).read_all().to_pylist()
+        }
 
     return make
 
@@ -102,31 +135,30 @@ DAMAGES = [nothing, remove_shard, remove_record, remove_both, truncate_shard, fl
 @settings(max_examples=12)
 @given(data=st.data())
 def test_tasks_in_any_order_dying_at_any_point_make_the_same_bytes(
-    whole, corpus, data_of, units_of, tokenizer_directory, fresh, contents, data
+    whole, corpus, data_of, units_of, run_unit, fresh, contents, data
 ):
     recipe = data_of(corpus, task_bytes=500)
     units, output = units_of(recipe), fresh()
     numbers = range(len(units))
     for number in data.draw(st.permutations(numbers)):
-        shard, *_ = tokenize_unit(units[number], number, recipe, tokenizer_directory, output)
-        path = output / shard.file
+        path = output / run_unit(units, number, recipe, output).file
         data.draw(st.sampled_from(DAMAGES))(path, path.with_suffix(".record.json"))
     for number in data.draw(st.permutations(numbers)):
-        tokenize_unit(units[number], number, recipe, tokenizer_directory, output)
+        run_unit(units, number, recipe, output)
     expected = {name: content for name, content in contents(whole).items() if name != MANIFEST}
     assert {name: content for name, content in contents(output).items() if name.endswith(".arrow")} == expected
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_running_again_goes_on_from_what_is_complete(
-    whole, run, corpus, data_of, units_of, tokenizer_directory, fresh, contents, damage
+    whole, run, corpus, data_of, units_of, run_unit, fresh, contents, damage
 ):
     recipe = data_of(corpus, task_bytes=500)
     units, output = units_of(recipe), fresh()
     for number in range(0, len(units), 2):
-        shard, *_ = tokenize_unit(units[number], number, recipe, tokenizer_directory, output)
+        path = output / run_unit(units, number, recipe, output).file
         if number == 2:
-            damage(output / shard.file, (output / shard.file).with_suffix(".record.json"))
+            damage(path, path.with_suffix(".record.json"))
     complete = {path: path.stat().st_mtime_ns for path in output.glob("shard-00000*.arrow")}
     run(corpus, output, task_bytes=500)
     assert contents(output) == contents(whole)
@@ -174,23 +206,21 @@ def test_a_killed_worker_leaves_no_file_behind(survived):
     assert {path.name for path in survived.iterdir()} == {MANIFEST, *(s.file for s in Manifest.read(survived).shards)}
 
 
-def test_documents_of_more_than_a_batch_are_all_written(survived, big_corpus, tokenizer):
+def test_documents_of_more_than_a_batch_are_all_written(survived, big_corpus, tokenizer, documents_of):
     (shard, *_) = Manifest.read(survived).shards
     assert pa.ipc.open_file(pa.memory_map(str(survived / shard.file))).num_record_batches > 1
-    dataset = TokenDataset(survived)
-    assert dataset.ids == ["s/a.txt", "s/b.txt", "s/c.txt", "s/d.txt"]
-    decoded = tokenizer.tokenizer.decode(dataset.tokens(3)[1:-1].tolist())
+    documents = documents_of(survived)
+    assert list(documents) == ["s/a.txt", "s/b.txt", "s/c.txt", "s/d.txt"]
+    decoded = tokenizer.tokenizer.decode(documents["s/d.txt"][1:-1])
     assert decoded == (big_corpus / "d.txt").read_text()
 
 
 # Content
 
 
-def test_shards_hold_every_document_between_bos_and_eos(whole, corpus, tokenizer):
-    dataset = TokenDataset(whole)
+def test_shards_hold_every_document_between_bos_and_eos(whole, corpus, tokenizer, documents_of):
     decoded = {}
-    for number, name in enumerate(dataset.ids):
-        first, *tokens, last = dataset.tokens(number).tolist()
+    for name, (first, *tokens, last) in documents_of(whole).items():
         assert (first, last) == (tokenizer.bos, tokenizer.eos)
         assert not {first, last} & set(tokens)
         decoded[name] = tokenizer.tokenizer.decode(tokens, skip_special_tokens=False)
@@ -217,9 +247,9 @@ def test_a_document_is_found_again_in_its_file(whole, corpus):
     assert rows == Manifest.read(whole).documents == len(TEXTS) + len(FILES) - 1
 
 
-def test_the_manifest_counts_documents_and_tokens(whole):
-    manifest, dataset = Manifest.read(whole), TokenDataset(whole)
-    assert (manifest.documents, manifest.tokens) == (len(dataset.ids), int(dataset.lengths.sum()))
+def test_the_manifest_counts_documents_and_tokens(whole, documents_of):
+    manifest, documents = Manifest.read(whole), documents_of(whole)
+    assert (manifest.documents, manifest.tokens) == (len(documents), sum(map(len, documents.values())))
     assert manifest.characters == sum(map(len, TEXTS)) + len("zipped") + sum(
         len(text) for name, text in FILES.items() if name.endswith(".txt")
     )
@@ -255,14 +285,14 @@ def test_the_share_held_out_leaves_the_shards_as_they_are(whole, run, corpus, co
 
 def test_a_bad_line_is_named_by_file_and_number(local_ray, run, fresh, write_tree):
     path = write_tree(fresh(), {"a.jsonl": f"{GOOD}\n\n{BAD}\n"}) / "a.jsonl"
-    message = f"{path}, line 3: line is not JSON: mend the line, or tolerate up to N such lines with --set data.max_bad"
+    message = f"{path}, line 3: line is not JSON: mend it, or tolerate up to N such documents with --set data.max_bad"
     with pytest.raises(UserError, match=re.escape(message)):
         run(path)
 
 
-def test_a_bad_line_deep_in_a_large_file_is_named_by_its_byte(local_ray, run, fresh, write_tree):
+def test_a_bad_line_deep_in_a_large_file_is_named_by_its_number_too(local_ray, run, fresh, write_tree):
     path = write_tree(fresh(), {"a.jsonl": f"{GOOD}\n" * 5 + f"{BAD}\n"}) / "a.jsonl"
-    with pytest.raises(UserError, match=re.escape(f"{path}, byte {5 * (len(GOOD) + 1)}: ")):
+    with pytest.raises(UserError, match=re.escape(f"{path}, line 6: ")):
         run(path, task_bytes=20)
 
 
@@ -270,9 +300,9 @@ def test_a_bad_line_deep_in_a_large_file_is_named_by_its_byte(local_ray, run, fr
 def test_bad_lines_are_tolerated_up_to_the_limit_and_counted(local_ray, run, fresh, write_tree, task_bytes):
     lines = [GOOD, BAD, json.dumps({"text": 3}), GOOD, json.dumps({"text": " "}), BAD]
     path = write_tree(fresh(), {"a.jsonl": "\n".join(lines)}) / "a.jsonl"
-    with pytest.raises(UserError, match="tolerate up to N such lines"):
-        run(path, task_bytes=task_bytes, max_bad_lines=2)
-    _, manifest = run(path, task_bytes=task_bytes, max_bad_lines=3)
+    with pytest.raises(UserError, match="tolerate up to N such documents"):
+        run(path, task_bytes=task_bytes, max_bad_documents=2)
+    _, manifest = run(path, task_bytes=task_bytes, max_bad_documents=3)
     assert manifest.documents == 2
     assert manifest.dropped == {"line is not JSON": 2, "line has no text in field 'text'": 1, "empty": 1}
 
@@ -280,16 +310,16 @@ def test_bad_lines_are_tolerated_up_to_the_limit_and_counted(local_ray, run, fre
 def test_a_second_run_with_another_limit_counts_all_bad_lines(local_ray, run, fresh, write_tree):
     path, output = write_tree(fresh(), {"a.jsonl": "\n".join([GOOD, BAD, BAD, BAD])}) / "a.jsonl", fresh()
     for limit in (0, 1, 2):
-        with pytest.raises(UserError, match="tolerate up to N such lines"):
-            run(path, output, max_bad_lines=limit)
-    assert run(path, output, max_bad_lines=3)[1].dropped == {"line is not JSON": 3}
+        with pytest.raises(UserError, match="tolerate up to N such documents"):
+            run(path, output, max_bad_documents=limit)
+    assert run(path, output, max_bad_documents=3)[1].dropped == {"line is not JSON": 3}
 
 
 @pytest.mark.parametrize(
     ("files", "why"),
     [
         ({"a.jsonl": "\n\n"}, "nothing in the files"),
-        ({"a.txt": " ", "b.txt": b"\0", "c.jsonl": '{"text": ""}'}, "2 empty"),
+        ({"a.txt": " ", "b.bin": b"\0", "c.jsonl": '{"text": ""}'}, "2 empty"),
     ],
 )
 def test_a_corpus_without_a_document_is_a_mistake(local_ray, run, fresh, write_tree, files, why):
@@ -311,11 +341,69 @@ def test_a_file_name_that_is_not_unicode_is_no_obstacle(local_ray, run, fresh):
     assert run(root)[1].documents == 1
 
 
-def test_an_ambiguous_id_is_refused_and_a_copy_used_once(local_ray, run, fresh, write_tree):
-    one, copy, other = (json.dumps({"text": text, "id": 1}) for text in ("one", "one", "other"))
-    output, manifest = run(write_tree(fresh(), {"a.jsonl": f"{one}\n", "b.jsonl": f"{copy}\n"}))
-    assert manifest.documents == 2
-    assert TokenDataset(output).admitted.tolist() == [0]
-    output, _ = run(write_tree(fresh(), {"a.jsonl": f"{one}\n{other}\n"}))
-    with pytest.raises(UserError, match=r"two documents have the id 's/1'.*id_field"):
-        TokenDataset(output)
+def test_documents_of_another_length_than_asked_for_are_left_out_and_counted(
+    local_ray, run, fresh, write_tree, documents_of, tokenizer
+):
+    texts = {f"{n}.txt": " ".join(["cat"] * n) for n in range(1, 9)}
+    lengths = {f"s/{name}": len(tokenizer.encode_documents([text])[0]) for name, text in texts.items()}
+    least, most = sorted(lengths.values())[2], sorted(lengths.values())[5]
+    output, manifest = run(write_tree(fresh(), texts), min_tokens=least, max_tokens=most)
+    documents = documents_of(output)
+    assert {name: len(tokens) for name, tokens in documents.items()} == {
+        name: length for name, length in lengths.items() if least <= length <= most
+    }
+    assert manifest.dropped == {f"shorter than {least} tokens": 2, f"longer than {most} tokens": 2}
+
+
+def test_a_document_without_a_token_is_left_out_and_counted(
+    local_ray, fresh, write_tree, data_of, units_of, tokenizer_directory
+):
+    directory = fresh()
+    shutil.copytree(tokenizer_directory, directory, dirs_exist_ok=True)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Replace("dog", "")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    data = data_of(write_tree(fresh(), {"a.txt": "cat", "b.txt": "dog"}))
+    encoding = Encoding(directory, "huggingface", fresh())
+    manifest = tokenize(units_of(data), data, encoding, Progress("shards", 1, "B"))
+    assert (manifest.documents, manifest.dropped) == (1, {"no tokens": 1})
+
+
+def test_the_signature_is_that_of_the_text(whole):
+    for shard in Manifest.read(whole).shards:
+        for row in pa.ipc.open_file(pa.memory_map(str(whole / shard.file))).read_all().to_pylist():
+            name = row["document_id"].removeprefix("s/")
+            text = FILES.get(name) or (TEXTS[int(name)] if name.isdigit() else "zipped")
+            assert row["signature"] == signature(text).tolist()
+
+
+# Growth
+
+
+def test_a_grown_data_set_keeps_the_parents_shards_and_names_it(
+    local_ray, whole, run, corpus, fresh, write_tree, data_of, units_of, tokenizer_directory, documents_of
+):
+    data = data_of(
+        write_tree(fresh(), {"new.txt": "a new text", "0-comes-first.txt": "another new text"}), task_bytes=500
+    )
+    output = fresh()
+    encoding = Encoding(tokenizer_directory, "huggingface", output)
+    manifest = tokenize(units_of(data), data, encoding, Progress("shards", 1, "B"), parent=whole)
+    parent = Manifest.read(whole)
+    assert manifest.shards[: len(parent.shards)] == parent.shards
+    assert (manifest.parent, manifest.generations) == (parent.hash, [len(parent.shards), 1])
+    assert [*documents_of(output)] == [*documents_of(whole), "s/0-comes-first.txt", "s/new.txt"]
+    assert all((output / shard.file).samefile(whole / shard.file) for shard in parent.shards)
+
+
+def test_a_damaged_parent_is_refused(local_ray, whole, fresh, data_of, units_of, tokenizer_directory, write_tree):
+    parent = fresh() / "parent"
+    shutil.copytree(whole, parent)
+    flip_a_byte(shard := sorted(parent.glob("*.arrow"))[1], None)
+    data = data_of(write_tree(fresh(), {"new.txt": "a new text"}))
+    with pytest.raises(
+        UserError, match=f"{re.escape(str(shard))} is corrupt: rebuild it with `fot data repair RECIPE`"
+    ):
+        tokenize(
+            units_of(data), data, Encoding(tokenizer_directory, "huggingface", fresh()), Progress("", 1, "B"), parent
+        )

@@ -1,17 +1,92 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceTrainer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer
 
 from pipelines.errors import UserError
 from pipelines.tokenizer import import_tokenizer, load_tokenizer, train_tokenizer
 
+hostile_text = st.lists(
+    st.one_of(
+        st.sampled_from(["<s>", "</s>", "<unk>", "<s", "s>", "<", ">", " ", "\n", "the cat", "<0x0A>", "[word]", "▁"]),
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
+    )
+).map("".join)
 unicode_text = st.text(st.characters(exclude_categories=["Cs"]))
 special_text = st.lists(
     st.one_of(st.sampled_from(["<s>", "</s>", "<s", "s>", "<", ">", "/", " ", "\n", "the cat"]), unicode_text)
 ).map("".join)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(fresh):
+    """A model as LLaMA's: BPE, bytes for what it does not know, white space as it is."""
+    path = fresh() / "small.model"
+    with open(path, "wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(["<s>the cat</s> sat on the   mat <s> </s> [word] é 漢字"] * 50),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=310,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            minloglevel=2,
+        )
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama_directory(sentencepiece_model, fresh):
+    directory = fresh()
+    import_tokenizer(str(sentencepiece_model), directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def imported_llama(llama_directory):
+    return load_tokenizer(llama_directory)
+
+
+def save(tokenizer, directory):
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return load_tokenizer(directory)
+
+
+@pytest.fixture(scope="module")
+def unigram(fresh):
+    """Its special tokens are pieces of the model, as in every Unigram one, and better than any other."""
+    pieces = ["▁", "<", ">", "/", "s", "u", "n", "k", "the", "cat"]
+    scores = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((piece, -3.0) for piece in pieces)]
+    tokenizer = Tokenizer(models.Unigram(scores, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return save(tokenizer, fresh())
+
+
+@pytest.fixture(scope="module")
+def word_level(fresh):
+    """Words are looked up whole, special ones as well."""
+    words = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", "the", "cat"])}
+    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return save(tokenizer, fresh())
+
+
+@pytest.fixture(scope="module", params=["tokenizer", "imported_llama", "unigram", "word_level"])
+def any_tokenizer(request):
+    return request.getfixturevalue(request.param)
 
 
 @given(special_text)
@@ -23,18 +98,35 @@ def test_encoding_and_decoding_gives_the_text_back(tokenizer, text):
 def test_text_never_becomes_a_special_token(tokenizer, text):
     assert not {tokenizer.bos, tokenizer.eos} & set(tokenizer.encode(text))
     (tokens,) = tokenizer.encode_documents([text])
-    assert tokens == [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]
+    assert tokens.tolist() == [tokenizer.bos, *tokenizer.encode(text), tokenizer.eos]
 
 
 @given(st.lists(special_text, max_size=8))
 def test_a_text_is_encoded_the_same_in_any_company(tokenizer, texts):
-    assert tokenizer.encode_documents(texts) == [tokenizer.encode_documents([text])[0] for text in texts]
+    together = tokenizer.encode_documents(texts)
+    assert [ids.tolist() for ids in together] == [tokenizer.encode_documents([text])[0].tolist() for text in texts]
 
 
 def test_a_long_text_is_not_cut_nor_a_short_one_filled(tokenizer):
     long, short = tokenizer.encode_documents(["the cat " * 100_000, "the"])
     assert tokenizer.tokenizer.decode(long[1:-1]) == "the cat " * 100_000
     assert len(short) <= 5
+
+
+def test_a_text_of_nothing_becomes_bos_and_eos_alone(tokenizer):
+    (tokens,) = tokenizer.encode_documents([""])
+    assert tokens.tolist() == [tokenizer.bos, tokenizer.eos]
+
+
+def test_documents_come_in_the_type_that_shards_hold(tokenizer, fresh):
+    assert tokenizer.encode_documents(["the cat"])[0].dtype == np.uint16
+    definition = json.loads(tokenizer.tokenizer.to_str())
+    definition["model"]["vocab"]["Ġzebra"] = 70_000
+    large = fresh()
+    (large / "tokenizer.json").write_text(json.dumps(definition))
+    (large / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}}))
+    assert load_tokenizer(large).vocab_size == 70_001
+    assert load_tokenizer(large).encode_documents(["the cat"])[0].dtype == np.uint32
 
 
 def test_bos_and_eos_are_the_named_tokens(tokenizer):
@@ -71,9 +163,17 @@ def test_the_fingerprint_knows_which_token_ends_a_document(tokenizer, tokenizer_
     assert load_tokenizer(changed).fingerprint != tokenizer.fingerprint
 
 
+def test_the_behaviour_is_what_the_library_makes_of_a_tokenizer(tokenizer, tokenizer_directory):
+    again = load_tokenizer(tokenizer_directory)
+    assert again.behaviour == tokenizer.behaviour
+    again.tokenizer.normalizer = normalizers.NFC()  # as if the library had begun to normalise
+    del again.__dict__["behaviour"]
+    assert again.behaviour != tokenizer.behaviour
+
+
 @given(special_text)
 def test_an_imported_tokenizer_encodes_as_the_original(tokenizer, imported, text):
-    assert imported.encode_documents([text]) == tokenizer.encode_documents([text])
+    assert imported.encode(text) == tokenizer.encode(text)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +181,111 @@ def imported(tokenizer_directory, fresh):
     directory = fresh()
     import_tokenizer(str(tokenizer_directory), directory)
     return load_tokenizer(directory)
+
+
+def test_an_imported_tokenizer_is_what_transformers_opens(imported_llama, llama_directory):
+    opened = AutoTokenizer.from_pretrained(llama_directory)
+    for text in ["  two spaces", "the cat\n sat", "é 漢字 😀", ""]:
+        assert opened.encode(text, add_special_tokens=False) == imported_llama.encode(text)
+        assert opened.decode(imported_llama.encode(text)) == text
+    assert (opened.bos_token_id, opened.eos_token_id) == (imported_llama.bos, imported_llama.eos)
+
+
+def test_a_tokenizer_json_is_taken_as_it_stands_whatever_class_its_configuration_names(llama_directory, fresh):
+    named, directory = fresh(), fresh()
+    shutil.copy(llama_directory / "tokenizer.json", named)
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    (named / "tokenizer_config.json").write_text(json.dumps(config))
+    import_tokenizer(str(named), directory)
+    assert load_tokenizer(directory).fingerprint == load_tokenizer(llama_directory).fingerprint
+
+
+def test_a_directory_with_a_sentencepiece_model_alone_is_imported(sentencepiece_model, llama_directory, fresh):
+    origin, directory = fresh(), fresh()
+    shutil.copy(sentencepiece_model, origin / "tokenizer.model")
+    import_tokenizer(str(origin), directory)
+    assert load_tokenizer(directory).fingerprint == load_tokenizer(llama_directory).fingerprint
+    config = {"tokenizer_class": "LlamaTokenizer", "eos_token": {"content": "cat"}}
+    (origin / "tokenizer_config.json").write_text(json.dumps(config))
+    import_tokenizer(str(origin), directory)
+    assert load_tokenizer(directory).tokenizer.id_to_token(load_tokenizer(directory).eos) == "cat"
+
+
+def test_importing_twice_gives_the_same_bytes(sentencepiece_model, llama_directory, fresh, contents):
+    again = fresh()
+    import_tokenizer(str(sentencepiece_model), again)
+    assert contents(again) == contents(llama_directory)
+
+
+@pytest.mark.parametrize("revision", [None, "a" * 40])
+def test_a_hub_repository_is_taken_from_the_cache(llama_directory, fresh, contents, revision):
+    home, directory = fresh(), fresh()
+    repository = home / "hub" / "models--organisation--name"
+    shutil.copytree(llama_directory, repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(
+        [sys.executable, "-c", IMPORT, "organisation/name", directory, revision or ""], env=environment, check=True
+    )
+    assert contents(directory) == contents(llama_directory)
+
+
+IMPORT = """
+import sys
+from pathlib import Path
+from pipelines.errors import UserError
+from pipelines.tokenizer import import_tokenizer
+
+try:
+    import_tokenizer(sys.argv[1], Path(sys.argv[2]), sys.argv[3] or None)
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize("name", ["organisation/name", "organisation/other name", "/nowhere/at/all"])
+def test_a_hub_repository_that_is_not_there_is_a_mistake(name, fresh):
+    environment = os.environ | {"HF_HOME": str(fresh()), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", IMPORT, name, fresh(), ""]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert f"no tokenizer in {name}: set tokenizer.path" in done.stderr
+
+
+@given(text=hostile_text)
+def test_no_special_string_in_a_text_becomes_a_special_token(any_tokenizer, text):
+    special = {number for number, token in any_tokenizer.tokenizer.get_added_tokens_decoder().items() if token.special}
+    special -= {any_tokenizer.tokenizer.token_to_id("<unk>")}  # what a model has no piece for
+    assert {any_tokenizer.bos, any_tokenizer.eos} <= special
+    assert not special & set(any_tokenizer.encode(text))
+
+
+@given(text=hostile_text)
+def test_an_unknown_token_stands_for_characters_of_which_the_model_knows_none(any_tokenizer, text):
+    encoding = any_tokenizer.tokenizer.encode(text, add_special_tokens=False)
+    assert "<unk>" not in [
+        text[start:end]
+        for number, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+        if number == any_tokenizer.tokenizer.token_to_id("<unk>")
+    ]
+
+
+def test_an_added_token_that_is_not_special_is_ordinary_vocabulary(any_tokenizer):
+    tokenizer = any_tokenizer.tokenizer
+    if tokenizer.token_to_id("[word]") is None:
+        tokenizer.add_tokens(["[word]"])
+    assert tokenizer.token_to_id("[word]") in any_tokenizer.encode("the [word] </s>")
+
+
+def test_bos_is_special_even_where_its_definition_forgot_to_say_so(tokenizer_directory, fresh):
+    definition = json.loads((tokenizer_directory / "tokenizer.json").read_text())
+    for token in definition["added_tokens"]:
+        token["special"] = False
+    directory = fresh()
+    shutil.copy(tokenizer_directory / "tokenizer_config.json", directory)
+    (directory / "tokenizer.json").write_text(json.dumps(definition))
+    tokenizer = load_tokenizer(directory)
+    assert not {tokenizer.bos, tokenizer.eos} & set(tokenizer.encode("a <s> b </s>"))
 
 
 def test_a_directory_without_a_tokenizer_is_a_mistake(tmp_path, fresh):

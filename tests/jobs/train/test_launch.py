@@ -15,17 +15,20 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from fot_model import FotLlamaForCausalLM
+from jobs.data.batches import batch_shape, make_sampler
 from jobs.recipe import Recipe
-from jobs.train.batches import make_sampler
 from jobs.train.launch import last_metrics, read_metrics, train
 from jobs.train.loop import batch_loss, build_model, schedule_factor
 from jobs.train.spec import CHECKPOINT, METRICS, MODEL, TrainSpec
-from pipelines.corpus import list_units
+from pipelines.dataset import DamagedShardError, TokenDataset
+from pipelines.documents import index_documents
 from pipelines.hashing import FileHashes
+from pipelines.listing import group_units, list_entries
+from pipelines.loader import rank_batches
+from pipelines.packing import pack_dataset
 from pipelines.progress import Progress
 from pipelines.sampler import CrossBatchSampler
-from pipelines.shards import TokenDataset
-from pipelines.tokenize import tokenize
+from pipelines.tokenize import Encoding, tokenize
 from pipelines.tokenizer import train_tokenizer
 
 STEPS = 60
@@ -37,14 +40,18 @@ def spec(local_ray, recipe: dict, tmp_path: Path) -> TrainSpec:
     recipe["finetune"] |= {"steps": STEPS, "checkpoint_every": 10}
     recipe["finetune"]["optimizer"] |= {"clip": 0.5}
     made = Recipe.model_validate(recipe)
-    tokenizer, shards, base, output = (tmp_path / name for name in ("tokenizer", "shards", "base", "output"))
-    for directory in (tokenizer, shards, output):
+    names = ("tokenizer", "shards", "documents", "groups", "output")
+    tokenizer, shards, documents, groups, output = (tmp_path / name for name in names)
+    for directory in (tokenizer, shards, documents, groups, output):
         directory.mkdir()
     text = Path(made.data.sources[0].path).read_text()
     train_tokenizer([text], 300, tokenizer)
-    units = list_units(made.data, 0, FileHashes(tmp_path / "hashes.json"))
+    entries = list_entries(made.data, 0, FileHashes(tmp_path / "hashes.json"))
+    units = group_units(entries, made.data.task_bytes)
     with Progress("shards", 1, "B") as progress:
-        tokenize(units, made.data, tokenizer, shards, progress)
+        tokenize(units, made.data, Encoding(tokenizer, "huggingface", shards), progress)
+    index_documents(shards, made.data, documents)
+    pack_dataset(shards, documents, ["words"], batch_shape(made.finetune).group_tokens, groups)
     assert made.base.pretrain is not None
     spec = TrainSpec(
         name="test",
@@ -53,14 +60,16 @@ def spec(local_ray, recipe: dict, tmp_path: Path) -> TrainSpec:
         data=made.data,
         seed=0,
         base=made.base.pretrain.shape,
-        dataset=shards,
+        shards=shards,
+        documents=documents,
+        groups=groups,
         tokenizer=tokenizer,
         output=output,
         logs=tmp_path / "logs",
     )
     torch.manual_seed(1)
-    build_model(spec).save_pretrained(base)
-    return TrainSpec(**{**vars(spec), "base": base})
+    build_model(spec).save_pretrained(tmp_path / "base")
+    return TrainSpec(**{**vars(spec), "base": tmp_path / "base"})
 
 
 def losses(output: Path) -> list[float]:
@@ -70,7 +79,8 @@ def losses(output: Path) -> list[float]:
 
 
 def _sampler(spec: TrainSpec) -> CrossBatchSampler:
-    return make_sampler(TokenDataset(spec.dataset), spec.training, spec.data, spec.seed)
+    dataset = TokenDataset(spec.shards, spec.documents)
+    return make_sampler(dataset, spec.groups, spec.training, spec.data, spec.seed)
 
 
 def plain_torch_losses(spec: TrainSpec) -> list[float]:
@@ -80,13 +90,15 @@ def plain_torch_losses(spec: TrainSpec) -> list[float]:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
     )
+    batches = rank_batches(sampler, range(training.steps), rank=0, world=1)
     curve = []
-    for step in range(training.steps):
+    for _ in range(training.steps):
         optimizer.zero_grad()
         total = 0.0
-        for number in range(training.batch.micro_batches):
-            batch = sampler.micro_batch(step, number)
-            loss = batch_loss(model, batch, training.objective, torch.device("cpu")) / training.batch.micro_batches
+        for _ in range(training.batch.micro_batches):
+            loss = (
+                batch_loss(model, next(batches), training.objective, torch.device("cpu")) / training.batch.micro_batches
+            )
             loss.backward()
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
@@ -148,7 +160,7 @@ def test_other_zero_stages_and_bfloat16_follow_plain_torch(
 
 
 def test_a_workers_error_reaches_the_driver(spec: TrainSpec) -> None:
-    shutil.rmtree(spec.dataset)
+    shutil.rmtree(spec.shards)
     with pytest.raises(FileNotFoundError, match=r"manifest\.json"):
         train(spec)
     assert not (spec.output / MODEL).exists()
@@ -172,3 +184,15 @@ def test_a_half_written_line_of_metrics_is_not_read(tmp_path: Path) -> None:
     path.write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n" + '{"step": 2, "lo')
     assert last_metrics(path) == {"step": 1, "loss": 2.0}
     assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
+
+
+@pytest.mark.slow
+def test_a_shard_that_is_damaged_stops_the_training_and_is_named(spec: TrainSpec) -> None:
+    shard = next(spec.shards.glob("*.arrow"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DamagedShardError, match=rf"{shard} is corrupt: rebuild it with `fot data repair RECIPE`"):
+        train(spec)
+    shard.write_bytes(content)
+    train(spec)
+    assert len(losses(spec.output)) == STEPS

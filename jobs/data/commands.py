@@ -1,0 +1,122 @@
+"""`fot data ...`: make a recipe's data, check it, mend it, look at it."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from jobs.data.batches import make_sampler
+from jobs.data.stages import DOCUMENTS, SHARDS, Corpus, data_stages, look_at_corpus, repair_shards
+from jobs.data.views import batch_view, plan_view, sample_view, source_view, training_view
+from jobs.recipe import Recipe, load_recipe
+from jobs.workspace import Workspace
+from pipelines.dataset import TokenDataset
+from pipelines.errors import UserError
+from pipelines.growth import finished_generation
+from pipelines.integrity import find_damage
+from pipelines.progress import Progress, console
+from pipelines.sampler import CrossBatchSampler
+from pipelines.shards import Manifest
+from pipelines.store import Output, damage_of
+from pipelines.tokenizer import load_tokenizer
+from pipelines.workflow import finished_outputs
+
+SAMPLES = 3
+
+
+def prepare(path: Path, overrides: Sequence[str]) -> None:
+    """Build everything that the recipe's trainings read, and nothing more."""
+    workspace = Workspace(load_recipe(path, overrides))
+    with workspace.with_ray():
+        outputs, _ = workspace.run(lambda workspace: data_stages(workspace.recipe, _corpus(workspace)))
+    print(f"manifest {Manifest.read(outputs[SHARDS].path).hash} in {outputs[SHARDS].path}")
+
+
+def verify(path: Path, overrides: Sequence[str]) -> None:
+    """Compare the data with its checksums and counts. Raises UserError where something is damaged."""
+    workspace = Workspace(load_recipe(path, overrides))
+    _, outputs = _finished(workspace)
+    directory = outputs[SHARDS].path
+    manifest = Manifest.read(directory)
+    with workspace.with_ray(), Progress("verify", len(manifest.shards), "shards") as progress:
+        damage = list(find_damage(directory, manifest, progress).values())
+    for name, output in outputs.items():
+        if name != SHARDS:
+            damage += [f"{file} is {what}" for file, what in damage_of(output).items()]
+    for line in damage:
+        print(line)
+    if damage:
+        raise UserError(f"{len(damage)} files are damaged: mend them with `fot data repair {path}`")
+    print(
+        f"{len(manifest.shards)} shards with {manifest.documents} documents and {manifest.tokens} tokens are what the "
+        f"manifest says ({manifest.hash[:16]} in {directory})"
+    )
+
+
+def repair(path: Path, overrides: Sequence[str]) -> None:
+    """Make what is damaged again, as it was. Raises UserError where it cannot be."""
+    workspace = Workspace(load_recipe(path, overrides))
+    corpus, outputs = _finished(workspace)
+    with workspace.with_ray():
+        mended = repair_shards(workspace.recipe.data, corpus.entries, outputs["tokenizer"].path, outputs[SHARDS].path)
+        for stage in data_stages(workspace.recipe, corpus):
+            if stage.name in outputs and stage.name != SHARDS:
+                mended += [f"{file} is {what}" for file, what in damage_of(outputs[stage.name]).items()]
+                workspace.store.build(stage, outputs, lambda message: None)
+    for line in mended:
+        print(f"{line}: made again")
+    print("everything is as it was made" if mended else "nothing is damaged")
+
+
+def show(path: Path, overrides: Sequence[str], step: int, training: str) -> None:
+    """Print the batch of a step: which documents, from which sources, and which serve which as negatives."""
+    recipe, sampler, _ = _open(path, overrides, training)
+    for line in batch_view(sampler, recipe.trainings[training].objective, step):
+        print(line)
+
+
+def inspect(path: Path, overrides: Sequence[str], training: str) -> None:
+    """Print sources, document lengths, what the training reads, and a few samples with the plan."""
+    recipe, sampler, outputs = _open(path, overrides, training)
+    objective = recipe.trainings[training].objective
+    batch = sampler.micro_batch(0, 0)
+    views = [
+        source_view(outputs[DOCUMENTS].path),
+        training_view(sampler, outputs[f"{training}-groups"].path, training, recipe.trainings[training].steps),
+        sample_view(sampler, load_tokenizer(outputs["tokenizer"].path), SAMPLES),
+        plan_view(batch, objective),
+    ]
+    for number, view in enumerate(views):
+        print(*([] if number == 0 else [""]), *view, sep="\n")
+
+
+def _open(path: Path, overrides: Sequence[str], training: str) -> tuple[Recipe, CrossBatchSampler, dict[str, Output]]:
+    recipe = load_recipe(path, overrides)
+    if training not in recipe.trainings:
+        raise UserError(f"--training {training}: the recipe trains {' and '.join(recipe.trainings)}")
+    _, outputs = _finished(Workspace(recipe))
+    groups = f"{training}-groups"
+    if groups not in outputs:
+        raise UserError(f"the data is not packed for {training} yet: make it with `fot data prepare {path}`")
+    dataset = TokenDataset(outputs[SHARDS].path, outputs[DOCUMENTS].path)
+    sampler = make_sampler(dataset, outputs[groups].path, recipe.trainings[training], recipe.data, recipe.seed)
+    return recipe, sampler, outputs
+
+
+def _corpus(workspace: Workspace) -> Corpus:
+    with workspace.hashes() as hashes:
+        return look_at_corpus(workspace.recipe, workspace.store, hashes)
+
+
+def _finished(workspace: Workspace) -> tuple[Corpus, dict[str, Output]]:
+    """The corpus, and the newest finished data set made of it with what was made of that."""
+    corpus = _corpus(workspace)
+    if corpus.generation.parent is None:
+        raise UserError(
+            f"there is no data set of this recipe in {workspace.store.root}: make it with `fot data prepare RECIPE`"
+        )
+    if corpus.generation.units:
+        new = sum(len(unit.entries) for unit in corpus.generation.units)
+        console.print(f"{new} new files are not in the data set yet: `fot data prepare RECIPE` adds them")
+    directory = corpus.generation.parent
+    corpus = replace(corpus, generation=finished_generation(directory, Manifest.read(directory)))
+    return corpus, finished_outputs(data_stages(workspace.recipe, corpus), workspace.store)

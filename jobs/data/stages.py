@@ -1,0 +1,239 @@
+"""The stages that make a recipe's batches: tokenizer -> shards -> documents -> groups.
+
+`shards` are the tokens, `documents` the index of what each is used for, `groups` the packing for one shape of training.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.listing import list_entries
+
+from jobs.data.batches import batch_shape, make_sampler
+from jobs.recipe import Recipe, Training
+from pipelines.config import Data
+from pipelines.corpus import Document, Entry, Unit
+from pipelines.dataset import TokenDataset
+from pipelines.documents import index_documents, is_held_out
+from pipelines.errors import UserError
+from pipelines.growth import Generation, next_generation, units_again
+from pipelines.hashing import FileHashes, hash_json
+from pipelines.integrity import find_damage, repair
+from pipelines.packing import pack_dataset
+from pipelines.progress import Progress, console, human
+from pipelines.readers import read_unit
+from pipelines.shards import MANIFEST, Manifest
+from pipelines.store import Output, Stage, Store
+from pipelines.tokenize import Encoding, recipe_part, tokenize
+from pipelines.tokenizer import import_tokenizer, train_tokenizer
+
+Inputs = Mapping[str, Path]
+SHARDS, DOCUMENTS = "shards", "documents"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".gguf")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What the recipe's sources hold now, what data set that comes to, and the tokenizer that belongs to it."""
+
+    entries: list[Entry]
+    generation: Generation
+    tokenizer: Stage
+
+
+def look_at_corpus(recipe: Recipe, store: Store, hashes: FileHashes) -> Corpus:
+    """List the sources and find the data set that they continue, if there is one.
+
+    Raises UserError for what is missing or unusable in a source or tokenizer.
+    """
+    entries = list_entries(recipe.data, recipe.seed, hashes)
+    part = recipe_part(recipe.data)
+
+    def with_tokenizer(known: list[tuple[Path, Manifest]]) -> tuple[Generation, Stage]:
+        generation = next_generation(entries, part, known, recipe.data.task_bytes)
+        first = generation.identities[: generation.original]
+        return generation, _tokenizer_stage(recipe, entries, first, hashes)
+
+    known = []
+    for directory, manifest, output in finished_data_sets(store):
+        generation, tokenizer = with_tokenizer([(directory, manifest)])
+        same_tokenizer = output.inputs["tokenizer"] == store.key(tokenizer, {})
+        if generation.parent and same_tokenizer and output.params["backend"] == recipe.tokenizer.backend:
+            known.append((directory, manifest))
+    return Corpus(entries, *with_tokenizer(known))
+
+
+def data_stages(recipe: Recipe, corpus: Corpus) -> list[Stage]:
+    """From the corpus to what the recipe's trainings read."""
+    groups = [groups_stage(recipe, f"{name}-groups", training) for name, training in recipe.trainings.items()]
+    return [corpus.tokenizer, shards_stage(recipe, corpus), documents_stage(recipe), *groups]
+
+
+def finished_data_sets(store: Store) -> Iterator[tuple[Path, Manifest, Output]]:
+    """Every data set of the store whose records can be read."""
+    for file in sorted(store.root.glob(f"{SHARDS}/*/{MANIFEST}")):
+        output = store.read(file.parent)
+        try:
+            manifest = Manifest.read(file.parent)
+        except (ValueError, TypeError):  # damaged, or of another format
+            continue
+        if output is not None:
+            yield file.parent, manifest, output
+
+
+def _tokenizer_stage(
+    recipe: Recipe, entries: list[Entry], identities: list[dict[str, Any]], hashes: FileHashes
+) -> Stage:
+    """The tokenizer that is given, or one learned from the corpus: its first generation, so that growth keeps it."""
+    given = recipe.tokenizer.path or recipe.base.checkpoint
+    if given is None:
+        units = [unit for unit in units_again(identities, entries) if unit is not None]
+
+        def learn(output: Path, inputs: Inputs) -> None:
+            with Progress("tokenizer", sum(unit.bytes for unit in units), "B") as progress:
+                train_tokenizer(_training_texts(units, recipe.data, progress), recipe.tokenizer.vocab_size, output)
+
+        corpus = hash_json([recipe_part(recipe.data), identities])
+        return Stage(
+            "tokenizer",
+            learn,
+            {"corpus": corpus, "vocab_size": recipe.tokenizer.vocab_size, "held_out": held_out(recipe)},
+        )
+
+    path = Path(given).expanduser()
+
+    def bring(output: Path, inputs: Inputs) -> None:
+        import_tokenizer(str(path) if path.exists() else given, output, recipe.tokenizer.revision)
+
+    if path.is_dir():
+        files = {name: hash for name, hash in directory_files(path, hashes).items() if not name.endswith(WEIGHTS)}
+    elif path.is_file():
+        files = {path.name: hashes.hash(path)}
+    else:
+        files = {"hub": given, "revision": recipe.tokenizer.revision or "main"}
+    return Stage("tokenizer", bring, {"files": files})
+
+
+def _training_texts(units: list[Unit], data: Data, progress: Progress) -> Iterator[str]:
+    sources = {source.name: source for source in data.sources}
+    for unit in units:
+        source = sources[unit.source]
+        for item in read_unit(unit, source):
+            if isinstance(item, Document) and not is_held_out(item.id, source.held_out):
+                yield item.text
+        progress.advance(unit.bytes)
+
+
+def shards_stage(recipe: Recipe, corpus: Corpus) -> Stage:
+    """The tokens. Of a damaged data set the damaged shards alone are made again."""
+    generation, backend = corpus.generation, recipe.tokenizer.backend
+
+    def run(output: Path, inputs: Inputs) -> None:
+        if (output / MANIFEST).exists():
+            repair_shards(recipe.data, corpus.entries, inputs["tokenizer"], output)
+            return
+        chosen = _choose_backend(recipe, corpus, inputs["tokenizer"])
+        with Progress(SHARDS, sum(unit.bytes for unit in generation.units), "B") as progress:
+            encoding = Encoding(inputs["tokenizer"], chosen, output)
+            manifest = tokenize(generation.units, recipe.data, encoding, progress, generation.parent)
+        _say(*_summary(manifest))
+
+    params = {
+        "corpus": hash_json([recipe_part(recipe.data), generation.identities]),
+        "parent": generation.parent_hash,
+        "backend": backend,
+    }
+    return Stage(SHARDS, run, params, inputs=("tokenizer",), mends=True)
+
+
+def _choose_backend(recipe: Recipe, corpus: Corpus, tokenizer: Path) -> str:
+    """The backend asked for, if it proves itself on a sample; a grown data set keeps its parent's."""
+    if corpus.generation.parent is not None:
+        return Manifest.read(corpus.generation.parent).tokenizer["backend"]
+    return recipe.tokenizer.backend
+
+
+def repair_shards(data: Data, entries: Sequence[Entry], tokenizer: Path, directory: Path) -> list[str]:
+    """Find the damaged shards of a data set and make them again. Returns what was wrong.
+
+    Raises UserError where they cannot be made as they were.
+    """
+    manifest = Manifest.read(directory)
+    with Progress("verify", len(manifest.shards), "shards") as progress:
+        damage = find_damage(directory, manifest, progress)
+    if damage:
+        encoding = Encoding(tokenizer, manifest.tokenizer["backend"], directory)
+        with Progress("repair", len(damage), "shards") as progress:
+            repair(damage, manifest, entries, data, encoding, progress)
+    return list(damage.values())
+
+
+def _summary(manifest: Manifest) -> Iterator[str]:
+    """What tokenization made and what it left out."""
+    per_token = manifest.characters / max(1, manifest.tokens)
+    yield (
+        f"{human(manifest.documents)} documents, {human(manifest.tokens)} tokens, {per_token:.2f} characters a token, "
+        f"{len(manifest.shards)} shards ({manifest.generations[-1]} new)"
+    )
+    for reason, count in sorted(manifest.dropped.items()):
+        yield f"left out: {human(count)} ({reason})"
+
+
+def _say(*lines: str) -> None:
+    for line in lines:
+        console.print(f"{'':>12} {line}", soft_wrap=True, markup=False)
+
+
+def documents_stage(recipe: Recipe) -> Stage:
+    """The index: what each document is used for."""
+
+    def run(output: Path, inputs: Inputs) -> None:
+        with Progress(DOCUMENTS, 1, "indexes") as progress:
+            report = index_documents(inputs[SHARDS], recipe.data, output)
+            progress.advance(1)
+        for name, source in report.items():
+            uses = ", ".join(f"{human(count)} {use}" for use, (count, _) in source["uses"].items() if count)
+            _say(f"{name}: {uses}")
+
+    params = {
+        "sources": [source.name for source in recipe.data.sources],
+        "held_out": held_out(recipe),
+        "duplicates": recipe.data.duplicates,
+        "similarity": recipe.data.similarity,
+    }
+    return Stage(DOCUMENTS, run, params, inputs=(SHARDS,))
+
+
+def groups_stage(recipe: Recipe, name: str, training: Training) -> Stage:
+    """The documents packed into groups, for one shape of training."""
+    shape = batch_shape(training)
+
+    def run(output: Path, inputs: Inputs) -> None:
+        sources = [source.name for source in recipe.data.sources]
+        with Progress(name, 1, "packings") as progress:
+            report = pack_dataset(inputs[SHARDS], inputs[DOCUMENTS], sources, shape.group_tokens, output)
+            progress.advance(1)
+        dataset = TokenDataset(inputs[SHARDS], inputs[DOCUMENTS])
+        make_sampler(dataset, output, training, recipe.data, recipe.seed)  # found out now, not after hours of training
+        for source, counts in report.items():
+            used = 1 - counts["dropped"] / max(1, counts["tokens"])
+            _say(
+                f"{source}: {human(counts['groups'])} groups of {shape.contexts_per_group} x {shape.context} tokens, "
+                f"{used:.1%} of {human(counts['tokens'])} tokens used, {human(counts['dropped'])} left over: less than "
+                f"a group"
+            )
+
+    return Stage(name, run, {"group_tokens": shape.group_tokens}, inputs=(SHARDS, DOCUMENTS))
+
+
+def held_out(recipe: Recipe) -> dict[str, float]:
+    """The share of each source that is kept for evaluation."""
+    return {source.name: source.held_out for source in recipe.data.sources}
+
+
+def directory_files(path: Path, hashes: FileHashes) -> dict[str, str]:
+    """Content hashes of a model or tokenizer directory's files."""
+    if not path.is_dir():
+        raise UserError(f"{path} is no directory: give a Hugging Face checkpoint directory")
+    return {file.name: hashes.hash(file) for file in sorted(path.iterdir()) if file.is_file()}

@@ -1,0 +1,139 @@
+"""What people see of a data set: lines of text, made from its report, its batches and their plan."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fot_model import cross_batch_plan
+from jobs.recipe import Objective
+from pipelines.documents import REPORT
+from pipelines.packing import REPORT as PACKING_REPORT
+from pipelines.progress import human
+from pipelines.sampler import CrossBatchSampler, MicroBatch
+from pipelines.tokenizer import TextTokenizer
+
+BAR = 40  # characters of the longest bar of a histogram
+EXCERPT = 50  # characters shown of either end of a piece
+
+
+def source_view(documents: Path) -> Iterator[str]:
+    """Table of sources and a histogram of document lengths."""
+    report = json.loads((documents / REPORT).read_text())
+    header = ("source", "documents", "tokens", "chars/token", "training", "held out", "duplicates")
+    rows = []
+    for name, source in report.items():
+        per_token = source["characters"] / max(1, source["tokens"])
+        uses = [human(source["uses"][use][0]) for use in ("training", "held out")]
+        counts = human(source["documents"]), human(source["tokens"]), f"{per_token:.2f}"
+        rows.append((name, *counts, *uses, human(source["duplicates"])))
+    yield from table(header, rows)
+    for name, source in report.items():
+        copies = {use: count for use, (count, _) in source["uses"].items() if use not in ("training", "held out")}
+        for reason, count in (source["dropped"] | copies).items():
+            if count:
+                yield f"{name}: {human(count)} left out ({reason})"
+    yield ""
+    lengths: Counter[int] = Counter()
+    for source in report.values():
+        lengths.update({int(least): count for least, count in source["lengths"].items()})
+    yield "document lengths in tokens"
+    for least in sorted(lengths):
+        bar = "#" * -(-BAR * lengths[least] // max(lengths.values()))
+        yield f"{human(least):>8} to {human(2 * least):<8} {lengths[least]:>9}  {bar}"
+
+
+def training_view(sampler: CrossBatchSampler, groups: Path, name: str, steps: int) -> Iterator[str]:
+    """What a training reads of each source."""
+    report, epochs = json.loads((groups / PACKING_REPORT).read_text()), sampler.epochs(steps)
+    shape = sampler.shape
+    groups_of = f"groups of {shape.contexts_per_group} x {shape.context}"
+    yield f"{name}: {steps} steps of {human(shape.tokens_per_step)} tokens, in {groups_of}"
+    header = ("source", "groups", "documents a group", "tokens used", "left over", "epochs")
+    yield from table(
+        header,
+        [
+            (
+                source,
+                human(counts["groups"]),
+                f"{counts['pieces'] / max(1, counts['groups']):.2f}",
+                f"{1 - counts['dropped'] / max(1, counts['tokens']):.2%}",
+                human(counts["dropped"]),
+                f"{epochs[source]:.2f}",
+            )
+            for source, counts in report.items()
+        ],
+    )
+
+
+def sample_view(sampler: CrossBatchSampler, tokenizer: TextTokenizer, count: int) -> Iterator[str]:
+    """A few groups of the first micro-batch, decoded: each context's beginning and end, documents marked."""
+    numbers = sampler.group_numbers(0, 0)[:count]
+    context = sampler.shape.context
+    for source, number in numbers:
+        yield f"sample: group {number} of {sampler.sources[source].name}"
+        at = 0
+        for document, start, length in sampler.groups[source].pieces(number):
+            rows = f"{at // context} to {(at + length - 1) // context}"
+            whole = int(sampler.dataset.length[document])
+            yield f"  contexts {rows}: {sampler.dataset.id(document)}, tokens {start} to {start + length} of {whole}"
+            tokens = sampler.dataset.tokens(document, start, start + length).tolist()
+            text = tokenizer.tokenizer.decode(tokens, skip_special_tokens=False)
+            yield f"    {excerpt(text)}"
+            at += length
+
+
+def excerpt(text: str) -> str:
+    """Both ends of a text on one line."""
+    line = text.encode("unicode_escape").decode() if not text.isprintable() else text
+    return line if len(line) <= 2 * EXCERPT else f"{line[:EXCERPT]} ... {line[-EXCERPT:]}"
+
+
+def plan_view(batch: MicroBatch, objective: Objective) -> Iterator[str]:
+    """The plan of a micro-batch as a grid: which row (line) sees which other (column)."""
+    yield "plan of the first micro-batch (a line a context: L itself, P positive, N negative, . unseen)"
+    plan = cross_batch_plan(batch.group, batch.segment, batch.related, objective.segments).tolist()
+    for row, seen in enumerate(plan):
+        marks = ["."] * len(plan)
+        marks[row] = "L"
+        for other in seen:
+            if other >= 0:
+                marks[other] = "P" if batch.group[other] == batch.group[row] else "N"
+        yield f"  {row:>4} {''.join(marks)}  group {batch.group[row]}, segment {batch.segment[row]}"
+
+
+def batch_view(sampler: CrossBatchSampler, objective: Objective, step: int) -> Iterator[str]:
+    """Every row of a step: its documents, its positives, and whose rows serve it as negatives."""
+    shape = sampler.shape
+    batches = [sampler.micro_batch(step, number) for number in range(shape.micro_batches)]
+    counts = Counter(source for batch in batches for source in batch.sources)
+    groups = ", ".join(f"{source.name} {counts[source.name]}" for source in sampler.sources)
+    of = f"{shape.contexts_per_group} x {shape.context} tokens"
+    yield f"step {step}: {shape.groups_per_step} groups of {of}; {groups}"
+    names: dict[int, str] = {}
+
+    def held(batch: MicroBatch, row: int) -> str:
+        for document in batch.documents[row]:
+            names.setdefault(document, sampler.dataset.id(document))
+        return " + ".join(names[document] for document in batch.documents[row])
+
+    for number, batch in enumerate(batches):
+        yield f"micro-batch {number}"
+        plan = cross_batch_plan(batch.group, batch.segment, batch.related, objective.segments).tolist()
+        for row, seen in enumerate(plan):
+            others = [other for other in seen if other >= 0]
+            positives = [other for other in others if batch.group[other] == batch.group[row]]
+            negatives = [other for other in others if batch.group[other] != batch.group[row]]
+            yield f"  row {row} (group {batch.group[row]}, segment {batch.segment[row]}): {held(batch, row)}"
+            if positives:
+                yield f"    positives: rows {', '.join(map(str, positives))}"
+            for other in negatives:
+                yield f"    negative: row {other}, {held(batch, other)}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Columns as wide as they need, the first to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        numbers = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        yield "  ".join([row[0].ljust(widths[0]), *numbers])

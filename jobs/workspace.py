@@ -1,0 +1,68 @@
+"""A recipe's work_dir: its store and logs, and running stages in it with what a person sees of that."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.markup import escape
+
+from jobs.recipe import Recipe
+from pipelines.cluster import ray_cluster
+from pipelines.errors import UserError
+from pipelines.hashing import FileHashes
+from pipelines.progress import console, quiet
+from pipelines.store import Output, Stage, Store
+from pipelines.workflow import run_workflow
+
+MakeStages = Callable[["Workspace"], Sequence[Stage]]
+
+
+class Workspace:
+    """The directories of a recipe's work_dir, by absolute path: workers have working directories of their own."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.directory = Path(recipe.work_dir).resolve()
+        self.store = Store(self.directory / "store")
+        self.logs = self.directory / "logs"
+
+    @contextmanager
+    def hashes(self) -> Iterator[FileHashes]:
+        """Content hashes of input files, remembered from run to run."""
+        hashes = FileHashes(self.directory / "file-hashes.json")
+        yield hashes
+        hashes.save()
+
+    @contextmanager
+    def with_ray(self) -> Iterator[None]:
+        """Ray for the block; what libraries print goes to a log. Raises UserError where work_dir cannot be made."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"work_dir {self.directory} cannot be made ({error.strerror}): set another one") from None
+        with quiet(self.logs / f"{self.recipe.name}.log"), ray_cluster():
+            yield
+
+    def run(self, make_stages: MakeStages) -> tuple[dict[str, Output], float]:
+        """Build the stages that are not built yet. Returns all outputs by stage name, and the seconds it took."""
+        began = time.monotonic()
+        stages = make_stages(self)
+        log = escape(str(self.logs / f"{self.recipe.name}.log"))
+        console.print(f"[bold]{self.recipe.name}[/bold]: {len(stages)} stages; library output goes to {log}")
+        outputs = run_workflow(stages, self.store, report=_report, warn=_warn)
+        return outputs, time.monotonic() - began
+
+
+def _warn(message: str) -> None:
+    console.print(message, soft_wrap=True, markup=False)
+
+
+def _report(output: Output) -> None:
+    how = "found" if output.reused else f"done in {duration(output.seconds)}"
+    console.print(f"{output.stage:>15} [green]{how}[/green] {escape(str(output.path))}", soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """75.2 -> '1:15'."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

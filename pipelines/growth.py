@@ -1,0 +1,86 @@
+"""Growth: a data set made of an earlier one's shards and new ones for what its sources have gained since.
+
+An earlier data set can be the parent when it was made by the same part of the recipe and all it was made of is still
+there, unchanged. Its shards and their order stay; only what is new is tokenized. Where something was changed or taken
+away, a new data set begins.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipelines.corpus import Entry, Unit
+from pipelines.hashing import hash_json
+from pipelines.listing import group_units
+from pipelines.shards import Manifest
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a data set is to be made of: the shards of `parent`, if there is one, then `units`.
+
+    `parent_hash` names the parent's manifest; `identities` are those of all units, the parent's first; the first
+    `original` of them were there before any growth. Without units the data set exists already.
+    """
+
+    parent: Path | None
+    parent_hash: str | None
+    units: list[Unit]
+    identities: list[dict[str, Any]]
+    original: int
+
+
+def next_generation(
+    entries: Sequence[Entry], part: dict[str, Any], known: Sequence[tuple[Path, Manifest]], task_bytes: int
+) -> Generation:
+    """What the entries come to, given the finished data sets that are known and the recipe's part.
+
+    Of several that could be the parent the largest is taken.
+    """
+    present = {_key(entry.identity()): entry for entry in entries}
+    parents = [
+        (len(made_of), manifest.hash, directory, manifest, made_of)
+        for directory, manifest in known
+        if manifest.recipe == part and (made_of := entries_of(manifest)) <= present.keys()
+    ]
+    if not parents:
+        units = group_units(entries, task_bytes)
+        return Generation(None, None, units, [unit.identity() for unit in units], len(units))
+    _, parent_hash, directory, manifest, made_of = max(parents, key=lambda each: each[:2])
+    finished = finished_generation(directory, manifest)
+    units = group_units([entry for key, entry in present.items() if key not in made_of], task_bytes)
+    if not units:
+        return finished
+    identities = finished.identities + [unit.identity() for unit in units]
+    return replace(finished, parent_hash=parent_hash, units=units, identities=identities)
+
+
+def finished_generation(directory: Path, manifest: Manifest) -> Generation:
+    """A data set that exists, as what it was made of."""
+    identities = [shard.unit for shard in manifest.shards]
+    return Generation(directory, manifest.parent, [], identities, manifest.generations[0])
+
+
+def entries_of(manifest: Manifest) -> set[str]:
+    """Keys of all files and documents that the data set was made of."""
+    return {_key([shard.unit["source"], *entry]) for shard in manifest.shards for entry in shard.unit["entries"]}
+
+
+def units_again(identities: Iterable[dict[str, Any]], entries: Sequence[Entry]) -> list[Unit | None]:
+    """The units of recorded identities, None where something they were made of has changed or is gone."""
+    present = {_key(entry.identity()): entry for entry in entries}
+    units: list[Unit | None] = []
+    for identity in identities:
+        found = [present.get(_key([identity["source"], *entry])) for entry in identity["entries"]]
+        if whole := [entry for entry in found if entry is not None]:
+            span = tuple(identity["span"]) if identity["span"] else None
+            size = span[1] - span[0] if span else sum(file.size for entry in whole for file in entry.files)
+            units.append(Unit(identity["source"], tuple(whole), span, size) if len(whole) == len(found) else None)
+        else:
+            units.append(None)
+    return units
+
+
+def _key(identity: list[Any]) -> str:
+    return hash_json(identity)

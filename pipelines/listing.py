@@ -1,0 +1,328 @@
+"""From a recipe's sources to units of work.
+
+Listing looks at names, sizes and content hashes, at the headers of theories where they give the order, and at the
+footers of tables. The order of the units, and with it everything downstream, depends on names and contents alone.
+"""
+
+import fnmatch
+import glob
+import json
+import os
+import posixpath
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+from pipelines.config import Data, Source
+from pipelines.corpus import Entry, File, Unit
+from pipelines.errors import UserError
+from pipelines.hashing import FileHashes
+from pipelines.storage import Item, is_url, open_binary, printable, readable, storage_of, suffix_and_codec
+from pipelines.tables import TABLES, part_sizes
+from pipelines.trees import import_order, random_order
+
+STDLIB = "python:stdlib"
+NEVER = ("__pycache__", "site-packages", ".*")  # caches, other people's packages, hidden files
+LINES = (".jsonl", ".json")
+RECORDS_IN_TREES = (".jsonl", *TABLES)  # there .json is a document's text
+HEADER = 1 << 18  # bytes of a theory in which its header is looked for
+
+Listed = tuple[str, list[tuple[str, Item]], bool]  # a document's or file's name, its files (name, item), if of records
+
+
+def list_entries(data: Data, seed: int, hashes: FileHashes) -> list[Entry]:
+    """Every whole document and every file of records, by source in the recipe's order, then by name.
+
+    Raises UserError for a path that is not there or cannot be read, a source without a single file, and a symbolic
+    link that leads where it may not.
+    """
+    listed = [
+        (source.name, *each)
+        for number, source in enumerate(data.sources)
+        for each in _Search(source, f"data.sources.{number}", seed).entries()
+    ]
+    contents = iter(hashes.contents([item for _, _, files, _ in listed for _, item in files]))
+    return [
+        Entry(
+            source,
+            printable(name),
+            tuple(File(printable(inner), item.path, item.size, next(contents)) for inner, item in files),
+            records,
+        )
+        for source, name, files, records in listed
+    ]
+
+
+def group_units(entries: Sequence[Entry], task_bytes: int) -> list[Unit]:
+    """The entries cut into units of about `task_bytes`, in their order. Raises UserError for a damaged table."""
+    units: list[Unit] = []
+    pending: list[Entry] = []
+    pending_bytes = 0
+
+    def flush() -> None:
+        nonlocal pending_bytes
+        if pending:
+            units.append(Unit(pending[0].source, tuple(pending), None, pending_bytes))
+            pending.clear()
+            pending_bytes = 0
+
+    with ThreadPoolExecutor() as pool:
+        spans = pool.map(lambda entry: _spans(entry.files[0], task_bytes), [each for each in entries if each.records])
+        for entry in entries:
+            if entry.records or (pending and pending[0].source != entry.source):
+                flush()
+            if entry.records:
+                units += [Unit(entry.source, (entry,), span, size) for span, size in next(spans)]
+                continue
+            pending.append(entry)
+            pending_bytes += sum(file.size for file in entry.files)
+            if pending_bytes >= task_bytes:
+                flush()
+    flush()
+    return units
+
+
+def _spans(file: File, task_bytes: int) -> list[tuple[tuple[int, int], int]]:
+    """(span, bytes) of the units of a file of records. A line belongs to the byte range it starts in."""
+    suffix, codec = suffix_and_codec(file.path)
+    if suffix in TABLES:
+        return _group_parts(part_sizes(file.path, file.size), task_bytes)
+    if codec is not None:
+        return [((0, 1), file.size)]
+    starts = range(0, file.size, task_bytes)
+    return [((start, end), end - start) for start in starts for end in [min(start + task_bytes, file.size)]]
+
+
+def _group_parts(sizes: Sequence[int], task_bytes: int) -> list[tuple[tuple[int, int], int]]:
+    """Runs of parts that reach `task_bytes` together, the last one excepted."""
+    spans, start, collected = [], 0, 0
+    for end, size in enumerate(sizes, 1):
+        collected += size
+        if collected >= task_bytes or end == len(sizes):
+            spans.append(((start, end), collected))
+            start, collected = end, 0
+    return spans
+
+
+class _Search:
+    """Finds what one source holds. `setting`: where the recipe has it."""
+
+    def __init__(self, source: Source, setting: str, seed: int) -> None:
+        self.source, self.setting, self.seed = source, setting, seed
+        if source.path == STDLIB:
+            self.path = sysconfig.get_paths()["stdlib"]
+        elif is_url(source.path):
+            self.path = source.path.removeprefix("file://")
+        else:
+            self.path = os.path.expanduser(source.path)
+        if is_url(self.path) and "@" in self.path.split("/")[2] and ":" in self.path.split("/")[2]:
+            raise UserError(f"source {source.name!r}: its path holds a password: give it in the environment instead")
+        self.follow_links = source.follow_links or source.path == STDLIB  # some systems' has links
+        self.storage = storage_of(self.path)
+        self.top = self.path  # what links may not lead out of
+
+    def entries(self) -> Iterator[Listed]:
+        found = False
+        for name, root in self._roots():
+            if root.directory:
+                listed = self._directory(name, root)
+            else:
+                base = name or posixpath.basename(root.path)
+                listed = iter([(base, [(base, root)], suffix_and_codec(base)[0] in (*LINES, *TABLES))])
+            for each in listed:
+                found = True
+                yield each
+        if not found:
+            limits = f" with suffixes {', '.join(self.source.suffixes)}" if self.source.suffixes else ""
+            raise self._mistake(f"{self.source.path} holds no files{limits}: check data.sources")
+
+    def _mistake(self, text: str) -> UserError:
+        return UserError(f"source {self.source.name!r}: {printable(text)}")
+
+    # What a path or glob names
+
+    def _roots(self) -> list[tuple[str, Item]]:
+        """What the path names. Matches of a glob have names relative to its fixed part, a path by itself has none."""
+        if (root := self.storage.info(self.path)) is not None:
+            return [("", root)]
+        parts = self.path.split("/")
+        fixed = next((number for number, part in enumerate(parts) if glob.has_magic(part)), len(parts))
+        self.top = "/".join(parts[:fixed]) or ("/" if self.path.startswith("/") else ".")
+        if self.top.endswith(":/"):  # a URL's very beginning
+            self.top += "/"
+        pattern = [part for part in parts[fixed:] if part]
+        top = self.storage.info(self.top) if pattern else None
+        found = list(self._matches("", top, pattern)) if top is not None and top.directory else []
+        if not found:
+            raise self._mistake(f"{self.source.path} does not exist: check data.sources")
+        return sorted(found, key=_by_parts)
+
+    def _matches(self, prefix: str, directory: Item, pattern: Sequence[str]) -> Iterator[tuple[str, Item]]:
+        first, rest = pattern[0], pattern[1:]
+        if first == "**":  # takes files only
+            for name, item in self._files(directory):
+                if _match(name.split("/"), pattern):
+                    self._check_link(item)
+                    yield prefix + name, item
+            return
+        if glob.has_magic(first):
+            found = [item for item in self.storage.children(directory.path) if _match([item.name], [first])]
+        else:
+            named = self.storage.info(f"{directory.path}/{first}")
+            found = [] if named is None else [replace(named, name=first)]
+        for item in found:
+            if any(fnmatch.fnmatchcase(item.name, excluded) for excluded in self.source.exclude):
+                continue
+            self._check_link(item)
+            if not rest:
+                yield prefix + item.name, item
+            elif item.directory:
+                yield from self._matches(f"{prefix}{item.name}/", item, rest)
+
+    # What a directory holds
+
+    def _directory(self, name: str, root: Item) -> Iterator[Listed]:
+        files = sorted(self._files(root), key=_by_parts)
+        base = posixpath.basename(root.path if is_url(root.path) else os.path.realpath(root.path))
+        if self.source.directory == "document_per_entry":
+            yield from self._entries(f"{name}/" if name else "", dict(files))
+        elif wanted := self._wanted(files):
+            yield self._tree(name or base, base, wanted)
+
+    def _entries(self, prefix: str, files: Mapping[str, Item]) -> Iterator[Listed]:
+        """A directory's entries: files, and subdirectories as one document each beside their files of records."""
+        if (saved := self._saved_dataset(files)) is not None:
+            yield from ((prefix + name, [(prefix + name, files[name])], True) for name in saved)
+            return
+        for entry, group in groupby(files.items(), key=lambda file: file[0].partition("/")[0]):
+            within = list(group)
+            for name, item in self._wanted([file for file in within if file[0] == entry]):
+                yield prefix + name, [(prefix + name, item)], suffix_and_codec(name)[0] in (*LINES, *TABLES)
+            inner = [(name[len(entry) + 1 :], item) for name, item in within if name != entry]
+            if self._saved_dataset(dict(inner)) is not None:
+                yield from self._entries(f"{prefix}{entry}/", dict(inner))
+                continue
+            records = [suffix_and_codec(name)[0] in RECORDS_IN_TREES for name, _ in inner]
+            if text := self._wanted([file for file, is_records in zip(inner, records, strict=True) if not is_records]):
+                yield self._tree(prefix + entry, entry, text)
+            for name, item in self._wanted([f for f, is_records in zip(inner, records, strict=True) if is_records]):
+                yield f"{prefix}{entry}/{name}", [(f"{prefix}{entry}/{name}", item)], True
+
+    def _tree(self, name: str, base: str, files: Sequence[tuple[str, Item]]) -> Listed:
+        """A tree as one document. `base`: the tree's own name, which its files' names begin with."""
+        items = dict(files)
+        if self.source.order == "imports":
+            theories = [inner for inner in items if inner.endswith(".thy")]
+            with ThreadPoolExecutor() as pool:
+                headers = pool.map(_header, [items[theory].path for theory in theories])
+                order = import_order(list(items), dict(zip(theories, headers, strict=True)))
+        else:
+            order = random_order(list(items), f"{self.seed}/{self.source.name}/{printable(base)}")
+        return name, [(f"{base}/{inner}", items[inner]) for inner in order], False
+
+    def _wanted(self, files: Sequence[tuple[str, Item]]) -> list[tuple[str, Item]]:
+        """Those with one of the source's suffixes. Raises UserError where one of them may not be read."""
+        suffixes = self.source.suffixes
+        wanted = [(name, item) for name, item in files if suffixes is None or name.endswith(suffixes)]
+        for _, item in wanted:
+            self._check_link(item)
+        return wanted
+
+    def _saved_dataset(self, files: Mapping[str, Item]) -> list[str] | None:
+        """The .arrow files, in order, of a directory that Hugging Face's `save_to_disk` wrote; None of any other.
+
+        A data set lists its files in state.json, one in splits these in dataset_dict.json.
+        """
+        splits = _read_list(files.get("dataset_dict.json"), "splits")
+        saved = []
+        for split in [""] if splits is None else splits:
+            state = files.get(posixpath.join(str(split), "state.json"))
+            data_files = _read_list(state, "_data_files")
+            if data_files is None:
+                if splits is None:
+                    return None
+                raise self._mistake(
+                    f"{self.source.path}: split {split!r} of the saved data set is missing: save it again"
+                )
+            saved += [posixpath.normpath(posixpath.join(str(split), str(each["filename"]))) for each in data_files]
+        for name in saved:
+            if name.startswith(("/", "../")):
+                raise self._mistake(
+                    f"{self.source.path}: its state.json lists {name}, which lies outside: save it again"
+                )
+            if name not in files:
+                raise self._mistake(f"{self.source.path}: its state.json lists {name}, which is missing: save it again")
+            self._check_link(files[name])
+        return saved
+
+    def _files(self, root: Item) -> list[tuple[str, Item]]:
+        """(name, item) of all files below a directory.
+
+        A link to a directory is entered if it leads out of what is read already, or is an entry of its own.
+        """
+        entries = self.source.directory == "document_per_entry"
+        found, pending, entered = [], [("", root.path)], [os.path.realpath(root.path)]
+        while pending:
+            prefix, path = pending.pop()
+            for item in self.storage.files(path, self._is_left_out):
+                name = prefix + item.name
+                if not item.directory:
+                    found.append((name, item))
+                elif (entries and "/" not in name) or not _is_within(item.link, entered):
+                    self._check_link(item)
+                    pending.append((f"{name}/", item.path))
+                    entered.append(str(item.link))
+        return found
+
+    def _is_left_out(self, name: str) -> bool:
+        return any(fnmatch.fnmatch(name, pattern) for pattern in (*NEVER, *self.source.exclude))
+
+    def _check_link(self, item: Item) -> None:
+        if item.link is None or self.follow_links or item.path == self.path:
+            return
+        if not _is_within(item.link, [os.path.realpath(self.top)]):
+            raise self._mistake(
+                f"{item.path} leads to {item.link}, outside {self.top}: copy it in, or set {self.setting}.follow_links "
+                f"to true"
+            )
+
+
+def _by_parts(named: tuple[str, Item]) -> list[str]:
+    return named[0].split("/")
+
+
+def _match(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether a path's parts match a glob's: ** stands for any number of them, hidden ones have to be asked for."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**" and _match(parts, pattern[1:]):
+        return True
+    if not parts or (parts[0].startswith(".") and not pattern[0].startswith(".")):
+        return False
+    rest = pattern if pattern[0] == "**" else pattern[1:]
+    return fnmatch.fnmatchcase(parts[0], pattern[0]) and _match(parts[1:], rest)
+
+
+def _is_within(path: str | None, directories: Sequence[str]) -> bool:
+    return path is not None and any(os.path.commonpath([path, directory]) == directory for directory in directories)
+
+
+def _header(path: str) -> str:
+    with readable(path), open_binary(path) as stream:
+        return stream.read(HEADER).decode(errors="replace")
+
+
+def _read_list(item: Item | None, key: str) -> list[Any] | None:
+    """The list under `key` of a JSON file; None where there is no such thing."""
+    if item is None:
+        return None
+    with readable(item.path), open_binary(item.path) as stream:
+        content = stream.read()
+    try:
+        value = json.loads(content)
+    except ValueError:
+        return None
+    return value.get(key) if isinstance(value, dict) and isinstance(value.get(key), list) else None

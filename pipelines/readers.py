@@ -1,0 +1,145 @@
+"""From units of work to documents: lines, rows, whole files and trees.
+
+Memory holds one document and a buffer, however long the file. What is no document comes back as `Dropped`, in its
+place.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import IO, Any
+
+from pipelines.config import Source
+from pipelines.corpus import Document, Dropped, Entry, File, Unit
+from pipelines.storage import BLOCK, open_decompressed, printable, readable, suffix_and_codec
+from pipelines.tables import TABLES, name_some, read_rows
+
+PROSE = (".txt", ".md", ".tex")  # files that can only be meant as text
+
+
+def read_unit(unit: Unit, source: Source) -> Iterator[Document | Dropped]:
+    """The unit's documents, and what was dropped, in order.
+
+    Raises UserError for a file that cannot be read or is damaged, and for a table without a column of text.
+    """
+    for entry in unit.entries:
+        if unit.span is None:
+            yield from _read_whole(entry)
+        elif suffix_and_codec(entry.files[0].path)[0] in TABLES:
+            yield from _read_rows(entry, unit.span, source)
+        else:
+            yield from _read_lines(entry, unit.span, source)
+
+
+def describe(dropped: Dropped) -> str:
+    """What was dropped, where and why, for people. Lines count from 1, a table's rows from 0."""
+    path = printable(dropped.path)
+    if dropped.at is None:
+        return f"{path}: {dropped.reason}"
+    if suffix_and_codec(path)[0] in TABLES:
+        return f"{path}, row {dropped.at}: {dropped.reason}"
+    newlines, left = 0, dropped.at
+    with readable(dropped.path), open_decompressed(dropped.path) as stream:
+        while left > 0 and (block := stream.read(min(left, BLOCK))):
+            newlines, left = newlines + block.count(b"\n"), left - len(block)
+    return f"{path}, line {newlines + 1}: {dropped.reason}"
+
+
+def _read_whole(entry: Entry) -> Iterator[Document | Dropped]:
+    """The entry's files as one document."""
+    texts = []
+    for file in entry.files:
+        with readable(file.path), open_decompressed(file.path) as stream:
+            content = stream.read()
+        bad = suffix_and_codec(file.path)[0] in PROSE
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            yield Dropped("not UTF-8", file.path, bad=bad)
+            continue
+        if "\0" in text:
+            yield Dropped("binary (NUL bytes)", file.path, bad=bad)
+            continue
+        texts.append(text)
+    text = "\n".join(texts)
+    encoded = text.encode()
+    if text.strip():
+        content_hash = hashlib.sha256(encoded).hexdigest()
+        name = f"{entry.source}/{entry.name}"
+        yield Document(name, entry.source, text, entry.name, 0, len(encoded), content_hash)
+    elif texts:
+        yield Dropped("empty", entry.files[0].path if len(entry.files) == 1 else entry.name)
+
+
+def _read_lines(entry: Entry, span: tuple[int, int], source: Source) -> Iterator[Document | Dropped]:
+    (file,) = entry.files
+    with readable(file.path), open_decompressed(file.path) as stream:
+        whole = suffix_and_codec(file.path)[1] is not None
+        for start, line in _lines(stream, 0, None) if whole else _lines(stream, *span):
+            if line.strip():
+                yield _parse_line(file, start, line, source)
+
+
+def _lines(stream: IO[bytes], start: int, end: int | None) -> Iterator[tuple[int, bytes]]:
+    """(first byte, content) of the lines that start in the range; `end` None for all."""
+    at = start
+    if start > 0:
+        assert end is not None, "what has no end is read from its beginning"
+        stream.seek(start - 1)
+        at = start - 1 + len(stream.readline(end - start + 1))  # the line before belongs to the range before
+    while end is None or at < end:
+        line = stream.readline()
+        if not line:
+            return
+        yield at, line.rstrip(b"\r\n")
+        at += len(line)
+
+
+def _parse_line(file: File, start: int, line: bytes, source: Source) -> Document | Dropped:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return Dropped("line is not UTF-8", file.path, start, bad=True)
+    except (ValueError, RecursionError):
+        return Dropped("line is not JSON", file.path, start, bad=True)
+    text = record.get(source.text_field) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        reason = f"line has no text in field {source.text_field!r} ({_what_is_there(record, source.text_field)})"
+        return Dropped(reason, file.path, start, bad=True)
+    return _document(source, file, start, start + len(line), text, record.get(source.id_field))
+
+
+def _what_is_there(record: Any, field: str) -> str:
+    if not isinstance(record, dict):
+        return "it is no object"
+    return f"it holds {type(record[field]).__name__}" if field in record else f"its fields: {name_some(list(record))}"
+
+
+def _read_rows(entry: Entry, span: tuple[int, int], source: Source) -> Iterator[Document | Dropped]:
+    (file,) = entry.files
+    with readable(file.path):  # a damaged row may be found when it is looked at
+        for row, text_scalar, id_scalar in read_rows(file.path, span, source.text_field, source.id_field):
+            try:
+                text, identity = text_scalar.as_py(), None if id_scalar is None else id_scalar.as_py()
+            except UnicodeDecodeError:
+                yield Dropped("row is not UTF-8", file.path, row, bad=True)
+                continue
+            if text is None:
+                yield Dropped(f"row has null in column {source.text_field!r}", file.path, row, bad=True)
+            else:
+                yield _document(source, file, row, row + 1, text, identity)
+
+
+def _document(source: Source, file: File, start: int, end: int, text: str, identity: Any) -> Document | Dropped:
+    """The document of a record; without an id it is named by its content."""
+    if not text.strip():
+        return Dropped("empty", file.path, start)
+    if "\0" in text:
+        return Dropped("text holds NUL bytes", file.path, start, bad=True)
+    try:
+        content_hash = hashlib.sha256(text.encode()).hexdigest()
+        name = content_hash[:16] if identity is None else str(identity)
+        name.encode()
+    except UnicodeEncodeError:
+        return Dropped("text is not Unicode (lone surrogates)", file.path, start, bad=True)
+    return Document(f"{source.name}/{name}", source.name, text, file.name, start, end, content_hash)
