@@ -18,10 +18,13 @@ OBJECT_STORE_BYTES = 200_000_000  # tasks pass paths and counts, not data
 
 @contextmanager
 def ray_cluster() -> Iterator[None]:
-    """Ray for the block. A local one ends with it, or with this process.
+    """Ray for the block: the one this process is connected to, or RAY_ADDRESS's, or a local one, which ends with it.
 
     Raises UserError where RAY_ADDRESS names a cluster that does not answer.
     """
+    if ray.is_initialized():
+        yield
+        return
     address = os.environ.get("RAY_ADDRESS") or "local"
     local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES} if address == "local" else {}
     try:
@@ -59,10 +62,10 @@ def check_workers(workers: int, cpus: int, gpus: int) -> None:
 def run_tasks(
     function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]]
 ) -> Generator[tuple[int, Result], None, None]:
-    """Run `function(*arguments[i])` for every i as a Ray task of one CPU; yields (i, result) as done.
+    """Run `function(*arguments[i])` for every i as Ray tasks of one CPU; yields (i, result) as done.
 
-    Few are handed to Ray at a time, so there may be millions. A task whose worker or node died is run again. Raises what
-    a task raised; those still running are then stopped.
+    Few are handed to Ray at a time, so there may be millions. A task whose worker or node died is run again. Raises
+    what a task raised; those still running are then stopped.
     """
     task = ray.remote(num_cpus=1, max_retries=5)(function)
     at_once = 2 * int(ray.cluster_resources().get("CPU", 1))

@@ -68,9 +68,11 @@ class Document:
 @dataclass(frozen=True)
 class Dropped:
     """Something that is no document, and why. `at`: where in the file, the byte a line starts at or a row's number;
-    None for a whole file. `bad` counts against data.max_bad_documents."""
+    None for a whole file. `bad` counts against data.max_bad_documents. Reasons are few, so that they can be counted;
+    `detail` is what is told of this one besides."""
 
     reason: str
     path: str
     at: int | None = None
     bad: bool = False
+    detail: str = ""

@@ -12,10 +12,9 @@ text has the left piece's tokens before, the right piece's after. Across words: 
 a pre-tokenizer that stops at the same place goes on alike, if it looks no further ahead than a run. Models other than
 BPE have no such law within a word, so their common run must hold the beginning of one.
 
-It is faster, too: merging one word of 50,000 characters takes half the time a token of merging a word of 500,000.
+Pieces fit the processor's caches, so that what their edges cost is more than regained.
 """
 
-import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,11 +27,11 @@ RUN = 16  # tokens on which neighbours must agree
 
 
 class Place(NamedTuple):
-    """Tokens that cover characters [start, end) of a text; several where one character becomes several tokens."""
+    """A token that covers characters [start, end) of a text, and whether it is the first of its word."""
 
     start: int
     end: int
-    ids: tuple[int, ...]
+    token: int
     opens_word: bool
 
 
@@ -102,7 +101,7 @@ def _joint(left: dict[Place, int], right: dict[Place, int], run: int, within_wor
             current.append(place)
         else:
             current = [place]
-        expected = (both[0] + len(place.ids), both[1] + len(place.ids))
+        expected = (both[0] + 1, both[1] + 1)
         longest = max(longest, current, key=len)
     if len(longest) < run or not (within_words or any(place.opens_word for place in longest)):
         return None
@@ -125,17 +124,12 @@ def _tail(encoding: Encoding, begin: int, start: int) -> dict[Place, int]:
 
 
 def _places(encoding: Encoding, begin: int, numbers: range) -> dict[Place, int]:
-    """The places of consecutive tokens, with the number of each one's first token."""
-    ids = encoding.ids[numbers.start : numbers.stop]
-    spans = [_span(encoding, number) for number in numbers]
-    reached = [0, *itertools.accumulate((end for _, end in spans), max)]
-    cuts = [index for index, (start, _) in enumerate(spans) if start >= reached[index]]
-    places = {}
-    for first, last in itertools.pairwise([*cuts, len(spans)]):
-        number = numbers.start + first
+    """The places of consecutive tokens, with their numbers; of equal ones, bytes of one character, the last."""
+    ids, places = encoding.ids, {}
+    for number in numbers:
+        start, end = _span(encoding, number)
         opens_word = number > 0 and encoding.token_to_word(number) != encoding.token_to_word(number - 1)
-        place = Place(begin + spans[first][0], begin + reached[last], tuple(ids[first:last]), opens_word)
-        places[place] = number
+        places[Place(begin + start, begin + end, ids[number], opens_word)] = number
     return places
 
 

@@ -1,7 +1,7 @@
 """Near-duplicates: MinHash signatures of texts, and the documents of a data set whose signatures agree.
 
-A text is taken as a set of shingles: all windows of 16 bytes of its UTF-8, in lower case, without white space and
-punctuation (as far as they are ASCII), so layout does not count and every language and code will do. Of that set
+A text is taken as a set of shingles: all windows of 16 bytes of its UTF-8, in lower case and of what is ASCII only the
+letters and digits, so layout and punctuation do not count and every language and code will do. Of that set
 `signature` keeps 128 numbers, by one-permutation hashing (Li, Owen, Zhang 2012): every shingle's hash falls into one of
 128 bins, a bin keeps its minimum, and a bin that got none takes another's (optimal densification, Shrivastava 2017).
 The share of bins in which two signatures are equal estimates the Jaccard similarity J of the two sets (shared shingles

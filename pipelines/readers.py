@@ -33,16 +33,16 @@ def read_unit(unit: Unit, source: Source) -> Iterator[Document | Dropped]:
 
 def describe(dropped: Dropped) -> str:
     """What was dropped, where and why, for people. Lines count from 1, a table's rows from 0."""
-    path = printable(dropped.path)
+    path, what = printable(dropped.path), f"{dropped.reason} ({dropped.detail})" if dropped.detail else dropped.reason
     if dropped.at is None:
-        return f"{path}: {dropped.reason}"
+        return f"{path}: {what}"
     if suffix_and_codec(path)[0] in TABLES:
-        return f"{path}, row {dropped.at}: {dropped.reason}"
+        return f"{path}, row {dropped.at}: {what}"
     newlines, left = 0, dropped.at
     with readable(dropped.path), open_decompressed(dropped.path) as stream:
         while left > 0 and (block := stream.read(min(left, BLOCK))):
             newlines, left = newlines + block.count(b"\n"), left - len(block)
-    return f"{path}, line {newlines + 1}: {dropped.reason}"
+    return f"{path}, line {newlines + 1}: {what}"
 
 
 def _read_whole(entry: Entry) -> Iterator[Document | Dropped]:
@@ -104,8 +104,8 @@ def _parse_line(file: File, start: int, line: bytes, source: Source) -> Document
         return Dropped("line is not JSON", file.path, start, bad=True)
     text = record.get(source.text_field) if isinstance(record, dict) else None
     if not isinstance(text, str):
-        reason = f"line has no text in field {source.text_field!r} ({_what_is_there(record, source.text_field)})"
-        return Dropped(reason, file.path, start, bad=True)
+        reason, detail = f"line has no text in field {source.text_field!r}", _what_is_there(record, source.text_field)
+        return Dropped(reason, file.path, start, bad=True, detail=detail)
     return _document(source, file, start, start + len(line), text, record.get(source.id_field))
 
 

@@ -169,9 +169,8 @@ def tokenize_unit(unit: Unit, name: str, source: Source, encoding: Encoding, kno
                 bad.append(item)
 
     batches = (_admit(batch, source, dropped) for batch in _encoded(documents(), tokenizer))
-    documents_, tokens, characters = write_shard(path, filter(None, batches), tokenizer.vocab_size)
-    counts = dict(sorted(dropped.items()))
-    shard = Shard(path.name, hash_file(path), unit.identity(), documents_, tokens, characters, counts, len(bad))
+    counts = write_shard(path, filter(None, batches), tokenizer.vocab_size)
+    shard = Shard(path.name, hash_file(path), unit.identity(), *counts, dict(sorted(dropped.items())), len(bad))
     made = Made(shard, bad[0] if bad else None)
     write_atomically(path.with_suffix(".record.json"), json.dumps(asdict(made)).encode())
     return made

@@ -112,10 +112,8 @@ def _neutralise_special_strings(tokenizer: Tokenizer, ends: list[str]) -> None:
     tokenizer.add_special_tokens([AddedToken(end, normalized=False, special=True) for end in ends])
     tokenizer.encode_special_tokens = True
     special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
-    pieces = sorted(
-        string for string in special if any(piece.value == string for piece in tokenizer.model.tokenize(string))
-    )
-    if pieces:
+    made = {string: {piece.value for piece in tokenizer.model.tokenize(string)} for string in sorted(special)}
+    if pieces := [string for string, values in made.items() if string in values]:
         first = "|".join(f"{re.escape(string[0])}(?={re.escape(string[1:])})" for string in pieces)
         apart = pre_tokenizers.Split(Regex(first), behavior="merged_with_previous")
         before = tokenizer.pre_tokenizer

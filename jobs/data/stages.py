@@ -5,10 +5,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
-
-from pipelines.listing import list_entries
 
 from jobs.data.batches import batch_shape, make_sampler
 from jobs.recipe import Recipe, Training
@@ -20,6 +19,7 @@ from pipelines.errors import UserError
 from pipelines.growth import Generation, next_generation, units_again
 from pipelines.hashing import FileHashes, hash_json
 from pipelines.integrity import find_damage, repair
+from pipelines.listing import list_entries
 from pipelines.packing import pack_dataset
 from pipelines.progress import Progress, console, human
 from pipelines.readers import read_unit
@@ -30,6 +30,7 @@ from pipelines.tokenizer import import_tokenizer, train_tokenizer
 
 Inputs = Mapping[str, Path]
 SHARDS, DOCUMENTS = "shards", "documents"
+SAMPLED_UNITS, SAMPLED_TEXTS = 20, 20
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".gguf")
 
 
@@ -148,10 +149,25 @@ def shards_stage(recipe: Recipe, corpus: Corpus) -> Stage:
 
 
 def _choose_backend(recipe: Recipe, corpus: Corpus, tokenizer: Path) -> str:
-    """The backend asked for, if it proves itself on a sample; a grown data set keeps its parent's."""
+    """The backend asked for, if it proves itself on a sample of the corpus; a grown data set keeps its parent's."""
     if corpus.generation.parent is not None:
         return Manifest.read(corpus.generation.parent).tokenizer["backend"]
+    if recipe.tokenizer.backend == "gigatoken":
+        from pipelines.gigatoken import why_not
+
+        reason = why_not(tokenizer, _sample_texts(corpus.generation.units, recipe.data))
+        if reason is not None:
+            _say(f"{reason}: going on with Hugging Face tokenizers")
+            return "huggingface"
     return recipe.tokenizer.backend
+
+
+def _sample_texts(units: list[Unit], data: Data) -> Iterator[str]:
+    """The first few documents of units from everywhere in the corpus."""
+    sources = {source.name: source for source in data.sources}
+    for unit in units[:: -(-len(units) // SAMPLED_UNITS)]:
+        texts = (item.text for item in read_unit(unit, sources[unit.source]) if isinstance(item, Document))
+        yield from islice(texts, SAMPLED_TEXTS)
 
 
 def repair_shards(data: Data, entries: Sequence[Entry], tokenizer: Path, directory: Path) -> list[str]:

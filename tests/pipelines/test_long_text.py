@@ -12,7 +12,7 @@ from pipelines.long_text import PIECE, encode_in_pieces, encode_texts
 
 TEXTS = [
     "the cat sat on the mat, then the other cat sat there    and    there\n\n",
-    "def f(x):\n    return  f'{x}'\n\t\t# 1234567 12 000 aaaaaaaa --------\n",
+    "def f(x):\n    return  f'{x}'\n\t\t# 1234567 12 00 00 aaaaaaaa --------\n",
     "é café cafe\u0301 漢字 漢 😀 Привет ]]]] ==== ",
 ] * 30
 
@@ -21,6 +21,7 @@ fragments = st.one_of(
         ["the", "cat", " ", "\n", "<s>", "</s>", "<x>", "é", "e\u0301", "\u0301\u0323", "漢", "😀", "İ", "\r\n"]
     ),
     st.builds(lambda character, number: character * number, st.sampled_from(" a-\n0漢\u0301]="), st.integers(1, 90)),
+    st.text("0123", min_size=1, max_size=60),
     st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
 )
 texts = st.lists(fragments, min_size=3, max_size=25).map("".join)

@@ -5,15 +5,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tokenizers import models
 
 from pipelines.errors import UserError
 from pipelines.sentencepiece_model import convert
+from pipelines.tokenizer import import_tokenizer, load_tokenizer
 
-LINES = ["the cat sat on the mat", "def f(self):    return  x == y", "café cafe\u0301 漢字 ﬁne Å [X] 12"] * 40
+LINES = [
+    "the cat sat on the mat",
+    "a<sb<sc<sd</se</sf</s >",
+    "def f(self):    return  x == y",
+    "café cafe\u0301 漢字 ﬁne Å [X] 12",
+] * 40
 
 AS_IT_IS = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
 KINDS = {
-    "LLaMA": {"model_type": "bpe", "allow_whitespace_only_pieces": True, **AS_IT_IS},
+    "LLaMA": {
+        "model_type": "bpe",
+        "allow_whitespace_only_pieces": True,
+        "split_by_unicode_script": False,  # "<s" becomes a piece
+        **AS_IT_IS,
+    },
     "BPE of words": {"model_type": "bpe", **AS_IT_IS},
     "BPE that normalises": {"model_type": "bpe", "character_coverage": 0.98, "vocab_size": 100},
     "BPE without prefix": {"model_type": "bpe", "add_dummy_prefix": False, **AS_IT_IS},
@@ -41,14 +53,13 @@ texts = st.lists(
 
 @pytest.fixture(scope="module", params=KINDS)
 def both(request, fresh):
-    """(sentencepiece's own reader of a model, the model converted)."""
-    path, model = fresh() / "a.model", io.BytesIO()
+    """(sentencepiece's own reader of a model, the model converted and loaded as a tokenizer)."""
+    path, model, directory = fresh() / "a.model", io.BytesIO(), fresh()
     settings = {"vocab_size": 330, "minloglevel": 2, **KINDS[request.param]}
     SentencePieceTrainer.train(sentence_iterator=iter(LINES), model_writer=model, **settings)
     path.write_bytes(model.getvalue())
-    tokenizer, _ = convert(path)
-    tokenizer.encode_special_tokens = True
-    return SentencePieceProcessor(model_file=str(path)), tokenizer
+    import_tokenizer(str(path), directory)
+    return SentencePieceProcessor(model_file=str(path)), load_tokenizer(directory).tokenizer
 
 
 def score(processor, ids):
@@ -59,10 +70,7 @@ def score(processor, ids):
 def test_a_converted_model_encodes_as_sentencepiece_does(both, text):
     processor, tokenizer = both
     theirs, ours = processor.encode(text), tokenizer.encode(text, add_special_tokens=False).ids
-    special = [string for string in ("<unk>", "<s>", "</s>") if string in text]
-    if special and "Unigram" in type(tokenizer.model).__name__:
-        return  # a Unigram model's own pieces: kept apart when a tokenizer is loaded
-    if ours != theirs and "Unigram" in type(tokenizer.model).__name__:  # several best segmentations
+    if ours != theirs and isinstance(tokenizer.model, models.Unigram):  # several best segmentations
         assert score(processor, ours) == pytest.approx(score(processor, theirs), abs=1e-4)
     else:
         assert ours == theirs

@@ -200,7 +200,7 @@ def test_a_large_row_group_is_read_in_little_memory(tmp_path, python):
         before = peak()
         assert sum(len(text.as_py()) for _, text, _ in read_rows("a.parquet", (0, 1), "text", "id")) == 240_000_000
         print(peak() - before)"""
-    assert int(python(script).communicate()[0]) < 150
+    assert int(python(script).communicate()[0]) < 100
 
 
 @given(

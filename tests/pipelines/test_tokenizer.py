@@ -184,6 +184,8 @@ def imported(tokenizer_directory, fresh):
 
 
 def test_an_imported_tokenizer_is_what_transformers_opens(imported_llama, llama_directory):
+    configuration = json.loads((llama_directory / "tokenizer_config.json").read_text())
+    assert configuration["tokenizer_class"] == "PreTrainedTokenizerFast"  # the name that older versions know, too
     opened = AutoTokenizer.from_pretrained(llama_directory)
     for text in ["  two spaces", "the cat\n sat", "é 漢字 😀", ""]:
         assert opened.encode(text, add_special_tokens=False) == imported_llama.encode(text)
@@ -217,18 +219,22 @@ def test_importing_twice_gives_the_same_bytes(sentencepiece_model, llama_directo
     assert contents(again) == contents(llama_directory)
 
 
-@pytest.mark.parametrize("revision", [None, "a" * 40])
-def test_a_hub_repository_is_taken_from_the_cache(llama_directory, fresh, contents, revision):
+@pytest.mark.parametrize(("revision", "commit"), [(None, "a" * 40), ("b" * 40, "b" * 40)])
+def test_a_hub_repository_is_taken_from_the_cache(
+    llama_directory, tokenizer_directory, fresh, contents, revision, commit
+):
     home, directory = fresh(), fresh()
     repository = home / "hub" / "models--organisation--name"
     shutil.copytree(llama_directory, repository / "snapshots" / ("a" * 40))
+    shutil.copytree(tokenizer_directory, repository / "snapshots" / ("b" * 40))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("a" * 40)
     environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    subprocess.run(
-        [sys.executable, "-c", IMPORT, "organisation/name", directory, revision or ""], env=environment, check=True
-    )
-    assert contents(directory) == contents(llama_directory)
+    command = [sys.executable, "-c", IMPORT, "organisation/name", directory, revision or ""]
+    subprocess.run(command, env=environment, check=True)
+    expected = fresh()
+    import_tokenizer(str(repository / "snapshots" / commit), expected)
+    assert contents(directory) == contents(expected)
 
 
 IMPORT = """
