@@ -72,6 +72,7 @@ def with_ray(backend: str) -> Callable[[Path, Path, Path, int], Callable[[], int
         data = Data(sources=(source,), task_bytes=TASK_BYTES)
         units = group_units(list_entries(data, 0, FileHashes(output / "hashes.json")), data.task_bytes)
         ray.init(
+            address="local",
             num_cpus=cores,
             include_dashboard=False,
             log_to_driver=False,

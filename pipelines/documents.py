@@ -104,7 +104,8 @@ def _read_columns(shards: Path, manifest: Manifest, sources: list[str]) -> dict[
 
 def _first_of_equal(values: pa.ChunkedArray) -> np.ndarray:
     """For each place the first place with an equal value."""
-    codes = np.concatenate([chunk.indices for chunk in values.dictionary_encode().unify_dictionaries().chunks])
+    encoded = values.cast(pa.large_string()).dictionary_encode()  # a dictionary of plain strings ends at 2 GB
+    codes = np.concatenate([chunk.indices for chunk in encoded.unify_dictionaries().chunks])
     _, first = np.unique(codes, return_index=True)
     return first[codes]
 

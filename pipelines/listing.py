@@ -117,7 +117,7 @@ class _Search:
         elif is_url(source.path):
             self.path = source.path.removeprefix("file://")
         else:
-            self.path = os.path.expanduser(source.path)
+            self.path = os.path.abspath(os.path.expanduser(source.path))  # tasks run in directories of their own
         if is_url(self.path) and "@" in self.path.split("/")[2] and ":" in self.path.split("/")[2]:
             raise UserError(f"source {source.name!r}: its path holds a password: give it in the environment instead")
         self.follow_links = source.follow_links or source.path == STDLIB  # some systems' has links

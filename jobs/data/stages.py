@@ -18,7 +18,7 @@ from pipelines.documents import index_documents, is_held_out
 from pipelines.errors import UserError
 from pipelines.growth import Generation, next_generation, units_again
 from pipelines.hashing import FileHashes, hash_json
-from pipelines.integrity import find_damage, repair
+from pipelines.integrity import check_manifest, find_damage, repair
 from pipelines.listing import list_entries
 from pipelines.packing import pack_dataset
 from pipelines.progress import Progress, console, human
@@ -134,9 +134,10 @@ def shards_stage(recipe: Recipe, corpus: Corpus) -> Stage:
         if (output / MANIFEST).exists():
             repair_shards(recipe.data, corpus.entries, inputs["tokenizer"], output)
             return
-        chosen = _choose_backend(recipe, corpus, inputs["tokenizer"])
+        encoding = Encoding(inputs["tokenizer"], _choose_backend(recipe, corpus, inputs["tokenizer"]), output)
+        if generation.parent is not None:
+            check_manifest(Manifest.read(generation.parent), recipe.data, encoding)
         with Progress(SHARDS, sum(unit.bytes for unit in generation.units), "B") as progress:
-            encoding = Encoding(inputs["tokenizer"], chosen, output)
             manifest = tokenize(generation.units, recipe.data, encoding, progress, generation.parent)
         _say(*_summary(manifest))
 

@@ -104,3 +104,27 @@ def fot(start_fot):
         return subprocess.CompletedProcess(process.args, process.returncode, printed)
 
     return run
+
+
+@pytest.fixture
+def fot_here(local_ray, tmp_path: Path, monkeypatch, capfd):
+    """As `fot`, but in this process and on the Ray it has: without the seconds that starting both takes."""
+    import click
+
+    from jobs.cli import fot, user_message
+
+    def run(*arguments: object) -> subprocess.CompletedProcess:
+        monkeypatch.chdir(tmp_path)
+        code, message = 0, ""
+        try:
+            fot([str(argument) for argument in arguments], standalone_mode=False)
+        except click.ClickException as error:
+            code, message = error.exit_code, error.format_message()
+        except Exception as error:
+            if (known := user_message(error)) is None:
+                raise
+            code, message = 2, f"fot: {known}\n"
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, code, err + out + message)
+
+    return run

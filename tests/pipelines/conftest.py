@@ -120,11 +120,12 @@ def write_shards(fresh):
 
 
 @pytest.fixture(scope="session")
-def dataset_of(fresh, encoded, write_shards):
+def dataset_of(encoded, write_shards):
     """A data set of documents of the given lengths. Its tokens are numbered through: 0, 1, 2, ... in document order.
 
     `signatures`: a number a document, equal for near-duplicates; `sources`: {name: how many of the documents it has};
-    `shards`: how many of each source, of so many `batches`; `data`: settings of the recipe's part.
+    `shards`: how many of each source, of so many `batches`; `data`: settings of the recipe's part. Shards and index are
+    in one directory.
     """
 
     def make(
@@ -153,10 +154,10 @@ def dataset_of(fresh, encoded, write_shards):
         for source, n in sources.items():
             made += [(source, _parts(part, batches)) for part in _parts(rows[first : first + n], shards)]
             first += n
-        directory, index = write_shards(made, vocab_size), fresh()
+        directory = write_shards(made, vocab_size)
         parts = tuple(Source(name=name, path="x", held_out=held_out) for name in sources)
-        index_documents(directory, Data(sources=parts, **data), index)
-        return TokenDataset(directory, index)
+        index_documents(directory, Data(sources=parts, **data), directory)
+        return TokenDataset(directory, directory)
 
     return make
 

@@ -499,3 +499,12 @@ def test_a_password_in_a_path_is_refused_and_not_shown(read):
 def test_dropped_files_do_not_disturb_the_order(tmp_path, write_tree, read):
     write_tree(tmp_path, {"a.txt": "a", "b.bin": b"\xff", "c.txt": "c"})
     assert [type(item) for item in read(tmp_path)] == [Document, Dropped, Document]
+
+
+def test_files_are_found_again_from_any_directory(tmp_path, write_tree, data_of, units_of, monkeypatch):
+    write_tree(tmp_path, {"corpus/a.txt": "a", "corpus/b.jsonl": "{}"})
+    monkeypatch.chdir(tmp_path)
+    for path in ("corpus", "corpus/*", "./corpus/../corpus"):
+        files = [file for unit in units_of(data_of(path)) for entry in unit.entries for file in entry.files]
+        assert {file.path for file in files} == {f"{tmp_path}/corpus/a.txt", f"{tmp_path}/corpus/b.jsonl"}
+        assert {file.name for file in files} == {"a.txt", "b.jsonl"}

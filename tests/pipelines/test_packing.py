@@ -7,8 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.config import Data, Source
-from pipelines.documents import index_documents
 from pipelines.packing import COLUMNS, REPORT, groups_file, pack, pack_dataset, pack_source, read_groups, write_groups
 
 lengths_of_documents = st.lists(st.integers(0, 200), max_size=40)
@@ -152,17 +150,9 @@ def dataset(dataset_of):
     return dataset_of(lengths, [f"id {kind}" for kind in kinds], None, kinds, sources=SOURCES, held_out=0.3)
 
 
-@pytest.fixture(scope="module")
-def index(dataset, fresh):
-    directory = fresh()
-    sources = tuple(Source(name=name, path="x", held_out=0.3) for name in SOURCES)
-    index_documents(dataset.directory, Data(sources=sources), directory)
-    return directory
-
-
-def test_the_training_documents_of_every_source_are_packed_alone(local_ray, dataset, index, fresh):
+def test_the_training_documents_of_every_source_are_packed_alone(local_ray, dataset, fresh):
     output = fresh()
-    report = pack_dataset(dataset.directory, index, [*SOURCES], 16, output)
+    report = pack_dataset(dataset.directory, dataset.directory, [*SOURCES], 16, output)
     assert list(report) == [*SOURCES]
     assert json.loads((output / REPORT).read_text()) == report
     ends = np.cumsum([0, *SOURCES.values()]).tolist()
@@ -178,9 +168,9 @@ def test_the_training_documents_of_every_source_are_packed_alone(local_ray, data
     assert report["none"] == {"tokens": 5, "groups": 0, "pieces": 0, "dropped": 5}
 
 
-def test_the_same_data_set_makes_the_same_groups(dataset, index, fresh, contents):
+def test_the_same_data_set_makes_the_same_groups(dataset, fresh, contents):
     directories = [fresh(), fresh()]
     for directory in directories:
-        pack_source(dataset.directory, index, 0, 16, directory)
+        pack_source(dataset.directory, dataset.directory, 0, 16, directory)
     assert contents(directories[0]) == contents(directories[1])
     assert contents(directories[0]).keys() == {groups_file(0)}

@@ -1,6 +1,7 @@
 """Laws 2, 3 and 4. The data sets number their tokens through, so a token tells its document and position."""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -185,7 +186,7 @@ def test_a_label_is_the_next_token_of_the_same_document(dataset_of, lengths, sha
 
 @given(corpora, shapes, st.integers(0, 1000))
 def test_groups_are_related_exactly_where_they_share_a_document(dataset_of, lengths, shape, step):
-    lengths, dataset, batches = made(dataset_of, lengths, shape)
+    lengths, _, batches = made(dataset_of, lengths, shape)
     batch = batches.micro_batch(step, shape["micro_batches"] - 1)
     G, k = shape["groups_per_micro_batch"], shape["contexts_per_group"]
     held = [set(document_of(lengths)[tokens]) for tokens in batch.input_ids.reshape(G, -1)]
@@ -256,7 +257,7 @@ def test_weights_give_each_source_its_share(mixed):
     assert drawn.count(0) == 3000
     for first in range(0, 12_000, 1000):  # in every block
         assert drawn[first : first + 1000].count(0) == 250
-    assert 150 < sum(a != b for a, b in zip(drawn[:1000], drawn[1:1001], strict=True)) < 500  # mixed, not in turns
+    assert 150 < sum(a != b for a, b in pairwise(drawn[:1001])) < 500  # mixed, not in turns
 
 
 def test_with_weights_each_source_has_epochs_of_its_own(mixed):

@@ -70,7 +70,11 @@ def score(processor, ids):
 def test_a_converted_model_encodes_as_sentencepiece_does(both, text):
     processor, tokenizer = both
     theirs, ours = processor.encode(text), tokenizer.encode(text, add_special_tokens=False).ids
-    if ours != theirs and isinstance(tokenizer.model, models.Unigram):  # several best segmentations
+    unigram = isinstance(tokenizer.model, models.Unigram)
+    looks_words_up = unigram or tokenizer.model.ignore_merges
+    if looks_words_up and any(special in text for special in ("<unk>", "<s>", "</s>")):
+        assert not {processor.bos_id(), processor.eos_id()} & set(ours)  # cut after the first character
+    elif unigram and ours != theirs:  # several best segmentations
         assert score(processor, ours) == pytest.approx(score(processor, theirs), abs=1e-4)
     else:
         assert ours == theirs

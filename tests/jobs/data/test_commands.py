@@ -38,12 +38,12 @@ def contents(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def test_data_is_made_looked_at_broken_mended_and_grown(fot, data_recipe: Path, tmp_path: Path) -> None:
-    nothing = fot("data", "show", data_recipe, "--step", 0)
+def test_data_is_made_looked_at_broken_mended_and_grown(fot_here, data_recipe: Path, tmp_path: Path) -> None:
+    nothing = fot_here("data", "show", data_recipe, "--step", 0)
     assert nothing.returncode == 2
     assert "there is no data set of this recipe" in nothing.stdout.splitlines()[-1]
 
-    made = fot("data", "prepare", data_recipe)
+    made = fot_here("data", "prepare", data_recipe)
     assert made.returncode == 0, made.stdout
     (first,) = shards(tmp_path)
     manifest = Manifest.read(first)
@@ -52,7 +52,7 @@ def test_data_is_made_looked_at_broken_mended_and_grown(fot, data_recipe: Path, 
     assert re.search(r"30 documents, .* tokens, .* characters a token", made.stdout)
     assert re.search(r"words: .*100\.0% of|words: .*9\d\.\d% of", made.stdout)
 
-    seen = fot("data", "inspect", data_recipe)
+    seen = fot_here("data", "inspect", data_recipe)
     assert seen.returncode == 0, seen.stdout
     lines = seen.stdout.splitlines()
     assert [line.split()[:2] for line in lines[1:3]] == [["words", "24"], ["notes", "6"]]
@@ -61,16 +61,17 @@ def test_data_is_made_looked_at_broken_mended_and_grown(fot, data_recipe: Path, 
     assert any(re.match(r"  contexts 0 to \d: (words/d|notes/)", line) for line in lines)
     assert any(line.startswith("     1 PL") for line in lines)
 
-    step = fot("data", "show", data_recipe, "--step", 3)
+    step = fot_here("data", "show", data_recipe, "--step", 3)
     assert step.returncode == 0
     assert step.stdout.startswith("step 3: 4 groups of 2 x 16 tokens; words ")
     assert re.search(r"row 3 \(group 1, segment 1\): \S+\n    positives: rows 2\n    negative: row 0, \S+", step.stdout)
-    assert fot("data", "show", data_recipe, "--step", 3).stdout == step.stdout
+    assert fot_here("data", "show", data_recipe, "--step", 3).stdout == step.stdout
     assert (
-        "the recipe trains base and finetune" in fot("data", "show", data_recipe, "--step", 3, "--training", "x").stdout
+        "the recipe trains base and finetune"
+        in fot_here("data", "show", data_recipe, "--step", 3, "--training", "x").stdout
     )
 
-    whole = fot("data", "verify", data_recipe)
+    whole = fot_here("data", "verify", data_recipe)
     assert whole.returncode == 0
     assert f"{len(manifest.shards)} shards with 30 documents" in whole.stdout
     before = contents(tmp_path / STORE)
@@ -79,50 +80,50 @@ def test_data_is_made_looked_at_broken_mended_and_grown(fot, data_recipe: Path, 
     gone.unlink()
     index = next((tmp_path / STORE / "documents").glob("*/documents.arrow"))
     index.write_bytes(index.read_bytes()[:-1])
-    damaged = fot("data", "verify", data_recipe)
+    damaged = fot_here("data", "verify", data_recipe)
     assert damaged.returncode == 2
     assert f"{broken} is corrupt" in damaged.stdout
     assert f"{gone} is missing" in damaged.stdout
     assert f"{index} is corrupt" in damaged.stdout
     assert "3 files are damaged: mend them with `fot data repair" in damaged.stdout.splitlines()[-1]
-    mended = fot("data", "repair", data_recipe)
+    mended = fot_here("data", "repair", data_recipe)
     assert mended.returncode == 0, mended.stdout
     assert mended.stdout.count("made again") == 3
     after = contents(tmp_path / STORE)
     assert {n for n, c in after.items() if before[n] != c} <= {n for n in before if n.endswith(("stage.json", ".lock"))}
 
     (tmp_path / "notes" / "00-new.txt").write_text("a new note, with new words. " * 40)
-    old = fot("data", "verify", data_recipe)
+    old = fot_here("data", "verify", data_recipe)
     assert old.returncode == 0
     assert "1 new files are not in the data set yet" in old.stdout
-    grown = fot("data", "prepare", data_recipe)
+    grown = fot_here("data", "prepare", data_recipe)
     assert grown.returncode == 0, grown.stdout
     assert "(1 new)" in grown.stdout
     assert "tokenizer found" in re.sub(r"\s+", " ", grown.stdout)
     larger = Manifest.read(shards(tmp_path)[-1])
     assert larger.shards[:-1] == manifest.shards
     assert (larger.parent, larger.generations) == (manifest.hash, [len(manifest.shards), 1])
-    again = fot("data", "prepare", data_recipe)
+    again = fot_here("data", "prepare", data_recipe)
     assert again.stdout.splitlines()[-1] == grown.stdout.splitlines()[-1]
     assert all(f"{stage} found" in again.stdout for stage in ("shards", "documents", "finetune-groups"))
 
 
-def test_a_changed_file_begins_a_new_data_set(fot, data_recipe: Path, tmp_path: Path) -> None:
-    assert fot("data", "prepare", data_recipe).returncode == 0
+def test_a_changed_file_begins_a_new_data_set(fot_here, data_recipe: Path, tmp_path: Path) -> None:
+    assert fot_here("data", "prepare", data_recipe).returncode == 0
     (tmp_path / "notes" / "3.txt").write_text("all new. " * 50)
-    assert fot("data", "prepare", data_recipe).returncode == 0
+    assert fot_here("data", "prepare", data_recipe).returncode == 0
     manifests = [Manifest.read(directory) for directory in shards(tmp_path)]
     assert len(manifests) == 2
     assert manifests[0].hash != manifests[1].hash
     assert [manifest.parent for manifest in manifests] == [None, None]
     shutil.rmtree(tmp_path / "notes")
-    assert "does not exist" in fot("data", "prepare", data_recipe).stdout.splitlines()[-1]
+    assert "does not exist" in fot_here("data", "prepare", data_recipe).stdout.splitlines()[-1]
 
 
-def test_what_the_data_cannot_give_is_one_line(fot, data_recipe: Path, tmp_path: Path) -> None:
+def test_what_the_data_cannot_give_is_one_line(fot_here, data_recipe: Path, tmp_path: Path) -> None:
     def line(*overrides: str) -> str:
         sets = [argument for override in overrides for argument in ("--set", override)]
-        answer = fot("data", "prepare", data_recipe, *sets)
+        answer = fot_here("data", "prepare", data_recipe, *sets)
         assert answer.returncode == 2, answer.stdout
         assert "Traceback" not in answer.stdout
         return answer.stdout.splitlines()[-1]
