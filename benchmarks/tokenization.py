@@ -24,6 +24,7 @@ from pathlib import Path
 
 FILES = 16
 TASK_BYTES = 2_000_000
+RESULT = "result.json"
 
 
 def bare(tokenizer: Path, corpus: Path, output: Path, cores: int) -> Callable[[], int]:
@@ -147,11 +148,11 @@ PEERS = {"datatrove": datatrove, "datasets.map": datasets}
 
 
 def measure(name: str, tokenizer: Path, corpus: Path, output: Path, cores: int) -> None:
-    """Print tokens and seconds of one row. Runs in a process of its own."""
+    """Leave tokens and seconds of one row in the output. Runs in a process of its own."""
     run = (OURS | PEERS)[name](tokenizer, corpus, output, cores)
     began = time.perf_counter()
     tokens = run()
-    print(json.dumps([tokens, time.perf_counter() - began]))
+    (output / RESULT).write_text(json.dumps([tokens, time.perf_counter() - began]))
 
 
 def tokens_a_second(python: str, name: str, tokenizer: Path, corpus: Path, cores: int) -> float:
@@ -164,7 +165,7 @@ def tokens_a_second(python: str, name: str, tokenizer: Path, corpus: Path, cores
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{name}: {done.stderr[-2000:]}")
-        tokens, seconds = json.loads(done.stdout.splitlines()[-1])
+        tokens, seconds = json.loads(Path(output, RESULT).read_text())
         return tokens / seconds
 
 

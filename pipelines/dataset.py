@@ -1,10 +1,12 @@
 """A data set as its readers see it: documents by number, any span of their tokens.
 
 The index is mapped into memory; tokens are read from the shards' files as they are asked for, so resident memory does
-not grow with the data set. A shard is checked against the manifest's checksum when it is first read from.
+not grow with the data set. The tokens of a record batch are compared with their checksum when they are first read from,
+which costs the same for shards of any size.
 """
 
 import os
+import zlib
 from functools import cached_property, lru_cache
 from io import FileIO
 from pathlib import Path
@@ -12,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from pipelines.documents import HELD_OUT, INDEX, TRAINING
+from pipelines.documents import BATCHES, HELD_OUT, INDEX, TRAINING
 from pipelines.errors import UserError
-from pipelines.shards import REPAIR, Manifest, damage_of
+from pipelines.shards import REPAIR, Manifest
 
 OPEN_FILES = 128
+BLOCK = 1 << 20  # bytes checked at once
 
 
 class DamagedShardError(UserError):
@@ -27,19 +30,19 @@ class TokenDataset:
     """The documents of the shards in one directory, with their index in another.
 
     `length` [N] tokens, `source` [N] (place among the recipe's sources), `cluster` [N] (equal for near-duplicates).
-    Raises DamagedShardError, at the first read from a shard, where it is not what the manifest says.
     """
 
     def __init__(self, shards: Path, index: Path) -> None:
         self.directory = shards
         self.manifest = Manifest.read(shards)
-        reader = pa.ipc.open_file(pa.memory_map(str(index / INDEX)))
-        self._columns = reader.get_batch(0)
+        self._columns = _only_batch(index / INDEX)
         self.length, self.source, self.cluster = (self._column(name) for name in ("length", "source", "cluster"))
-        self._shard, self._row, self._offset = (self._column(name) for name in ("shard", "row", "offset"))
+        self._shard, self._batch, self._row = (self._column(name) for name in ("shard", "batch", "row"))
+        self._offset = self._column("offset")
+        self._batches = _only_batch(index / BATCHES).to_pydict()
+        self._checked: set[int] = set()
         self._dtype = np.dtype(self.manifest.token_type)
         self._file = lru_cache(OPEN_FILES)(self._open)
-        self._checked: set[int] = set()
 
     def _column(self, name: str) -> np.ndarray:
         return self._columns.column(name).to_numpy()
@@ -58,13 +61,28 @@ class TokenDataset:
         return np.flatnonzero(self._column("use") == HELD_OUT)
 
     def tokens(self, document: int, start: int = 0, end: int | None = None) -> np.ndarray:
-        """Token ids [start, end) of a document; shorter where the document ends."""
+        """Token ids [start, end) of a document; shorter where the document ends.
+
+        Raises DamagedShardError where its shard is missing or its tokens are not what was written.
+        """
         length = int(self.length[document])
         end = length if end is None else min(end, length)
         size = self._dtype.itemsize
         at = int(self._offset[document]) + start * size
-        file = self._file(int(self._shard[document]))
+        shard, batch = int(self._shard[document]), int(self._batch[document])
+        file = self._file(shard)
+        if batch not in self._checked:
+            self._check(shard, batch, file)
         return np.frombuffer(os.pread(file.fileno(), max(0, end - start) * size, at), self._dtype)
+
+    def _check(self, shard: int, batch: int, file: FileIO) -> None:
+        offset, size, crc = (self._batches[name][batch] for name in ("offset", "size", "crc"))
+        found = 0
+        for at in range(offset, offset + size, BLOCK):
+            found = zlib.crc32(os.pread(file.fileno(), min(BLOCK, offset + size - at), at), found)
+        if found != crc:
+            raise DamagedShardError(f"{self.directory / self.manifest.shards[shard].file} is corrupt: {REPAIR}")
+        self._checked.add(batch)
 
     def id(self, document: int) -> str:
         """A document's id, read from its shard."""
@@ -79,8 +97,12 @@ class TokenDataset:
         raise AssertionError("the index names a row that the shard does not have")
 
     def _open(self, number: int) -> FileIO:
-        shard = self.manifest.shards[number]
-        if number not in self._checked and (damage := damage_of(self.directory, shard)):
-            raise DamagedShardError(f"{damage}: {REPAIR}")
-        self._checked.add(number)
-        return FileIO(self.directory / shard.file)
+        path = self.directory / self.manifest.shards[number].file
+        try:
+            return FileIO(path)
+        except FileNotFoundError:
+            raise DamagedShardError(f"{path} is missing: {REPAIR}") from None
+
+
+def _only_batch(path: Path) -> pa.RecordBatch:
+    return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)

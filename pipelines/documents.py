@@ -6,6 +6,7 @@ data set keeps its decisions: a document is held out by its id alone, or with th
 
 import hashlib
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from pipelines.files import complete_or_invisible, write_atomically
 from pipelines.minhash import join, near_duplicates
 from pipelines.shards import Manifest
 
-INDEX, REPORT = "documents.arrow", "report.json"
+INDEX, BATCHES, REPORT = "documents.arrow", "batches.arrow", "report.json"
 TRAINING, HELD_OUT, COPY, EXACT, NEAR = range(5)
 USES = ("training", "held out", "same id and text as an earlier one", "same text as an earlier one", "near-duplicate")
 SCHEMA = pa.schema(
     [
         ("shard", pa.int32()),
+        ("batch", pa.int32()),  # record batch, numbered over all shards
         ("row", pa.int32()),  # within the shard
         ("offset", pa.int64()),  # of the first token, bytes from the start of the shard's file
         ("length", pa.int64()),  # tokens
@@ -33,6 +35,7 @@ SCHEMA = pa.schema(
         ("use", pa.int8()),
     ]
 )
+BATCH_SCHEMA = pa.schema([("offset", pa.int64()), ("size", pa.int64()), ("crc", pa.uint32())])  # of a batch's tokens
 
 
 def index_documents(shards: Path, data: Data, output: Path) -> dict[str, Any]:
@@ -42,8 +45,7 @@ def index_documents(shards: Path, data: Data, output: Path) -> dict[str, Any]:
     """
     manifest = Manifest.read(shards)
     columns = _read_columns(shards, manifest, [source.name for source in data.sources])
-    ids, contents = columns.pop("ids"), columns.pop("contents")
-    signatures = columns.pop("signatures")
+    ids, contents, signatures, batches = (columns.pop(name) for name in ("ids", "contents", "signatures", "batches"))
     first_of_id, first_of_content = _first_of_equal(ids), _first_of_equal(contents)
     if len(ambiguous := np.flatnonzero(first_of_content != first_of_content[first_of_id])):
         name = ids[int(ambiguous[0])].as_py()
@@ -67,9 +69,8 @@ def index_documents(shards: Path, data: Data, output: Path) -> dict[str, Any]:
     use[first_of_id < number] = COPY
 
     columns |= {"original": original, "cluster": near.cluster, "use": use}
-    with complete_or_invisible(output / INDEX) as temporary, pa.ipc.new_file(str(temporary), SCHEMA) as writer:
-        arrays = [pa.array(columns[field.name]).cast(field.type) for field in SCHEMA]
-        writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=SCHEMA))
+    _write(output / INDEX, SCHEMA, columns)
+    _write(output / BATCHES, BATCH_SCHEMA, batches)
     report = _report(manifest, data, columns)
     write_atomically(output / REPORT, json.dumps(report, indent=1).encode())
     return report
@@ -77,7 +78,8 @@ def index_documents(shards: Path, data: Data, output: Path) -> dict[str, Any]:
 
 def _read_columns(shards: Path, manifest: Manifest, sources: list[str]) -> dict[str, Any]:
     """All the index needs of the shards; signatures stay mapped, one array [n, BINS] a record batch."""
-    columns: dict[str, list[Any]] = {name: [] for name in ("shard", "row", "offset", "length", "source")}
+    columns: dict[str, list[Any]] = {name: [] for name in ("shard", "batch", "row", "offset", "length", "source")}
+    batches: dict[str, list[int]] = {"offset": [], "size": [], "crc": []}
     ids, contents, signatures = [], [], []
     for number, shard in enumerate(manifest.shards):
         whole = pa.memory_map(str(shards / shard.file)).read_buffer()
@@ -87,7 +89,11 @@ def _read_columns(shards: Path, manifest: Manifest, sources: list[str]) -> dict[
             batch = reader.get_batch(place)
             tokens, n = batch.column("tokens"), batch.num_rows
             offsets, values = tokens.offsets.to_numpy(), tokens.values
-            begin = values.buffers()[1].address - whole.address
+            begin, size = values.buffers()[1].address - whole.address, len(values) * values.type.bit_width // 8
+            crc = zlib.crc32(memoryview(whole)[begin : begin + size])
+            columns["batch"].append(np.full(n, len(batches["crc"])))
+            for name, value in (("offset", begin), ("size", size), ("crc", crc)):
+                batches[name].append(value)
             columns["shard"].append(np.full(n, number))
             columns["row"].append(np.arange(rows, rows + n))
             columns["offset"].append(begin + offsets[:-1] * values.type.bit_width // 8)
@@ -99,7 +105,14 @@ def _read_columns(shards: Path, manifest: Manifest, sources: list[str]) -> dict[
             signatures.append(batch.column("signature").flatten().to_numpy().reshape(n, -1))
             rows += n
     made: dict[str, Any] = {name: np.concatenate(parts) for name, parts in columns.items()}
-    return made | {"ids": pa.chunked_array(ids), "contents": pa.chunked_array(contents), "signatures": signatures}
+    made |= {"ids": pa.chunked_array(ids), "contents": pa.chunked_array(contents), "signatures": signatures}
+    return made | {"batches": batches}
+
+
+def _write(path: Path, schema: pa.Schema, columns: dict[str, Any]) -> None:
+    with complete_or_invisible(path) as temporary, pa.ipc.new_file(str(temporary), schema) as writer:
+        arrays = [pa.array(columns[field.name]).cast(field.type) for field in schema]
+        writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
 
 
 def _first_of_equal(values: pa.ChunkedArray) -> np.ndarray:
