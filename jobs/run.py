@@ -14,7 +14,7 @@ from jobs.train.launch import last_metrics
 from jobs.train.spec import METRICS, MODEL
 from jobs.workspace import Workspace, duration
 from pipelines.cluster import check_workers
-from pipelines.progress import console
+from pipelines.progress import console, say
 from pipelines.store import Output
 from pipelines.workflow import workflow_status
 
@@ -78,4 +78,4 @@ def _closing_table(recipe: Recipe, outputs: Mapping[str, Output], seconds: float
     }
     console.print(f"[bold]{recipe.name}: done in {duration(seconds)}[/bold]")
     for what, where in made.items():  # a line each, never folded, so that paths can be copied
-        console.print(f"  {what:<{max(map(len, made))}}  {where}", soft_wrap=True, markup=False)
+        say(f"  {what:<{max(map(len, made))}}  {where}")

@@ -30,7 +30,7 @@ from jobs.workspace import Workspace
 from pipelines.dataset import DamagedShardError, TokenDataset
 from pipelines.files import write_atomically
 from pipelines.hashing import FileHashes, hash_json
-from pipelines.progress import Progress, console
+from pipelines.progress import Progress, say
 from pipelines.shards import Manifest
 from pipelines.store import RECORD, Stage
 from pipelines.tokenizer import load_tokenizer
@@ -227,7 +227,7 @@ def _train(recipe: Recipe, corpus: Corpus, spec: TrainSpec) -> None:
     except DamagedShardError as error:
         if not recipe.data.auto_repair:
             raise
-        console.print(f"{error}: repairing, as data.auto_repair says", soft_wrap=True, markup=False)
+        say(f"{error}: repairing, as data.auto_repair says")
         repair_shards(recipe.data, corpus.entries, spec.tokenizer, spec.shards)
         train(spec)
 

@@ -11,7 +11,7 @@ from jobs.recipe import Recipe
 from pipelines.cluster import ray_cluster
 from pipelines.errors import UserError
 from pipelines.hashing import FileHashes
-from pipelines.progress import console, quiet
+from pipelines.progress import console, quiet, say
 from pipelines.store import Output, Stage, Store
 from pipelines.workflow import run_workflow
 
@@ -50,12 +50,8 @@ class Workspace:
         stages = make_stages(self)
         log = escape(str(self.logs / f"{self.recipe.name}.log"))
         console.print(f"[bold]{self.recipe.name}[/bold]: {len(stages)} stages; library output goes to {log}")
-        outputs = run_workflow(stages, self.store, report=_report, warn=_warn)
+        outputs = run_workflow(stages, self.store, report=_report, warn=say)
         return outputs, time.monotonic() - began
-
-
-def _warn(message: str) -> None:
-    console.print(message, soft_wrap=True, markup=False)
 
 
 def _report(output: Output) -> None:

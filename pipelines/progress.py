@@ -44,6 +44,11 @@ def _flush() -> None:
     sys.stderr.flush()
 
 
+def say(message: str) -> None:
+    """A line for people, as it is."""
+    console.print(message, soft_wrap=True, markup=False)
+
+
 def human(amount: float) -> str:
     """1234567 -> '1.2M'."""
     for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -65,7 +70,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         if console.is_terminal:
             self._bar = Bar(
-                TextColumn("{task.description:>12}"),
+                TextColumn("{task.description:>15}"),
                 BarColumn(),
                 TextColumn("{task.percentage:>3.0f}%"),
                 TimeElapsedColumn(),
@@ -117,7 +122,7 @@ class Progress:
         left = (self._total - self._done) / self._rate() if self._rate() > 0 else 0.0
         eta = f", eta {int(left) // 60}:{int(left) % 60:02d}" if left >= 1 else ""
         console.print(
-            f"{self._name:>12} {human(self._done)}/{human(self._total)} {self._unit}, {self._rate_text()}{eta} "
+            f"{self._name:>15} {human(self._done)}/{human(self._total)} {self._unit}, {self._rate_text()}{eta} "
             f"{self._note}".rstrip(),
             soft_wrap=True,
         )

@@ -13,7 +13,7 @@ from pipelines.dataset import TokenDataset
 from pipelines.errors import UserError
 from pipelines.growth import finished_generation
 from pipelines.integrity import find_damage
-from pipelines.progress import Progress, console
+from pipelines.progress import Progress, say
 from pipelines.sampler import CrossBatchSampler
 from pipelines.shards import Manifest
 from pipelines.store import Output, damage_of
@@ -116,7 +116,7 @@ def _finished(workspace: Workspace) -> tuple[Corpus, dict[str, Output]]:
         )
     if corpus.generation.units:
         new = sum(len(unit.entries) for unit in corpus.generation.units)
-        console.print(f"{new} new files are not in the data set yet: `fot data prepare RECIPE` adds them")
+        say(f"{new} new files are not in the data set yet: `fot data prepare RECIPE` adds them")
     directory = corpus.generation.parent
     corpus = replace(corpus, generation=finished_generation(directory, Manifest.read(directory)))
     return corpus, finished_outputs(data_stages(workspace.recipe, corpus), workspace.store)

@@ -17,14 +17,14 @@ from pipelines.dataset import TokenDataset
 from pipelines.documents import index_documents, is_held_out
 from pipelines.errors import UserError
 from pipelines.growth import Generation, next_generation, units_again
-from pipelines.hashing import FileHashes, hash_json
+from pipelines.hashing import FileHashes, hash_file, hash_json
 from pipelines.integrity import check_manifest, find_damage, repair
 from pipelines.listing import list_entries
 from pipelines.packing import pack_dataset
-from pipelines.progress import Progress, console, human
+from pipelines.progress import Progress, human, say
 from pipelines.readers import read_unit
 from pipelines.shards import MANIFEST, Manifest
-from pipelines.store import Output, Stage, Store
+from pipelines.store import RECORD, Output, Stage, Store
 from pipelines.tokenize import Encoding, recipe_part, tokenize
 from pipelines.tokenizer import import_tokenizer, train_tokenizer
 
@@ -72,15 +72,13 @@ def data_stages(recipe: Recipe, corpus: Corpus) -> list[Stage]:
 
 
 def finished_data_sets(store: Store) -> Iterator[tuple[Path, Manifest, Output]]:
-    """Every data set of the store whose records can be read."""
-    for file in sorted(store.root.glob(f"{SHARDS}/*/{MANIFEST}")):
-        output = store.read(file.parent)
-        try:
-            manifest = Manifest.read(file.parent)
-        except (ValueError, TypeError):  # damaged, or of another format
-            continue
-        if output is not None:
-            yield file.parent, manifest, output
+    """Every data set of the store whose manifest is whole; others are named."""
+    for record in sorted(store.root.glob(f"{SHARDS}/*/{RECORD}")):
+        output, file = store.read(record.parent), record.with_name(MANIFEST)
+        if output is not None and file.exists() and hash_file(file) == output.files[MANIFEST][0]:
+            yield record.parent, Manifest.read(record.parent), output
+        else:
+            say(f"{record.parent} has no whole {MANIFEST}: it is passed over, and made again if it is needed")
 
 
 def _tokenizer_stage(
@@ -199,7 +197,7 @@ def _summary(manifest: Manifest) -> Iterator[str]:
 
 def _say(*lines: str) -> None:
     for line in lines:
-        console.print(f"{'':>12} {line}", soft_wrap=True, markup=False)
+        say(f"{'':>15} {line}")
 
 
 def documents_stage(recipe: Recipe) -> Stage:

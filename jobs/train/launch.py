@@ -11,7 +11,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs.train.spec import CHECKPOINT, METRICS, TrainSpec
-from pipelines.progress import Progress, console
+from pipelines.progress import Progress, say
 
 RAY_DIRECTORY = "ray"
 POLL = 1.0  # seconds between looks at the metrics
@@ -70,7 +70,7 @@ def _drop_damaged_state(directory: Path) -> None:
         try:
             json.loads(snapshot.read_text())
         except ValueError:
-            console.print(f"{snapshot} was cut off by a kill: this training starts again", soft_wrap=True, markup=False)
+            say(f"{snapshot} was cut off by a kill: this training starts again")
             shutil.rmtree(directory)
             return
 
