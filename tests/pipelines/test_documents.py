@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from pipelines.config import Data, Source
 from pipelines.documents import (
+    BATCHES,
     COPY,
     EXACT,
     HELD_OUT,
-    BATCHES,
     INDEX,
     NEAR,
     REPORT,

@@ -108,6 +108,22 @@ def test_data_is_made_looked_at_broken_mended_and_grown(fot_here, data_recipe: P
     assert all(f"{stage} found" in again.stdout for stage in ("shards", "documents", "finetune-groups"))
 
 
+def test_a_damaged_manifest_is_named_and_the_data_set_made_again(fot_here, data_recipe: Path, tmp_path: Path) -> None:
+    made = fot_here("data", "prepare", data_recipe)
+    (directory,) = shards(tmp_path)
+    before = contents(directory)
+    for damaged in (b"", before["manifest.json"].replace(b"shard-00001", b"shard-00009", 1)):
+        (directory / "manifest.json").write_bytes(damaged)
+        seen = fot_here("data", "verify", data_recipe)
+        assert seen.returncode == 2
+        assert f"{directory} has no whole manifest.json" in seen.stdout.replace("\n", "")
+        again = fot_here("data", "prepare", data_recipe)
+        assert again.stdout.splitlines()[-1] == made.stdout.splitlines()[-1]
+        assert {name: content for name, content in contents(directory).items() if name != "stage.json"} == {
+            name: content for name, content in before.items() if name != "stage.json"
+        }
+
+
 def test_a_changed_file_begins_a_new_data_set(fot_here, data_recipe: Path, tmp_path: Path) -> None:
     assert fot_here("data", "prepare", data_recipe).returncode == 0
     (tmp_path / "notes" / "3.txt").write_text("all new. " * 50)
