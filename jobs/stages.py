@@ -4,6 +4,7 @@ data stages (jobs/data/stages.py) -> base -> finetune -> perplexity, passkey -> 
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +47,21 @@ def recipe_stages(workspace: Workspace) -> list[Stage]:
         corpus = look_at_corpus(recipe, workspace.store, hashes)
         return [
             *data_stages(recipe, corpus),
-            _base_stage(recipe, corpus, hashes),
-            _finetune_stage(recipe, corpus),
-            _perplexity_stage(recipe),
+            _repairing(recipe, corpus, _base_stage(recipe, hashes)),
+            _repairing(recipe, corpus, _finetune_stage(recipe)),
+            _repairing(recipe, corpus, _perplexity_stage(recipe)),
             _passkey_stage(recipe),
             _register_stage(recipe, workspace.directory),
         ]
 
 
-def _base_stage(recipe: Recipe, corpus: Corpus, hashes: FileHashes) -> Stage:
+def _base_stage(recipe: Recipe, hashes: FileHashes) -> Stage:
     checkpoint, pretrain = recipe.base.checkpoint, recipe.base.pretrain
     if pretrain is not None:
 
         def make(output: Path, inputs: Inputs) -> None:
             _check_data(recipe, inputs)
-            _train(recipe, corpus, _train_spec(recipe, "base", pretrain.training, pretrain.shape, output, inputs))
+            train(_train_spec(recipe, "base", pretrain.training, pretrain.shape, output, inputs))
 
         params = {"pretrain": _dump(pretrain), **_what_else_decides(recipe)}
         inputs = ("tokenizer", SHARDS, DOCUMENTS, "base-groups")
@@ -82,11 +83,10 @@ def _base_stage(recipe: Recipe, corpus: Corpus, hashes: FileHashes) -> Stage:
     return Stage("base", bring, params, inputs=("tokenizer",))
 
 
-def _finetune_stage(recipe: Recipe, corpus: Corpus) -> Stage:
+def _finetune_stage(recipe: Recipe) -> Stage:
     def run(output: Path, inputs: Inputs) -> None:
         _check_data(recipe, inputs)
-        base = inputs["base"] / MODEL
-        _train(recipe, corpus, _train_spec(recipe, "finetune", recipe.finetune, base, output, inputs))
+        train(_train_spec(recipe, "finetune", recipe.finetune, inputs["base"] / MODEL, output, inputs))
 
     params = {"training": _dump(recipe.finetune), **_what_else_decides(recipe)}
     inputs = ("tokenizer", SHARDS, DOCUMENTS, "finetune-groups", "base")
@@ -110,7 +110,7 @@ def _perplexity_stage(recipe: Recipe) -> Stage:
         plot_perplexity(results["base"], results["fot"], local, output / "perplexity.png")
 
     params = {**_dump(settings), "local": local}
-    return Stage("perplexity", run, params, inputs=(SHARDS, DOCUMENTS, "base", "finetune"))
+    return Stage("perplexity", run, params, inputs=("tokenizer", SHARDS, DOCUMENTS, "base", "finetune"))
 
 
 def _passkey_stage(recipe: Recipe) -> Stage:
@@ -220,16 +220,18 @@ def _train_spec(recipe: Recipe, name: str, training: Training, base: Any, output
     )
 
 
-def _train(recipe: Recipe, corpus: Corpus, spec: TrainSpec) -> None:
-    """Train; where a shard turns out damaged on the way, and the recipe says so, repair the data set and go on."""
-    try:
-        train(spec)
-    except DamagedShardError as error:
-        if not recipe.data.auto_repair:
-            raise
-        say(f"{error}: repairing, as data.auto_repair says")
-        repair_shards(recipe.data, corpus.entries, spec.tokenizer, spec.shards)
-        train(spec)
+def _repairing(recipe: Recipe, corpus: Corpus, stage: Stage) -> Stage:
+    """The stage, which on finding a damaged shard has the data set repaired and goes on, where the recipe says so."""
+
+    def run(output: Path, inputs: Inputs) -> None:
+        try:
+            stage.run(output, inputs)
+        except DamagedShardError as error:
+            say(f"{error}: done now, as data.auto_repair says")
+            repair_shards(recipe.data, corpus.entries, inputs["tokenizer"], inputs[SHARDS])
+            stage.run(output, inputs)
+
+    return replace(stage, run=run) if recipe.data.auto_repair else stage
 
 
 def _check_data(recipe: Recipe, inputs: Inputs) -> None:
