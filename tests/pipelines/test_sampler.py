@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fot_model import cross_batch_plan
 from pipelines.config import Source
 from pipelines.errors import UserError
 from pipelines.packing import pack
@@ -217,6 +218,29 @@ def test_groups_with_near_duplicates_are_related(dataset_of):
     kinds = [signatures[documents[0]] for documents in batch.documents[::4]]
     assert sorted(kinds) == [0, 0, 0, 1, 1, 2]
     assert batch.related == [[one == other for other in kinds] for one in kinds]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(0, 4), st.integers(0, 4)), min_size=2, max_size=12),
+    st.integers(0, 100),
+)
+def test_a_negative_is_neither_of_the_rows_document_nor_of_a_near_duplicate(dataset_of, documents, step):
+    lengths, signatures, texts = zip(*documents, (24, 5, 5), strict=True)
+    dataset = dataset_of(lengths, signatures=signatures, hashes=[f"text {text}" for text in texts])
+    batch = sampler(dataset).micro_batch(step, 0)
+    plan = cross_batch_plan(batch.group, batch.segment, batch.related, [(0, 4), (1, 4)]).tolist()
+    near = {
+        (a, b)
+        for a in range(len(lengths))
+        for b in range(len(lengths))
+        if signatures[a] == signatures[b] or texts[a] == texts[b]
+    }
+    for row, seen in enumerate(plan):
+        for other in seen:
+            if other >= 0 and batch.group[other] != batch.group[row]:
+                group = [r for r in range(len(plan)) if batch.group[r] == batch.group[row]]
+                own = {document for r in group for document in batch.documents[r]}
+                assert not {(mine, theirs) for mine in own for theirs in batch.documents[other]} & near
 
 
 def test_groups_with_equal_texts_are_related(dataset_of):
