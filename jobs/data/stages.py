@@ -111,7 +111,7 @@ def _tokenizer_stage(
         files = {path.name: hashes.hash(path)}
     else:
         files = {"hub": given, "revision": recipe.tokenizer.revision or "main"}
-    return Stage("tokenizer", bring, {"files": files})
+    return Stage("tokenizer", bring, {"files": files}, version=2)
 
 
 def _training_texts(units: list[Unit], data: Data, progress: Progress) -> Iterator[str]:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pipelines.shards import Manifest
 
@@ -152,3 +153,32 @@ def test_what_the_data_cannot_give_is_one_line(fot_here, data_recipe: Path, tmp_
     with open(tmp_path / "corpus.jsonl", "a") as corpus:
         corpus.write(twice + "\n")
     assert "two documents have the id 'words/d0' but different text" in line()
+
+
+def test_a_faster_backend_is_used_where_it_makes_the_same_tokens(fot_here, data_recipe: Path, tmp_path: Path) -> None:
+    assert fot_here("data", "prepare", data_recipe).returncode == 0
+    fast = fot_here("data", "prepare", data_recipe, "--set", "tokenizer.backend=gigatoken")
+    assert fast.returncode == 0, fast.stdout
+    plain, faster = (Manifest.read(directory) for directory in shards(tmp_path))
+    assert [manifest.tokenizer["backend"] for manifest in (plain, faster)] == ["huggingface", "gigatoken"]
+    assert faster.shards == plain.shards
+    verified = fot_here("data", "verify", data_recipe, "--set", "tokenizer.backend=gigatoken")
+    assert faster.hash[:16] in verified.stdout
+
+
+def test_a_faster_backend_that_cannot_do_it_is_passed_over_with_a_word(
+    fot_here, data_recipe: Path, tmp_path: Path
+) -> None:
+    words = {word: number for number, word in enumerate(["<s>", "</s>", "?", "the", "cat"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    (tmp_path / "own").mkdir()
+    tokenizer.save(str(tmp_path / "own" / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "?"}
+    (tmp_path / "own" / "tokenizer_config.json").write_text(json.dumps(config))
+    sets = ["--set", "tokenizer.backend=gigatoken", "--set", f"tokenizer.path={tmp_path}/own"]
+    made = fot_here("data", "prepare", data_recipe, *sets)
+    assert made.returncode == 0, made.stdout
+    assert "going on with Hugging Face tokenizers" in made.stdout.replace("\n", " ")
+    (directory,) = shards(tmp_path)
+    assert Manifest.read(directory).tokenizer["backend"] == "huggingface"
