@@ -13,6 +13,7 @@ from pipelines.environment import WORKERS
 from pipelines.errors import UserError
 
 Result = TypeVar("Result")
+CANCELS = 10  # attempts to stop a task, a second each
 OBJECT_STORE_BYTES = 200_000_000  # tasks pass paths and counts, not data
 
 
@@ -78,5 +79,13 @@ def run_tasks(
             (done,), _ = ray.wait(list(running), num_returns=1)
             yield running.pop(done), ray.get(done)
     finally:
-        for unfinished in running:
-            ray.cancel(unfinished, force=True)
+        _stop(list(running))
+
+
+def _stop(tasks: list[ray.ObjectRef]) -> None:
+    for _ in range(CANCELS):
+        if not tasks:
+            return
+        for task in tasks:  # again and again: it is lost on a task that is just being sent to its worker
+            ray.cancel(task, force=True)
+        _, tasks = ray.wait(tasks, num_returns=len(tasks), timeout=1)

@@ -41,7 +41,7 @@ class Source(Part):
     min_tokens: Positive = Field(1, description="shorter documents are left out")
     max_tokens: Positive | None = Field(None, description="longer documents are left out")
     held_out: Fraction = Field(0.05, description="share of documents kept for evaluation, drawn by document hash")
-    weight: Annotated[float, Field(gt=0)] | None = Field(
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="share of training tokens, beside the others'"
     )
     max_epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="the most that a training may read it")
