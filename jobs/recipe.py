@@ -1,12 +1,13 @@
 """The recipe: one strict, frozen model of everything a run needs, read from YAML with `--set key=value` on top."""
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from pipelines.config import Data, Part, TokenizerPart
 from pipelines.errors import UserError
@@ -188,6 +189,11 @@ class Recipe(Part):
     finetune: Training
     evaluation: Evaluation = Evaluation()
     resources: Resources = Resources()
+
+    @field_validator("work_dir")
+    @classmethod
+    def _expand(cls, work_dir: str) -> str:
+        return os.path.expanduser(work_dir)
 
     @model_validator(mode="after")
     def _finetune_fits_the_pretrained(self) -> "Recipe":

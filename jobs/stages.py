@@ -31,9 +31,11 @@ from jobs.workspace import Workspace
 from pipelines.dataset import DamagedShardError, TokenDataset
 from pipelines.files import write_atomically
 from pipelines.hashing import FileHashes, hash_json
+from pipelines.integrity import check_manifest
 from pipelines.progress import Progress, say
 from pipelines.shards import Manifest
 from pipelines.store import RECORD, Stage
+from pipelines.tokenize import Encoding
 from pipelines.tokenizer import load_tokenizer
 
 
@@ -237,6 +239,8 @@ def _repairing(recipe: Recipe, corpus: Corpus, stage: Stage) -> Stage:
 def _check_data(recipe: Recipe, inputs: Inputs) -> None:
     """Find out before hours of training whether all that comes after has what it needs."""
     dataset = TokenDataset(inputs[SHARDS], inputs[DOCUMENTS])
+    backend = dataset.manifest.tokenizer["backend"]
+    check_manifest(dataset.manifest, recipe.data, Encoding(inputs["tokenizer"], backend, inputs[SHARDS]))
     local, settings = recipe.finetune.objective.context, recipe.evaluation
     choose_windows(dataset, local, max(settings.perplexity.contexts), 1)
     check_lengths(inputs["tokenizer"], local, settings.passkey.lengths, settings.passkey.digits)

@@ -31,8 +31,10 @@ class Workspace:
     def hashes(self) -> Iterator[FileHashes]:
         """Content hashes of input files, remembered from run to run."""
         hashes = FileHashes(self.directory / "file-hashes.json")
-        yield hashes
-        hashes.save()
+        try:
+            yield hashes
+        finally:
+            hashes.save()
 
     @contextmanager
     def with_ray(self) -> Iterator[None]:

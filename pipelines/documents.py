@@ -138,7 +138,7 @@ def is_held_out(document_id: str, share: float) -> bool:
 
 
 def _held_out(ids: pa.ChunkedArray, root: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Whether each document is held out: with its original, so that no copy of it is trained on."""
+    """Whether each document is held out: as its original is, however its own id would be drawn."""
     number = 0
     drawn = np.zeros(len(root), bool)
     for chunk in ids.chunks:

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,11 +34,9 @@ class FileHashes:
     def __init__(self, cache: Path) -> None:
         self._cache = cache
         self._known: dict[str, list[Any]] = {}
-        if cache.exists():
-            try:
-                self._known = json.loads(cache.read_text())
-            except ValueError:  # a damaged cache only costs time
-                self._known = {}
+        with suppress(OSError, ValueError):  # a damaged cache only costs time
+            known = json.loads(cache.read_text())
+            self._known = known if isinstance(known, dict) else {}
 
     def hash(self, path: Path) -> str:
         """sha256 (hex) of a local file. Raises UserError where it cannot be read."""

@@ -14,7 +14,7 @@ from pipelines.errors import UserError
 from pipelines.growth import units_again
 from pipelines.progress import Progress
 from pipelines.shards import Manifest, Shard, damage_of
-from pipelines.tokenize import Encoding, recipe_part, tokenize_unit
+from pipelines.tokenize import Encoding, recipe_part, remove_records, tokenize_unit
 
 
 def find_damage(directory: Path, manifest: Manifest, progress: Progress) -> dict[int, str]:
@@ -90,10 +90,8 @@ def repair(
 ) -> None:
     """Rebuild the damaged shards from what they were made of.
 
-    Raises UserError where that has changed or is gone, where tokenizer or recipe differ from the manifest's, and where
-    what comes out differs from what the manifest says.
+    Raises UserError where that has changed or is gone, and where what comes out differs from what the manifest says.
     """
-    check_manifest(manifest, data, encoding)
     sources = {source.name: source for source in data.sources}
     arguments = []
     units = units_again([manifest.shards[number].unit for number in damage], entries)
@@ -115,5 +113,5 @@ def repair(
                     f"{shard.file} comes out other than it was: made with {_libraries(manifest.libraries)}, here are "
                     f"{_libraries(_here(manifest))}: install the former, or make the data set again"
                 )
-            (encoding.output / shard.file).with_suffix(".record.json").unlink()
             progress.advance(1)
+    remove_records(encoding.output)

@@ -27,7 +27,7 @@ from pipelines.trees import import_order, random_order
 STDLIB = "python:stdlib"
 NEVER = ("__pycache__", "site-packages", ".*")  # caches, other people's packages, hidden files
 LINES = (".jsonl", ".json")
-RECORDS_IN_TREES = (".jsonl", *TABLES)  # there .json is a document's text
+RECORDS_IN_TREES = (".jsonl", *TABLES)  # a subdirectory of nothing else holds records; any other is a document
 HEADER = 1 << 18  # bytes of a theory in which its header is looked for
 
 Listed = tuple[str, list[tuple[str, Item]], bool]  # a document's or file's name, its files (name, item), if of records
@@ -193,7 +193,7 @@ class _Search:
             yield self._tree(name or base, base, wanted)
 
     def _entries(self, prefix: str, files: Mapping[str, Item]) -> Iterator[Listed]:
-        """A directory's entries: files, and subdirectories as one document each beside their files of records."""
+        """A directory's entries: files, and subdirectories, each a document or nothing but files of records."""
         if (saved := self._saved_dataset(files)) is not None:
             yield from ((prefix + name, [(prefix + name, files[name])], True) for name in saved)
             return
@@ -205,11 +205,12 @@ class _Search:
             if self._saved_dataset(dict(inner)) is not None:
                 yield from self._entries(f"{prefix}{entry}/", dict(inner))
                 continue
-            records = [suffix_and_codec(name)[0] in RECORDS_IN_TREES for name, _ in inner]
-            if text := self._wanted([file for file, is_records in zip(inner, records, strict=True) if not is_records]):
-                yield self._tree(prefix + entry, entry, text)
-            for name, item in self._wanted([f for f, is_records in zip(inner, records, strict=True) if is_records]):
-                yield f"{prefix}{entry}/{name}", [(f"{prefix}{entry}/{name}", item)], True
+            wanted = self._wanted(inner)
+            if all(suffix_and_codec(name)[0] in RECORDS_IN_TREES for name, _ in wanted):
+                for name, item in wanted:
+                    yield f"{prefix}{entry}/{name}", [(f"{prefix}{entry}/{name}", item)], True
+            else:
+                yield self._tree(prefix + entry, entry, wanted)
 
     def _tree(self, name: str, base: str, files: Sequence[tuple[str, Item]]) -> Listed:
         """A tree as one document. `base`: the tree's own name, which its files' names begin with."""

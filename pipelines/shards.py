@@ -154,6 +154,9 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
+        """The manifest of a data set. Raises ValueError for one of another format."""
         content = json.loads((directory / MANIFEST).read_text())
+        if content.get("format") != FORMAT:
+            raise ValueError(f"its format is {content.get('format')}, this version reads {FORMAT}")
         shards = tuple(Shard(**shard) for shard in content.pop("shards"))
         return cls(shards=shards, **content)

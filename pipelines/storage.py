@@ -4,6 +4,7 @@ Both are listed and opened in the same way. Local names may be any bytes, held a
 for remote storage come from the environment alone; what a driver says in an error is not repeated: it may quote them.
 """
 
+import errno
 import io
 import os
 import re
@@ -101,6 +102,8 @@ def readable(path: str) -> Iterator[None]:
     except PermissionError:
         raise UserError(f"{printable(path)} cannot be read: check its permissions") from None
     except (OSError, EOFError, UnicodeDecodeError, pa.ArrowException) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:  # of a temporary file: the one that is read is good
+            raise
         said = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"{printable(path)} cannot be read ({said}): mend or remove the file") from error
 

@@ -89,7 +89,7 @@ class Store:
         path = self.root / stage.name / key
         partial = path.with_name(f"{key}.partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
-        with self._locked(path):
+        with self.locked(path):
             if path.exists():
                 output = self.read(path)
                 damage = damage_of(output) if output is not None else {path / RECORD: "missing or damaged"}
@@ -128,6 +128,12 @@ class Store:
         except (OSError, ValueError, KeyError):
             return None
 
+    def finished(self, stage: str) -> Iterator[Output]:
+        """All finished outputs of a stage whose record can be read, by key."""
+        for path in sorted((self.root / stage).glob("*")):
+            if path.suffix == "" and (output := self.read(path)) is not None:
+                yield output
+
     def find(self, stage: Stage, outputs: Mapping[str, Output]) -> tuple[State, float, Path | None]:
         """(state, seconds spent, where) of a stage, without running or verifying anything."""
         if any(name not in outputs for name in stage.inputs):
@@ -141,7 +147,7 @@ class Store:
         return "to do", 0.0, None
 
     @contextmanager
-    def _locked(self, path: Path) -> Iterator[None]:
+    def locked(self, path: Path) -> Iterator[None]:
         """Hold the stage's lock, which the system releases however the process ends."""
         with open(path.with_name(f"{path.name}.lock"), "w") as lock:
             for patience in (0.5, 0.5, 0.0):  # `is_locked` of another process holds it for a moment

@@ -2,7 +2,7 @@
 
 Exactly once: a task writes its shard under a temporary name, renames it, then leaves a record beside it. Whatever died
 in between, running again repeats only the units without a record, and the result is the same to the byte. The manifest,
-written last, takes the records' place; rebuilding a damaged shard is the same task again.
+written last, takes the records' place. Rebuilding a damaged shard is the same task again.
 """
 
 import json
@@ -23,15 +23,16 @@ from pipelines.cluster import run_tasks
 from pipelines.config import Data, Source
 from pipelines.corpus import Document, Dropped, Unit
 from pipelines.errors import UserError
-from pipelines.files import write_atomically
+from pipelines.files import complete_or_invisible, write_atomically
 from pipelines.hashing import hash_file, hash_json
 from pipelines.minhash import signature
 from pipelines.progress import Progress
 from pipelines.readers import describe, read_unit
-from pipelines.shards import MANIFEST, REPAIR, Encoded, Manifest, Shard, damage_of, token_dtype, write_shard
+from pipelines.shards import Encoded, Manifest, Shard, token_dtype, write_shard
 from pipelines.tokenizer import TextTokenizer, load_tokenizer
 
-BATCH_CHARACTERS = 1_000_000  # text encoded and written at once: bounds a task's memory
+BATCH_CHARACTERS, BATCH_DOCUMENTS = 1_000_000, 10_000  # encoded and written at once: bounds a task's memory
+RECORD = ".record.json"  # of a finished task, beside its shard
 NOT_CONTENT = {
     "path",
     "held_out",
@@ -78,7 +79,9 @@ def tokenize(
     sources = {source.name: source for source in data.sources}
     before = Manifest.read(parent) if parent else None
     inherited = inherit(parent, before, encoding.output) if parent and before else ()
-    finished = {made.shard.file: made for made in _finished(encoding.output)}
+    tokenizer = encoding.load()
+    made_with = describe_tokenizer(tokenizer, encoding.backend)
+    finished = {made.shard.file: made for made in _recorded(encoding.output, made_with)}
     names = [shard_name(len(inherited) + number, unit) for number, unit in enumerate(units)]
     arguments = [
         (unit, name, sources[unit.source], encoding, finished.get(name))
@@ -96,14 +99,9 @@ def tokenize(
                     f"--set data.max_bad_documents=N"
                 )
             progress.advance(units[number].bytes)
-    tokenizer = encoding.load()
     manifest = Manifest(
         token_type=token_dtype(tokenizer.vocab_size).name,
-        tokenizer={
-            "fingerprint": tokenizer.fingerprint,
-            "behaviour": tokenizer.behaviour,
-            "backend": encoding.backend,
-        },
+        tokenizer=made_with,
         recipe=recipe_part(data),
         shards=(*inherited, *(shards[number] for number in range(len(units)))),
         parent=before.hash if before else None,
@@ -114,9 +112,19 @@ def tokenize(
         dropped = ", ".join(f"{count} {reason}" for reason, count in manifest.dropped.items()) or "nothing in the files"
         raise UserError(f"the corpus is empty, no source holds a document ({dropped}): check data.sources")
     manifest.write(encoding.output)
-    for made_on_the_way in (*encoding.output.glob("*.record.json"), *encoding.output.glob(".*.tmp")):
-        made_on_the_way.unlink()
+    remove_records(encoding.output)
     return manifest
+
+
+def remove_records(output: Path) -> None:
+    """Remove what tasks, the killed ones too, left beside the shards."""
+    for made_on_the_way in (*output.glob(f"*{RECORD}"), *output.glob(".*.tmp")):
+        made_on_the_way.unlink()
+
+
+def describe_tokenizer(tokenizer: TextTokenizer, backend: str) -> dict[str, str]:
+    """What a manifest says of its tokenizer."""
+    return {"fingerprint": tokenizer.fingerprint, "behaviour": tokenizer.behaviour, "backend": backend}
 
 
 def shard_name(number: int, unit: Unit) -> str:
@@ -124,30 +132,24 @@ def shard_name(number: int, unit: Unit) -> str:
 
 
 def inherit(parent: Path, manifest: Manifest, output: Path) -> tuple[Shard, ...]:
-    """The parent's shards, brought into the output: as second names of the same files where the file system has them.
-
-    Raises UserError where one is damaged.
-    """
+    """The parent's shards, brought into the output: as second names of the same files where there are such."""
     for shard in manifest.shards:
-        if damage := damage_of(parent, shard):
-            raise UserError(f"{damage}: {REPAIR}")
         target = output / shard.file
         if not target.exists():
             try:
                 os.link(parent / shard.file, target)
             except OSError:
-                shutil.copyfile(parent / shard.file, target)
+                with complete_or_invisible(target) as temporary:
+                    shutil.copyfile(parent / shard.file, temporary)
     return manifest.shards
 
 
-def _finished(output: Path) -> Iterator[Made]:
-    """What an earlier run of the output had made: by its manifest, or by its records."""
-    if (output / MANIFEST).exists():
-        for shard in Manifest.read(output).shards:
-            yield Made(shard, None)
-    for record in output.glob("*.record.json"):
+def _recorded(output: Path, tokenizer: dict[str, str]) -> Iterator[Made]:
+    """What an earlier run of the output had made, with the same tokenizer and library behaviour."""
+    for record in output.glob(f"*{RECORD}"):
         known = json.loads(record.read_text())
-        yield Made(Shard(**known["shard"]), Dropped(**known["first_bad"]) if known["first_bad"] else None)
+        if known["tokenizer"] == tokenizer:
+            yield Made(Shard(**known["shard"]), Dropped(**known["first_bad"]) if known["first_bad"] else None)
 
 
 def tokenize_unit(unit: Unit, name: str, source: Source, encoding: Encoding, known: Made | None) -> Made:
@@ -158,22 +160,24 @@ def tokenize_unit(unit: Unit, name: str, source: Source, encoding: Encoding, kno
 
     tokenizer = _load_once(encoding)
     dropped: Counter[str] = Counter()
-    bad: list[Dropped] = []
+    bad, first_bad = 0, None
 
     def documents() -> Iterator[Document]:
+        nonlocal bad, first_bad
         for item in read_unit(unit, source):
             if isinstance(item, Document):
                 yield item
                 continue
             dropped[item.reason] += 1
             if item.bad:
-                bad.append(item)
+                bad, first_bad = bad + 1, first_bad or item
 
     batches = (_admit(batch, source, dropped) for batch in _encoded(documents(), tokenizer))
     counts = write_shard(path, filter(None, batches), tokenizer.vocab_size)
-    shard = Shard(path.name, hash_file(path), unit.identity(), *counts, dict(sorted(dropped.items())), len(bad))
-    made = Made(shard, bad[0] if bad else None)
-    write_atomically(path.with_suffix(".record.json"), json.dumps(asdict(made)).encode())
+    shard = Shard(path.name, hash_file(path), unit.identity(), *counts, dict(sorted(dropped.items())), bad)
+    made = Made(shard, first_bad)
+    record = {**asdict(made), "tokenizer": describe_tokenizer(tokenizer, encoding.backend)}
+    write_atomically(path.with_suffix(RECORD), json.dumps(record).encode())
     return made
 
 
@@ -190,7 +194,7 @@ def _encoded(documents: Iterator[Document], tokenizer: TextTokenizer) -> Iterato
     for document in documents:
         batch.append(document)
         characters += len(document.text)
-        if characters >= BATCH_CHARACTERS:
+        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
             yield list(zip(batch, tokenizer.encode_documents([each.text for each in batch]), strict=True))
             batch, characters = [], 0
     if batch:

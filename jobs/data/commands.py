@@ -12,11 +12,12 @@ from jobs.workspace import Workspace
 from pipelines.dataset import TokenDataset
 from pipelines.errors import UserError
 from pipelines.growth import finished_generation
-from pipelines.integrity import find_damage
+from pipelines.integrity import check_manifest, find_damage
 from pipelines.progress import Progress, say
 from pipelines.sampler import CrossBatchSampler
 from pipelines.shards import Manifest
 from pipelines.store import Output, damage_of
+from pipelines.tokenize import Encoding
 from pipelines.tokenizer import load_tokenizer
 from pipelines.workflow import finished_outputs
 
@@ -34,18 +35,22 @@ def prepare(path: Path, overrides: Sequence[str]) -> None:
 def verify(path: Path, overrides: Sequence[str]) -> None:
     """Compare the data with its checksums and counts. Raises UserError where something is damaged."""
     workspace = Workspace(load_recipe(path, overrides))
-    _, outputs = _finished(workspace)
+    corpus, outputs = _newest(workspace)
     directory = outputs[SHARDS].path
     manifest = Manifest.read(directory)
+    backend = manifest.tokenizer["backend"]
+    check_manifest(manifest, workspace.recipe.data, Encoding(outputs["tokenizer"].path, backend, directory))
     with workspace.with_ray(), Progress("verify", len(manifest.shards), "shards") as progress:
         damage = list(find_damage(directory, manifest, progress).values())
-    for name, output in outputs.items():
-        if name != SHARDS:
-            damage += [f"{file} is {what}" for file, what in damage_of(output).items()]
+    for stage in data_stages(workspace.recipe, corpus):
+        if stage.name not in outputs:
+            damage.append(f"{workspace.store.root / stage.name} does not have what this recipe needs")
+        elif stage.name != SHARDS:
+            damage += [f"{file} is {what}" for file, what in damage_of(outputs[stage.name]).items()]
     for line in damage:
         print(line)
     if damage:
-        raise UserError(f"{len(damage)} files are damaged: mend them with `fot data repair {path}`")
+        raise UserError(f"{len(damage)} damaged or missing: mend it with `fot data repair {path}`")
     print(
         f"{len(manifest.shards)} shards with {manifest.documents} documents and {manifest.tokens} tokens are what the "
         f"manifest says ({manifest.hash[:16]} in {directory})"
@@ -55,15 +60,19 @@ def verify(path: Path, overrides: Sequence[str]) -> None:
 def repair(path: Path, overrides: Sequence[str]) -> None:
     """Make what is damaged again, as it was. Raises UserError where it cannot be."""
     workspace = Workspace(load_recipe(path, overrides))
-    corpus, outputs = _finished(workspace)
+    corpus, outputs = _newest(workspace)
+    directory = outputs[SHARDS].path
     with workspace.with_ray():
-        mended = repair_shards(workspace.recipe.data, corpus.entries, outputs["tokenizer"].path, outputs[SHARDS].path)
+        with workspace.store.locked(directory):
+            damage = repair_shards(workspace.recipe.data, corpus.entries, outputs["tokenizer"].path, directory)
+        mended = [f"{line}; it is made again" for line in damage]
         for stage in data_stages(workspace.recipe, corpus):
-            if stage.name in outputs and stage.name != SHARDS:
-                mended += [f"{file} is {what}" for file, what in damage_of(outputs[stage.name]).items()]
-                workspace.store.build(stage, outputs, lambda message: None)
+            output = workspace.store.build(stage, outputs, mended.append)
+            if stage.name not in outputs:
+                mended.append(f"{output.path} was missing; it is made again")
+            outputs[stage.name] = output
     for line in mended:
-        print(f"{line}: made again")
+        print(line)
     print("everything is as it was made" if mended else "nothing is damaged")
 
 
@@ -93,10 +102,12 @@ def _open(path: Path, overrides: Sequence[str], training: str) -> tuple[Recipe, 
     recipe = load_recipe(path, overrides)
     if training not in recipe.trainings:
         raise UserError(f"--training {training}: the recipe trains {' and '.join(recipe.trainings)}")
-    _, outputs = _finished(Workspace(recipe))
+    _, outputs = _newest(Workspace(recipe))
     groups = f"{training}-groups"
     if groups not in outputs:
         raise UserError(f"the data is not packed for {training} yet: make it with `fot data prepare {path}`")
+    if damaged := [*damage_of(outputs[DOCUMENTS]), *damage_of(outputs[groups])]:
+        raise UserError(f"{damaged[0]} is damaged: mend it with `fot data repair {path}`")
     dataset = TokenDataset(outputs[SHARDS].path, outputs[DOCUMENTS].path)
     sampler = make_sampler(dataset, outputs[groups].path, recipe.trainings[training], recipe.data, recipe.seed)
     return recipe, sampler, outputs
@@ -107,7 +118,7 @@ def _corpus(workspace: Workspace) -> Corpus:
         return look_at_corpus(workspace.recipe, workspace.store, hashes)
 
 
-def _finished(workspace: Workspace) -> tuple[Corpus, dict[str, Output]]:
+def _newest(workspace: Workspace) -> tuple[Corpus, dict[str, Output]]:
     """The corpus, and the newest finished data set made of it with what was made of that."""
     corpus = _corpus(workspace)
     if corpus.generation.parent is None:
@@ -115,7 +126,7 @@ def _finished(workspace: Workspace) -> tuple[Corpus, dict[str, Output]]:
             f"there is no data set of this recipe in {workspace.store.root}: make it with `fot data prepare RECIPE`"
         )
     if corpus.generation.units:
-        new = sum(len(unit.entries) for unit in corpus.generation.units)
+        new = len({entry for unit in corpus.generation.units for entry in unit.entries})
         say(f"{new} new files are not in the data set yet: `fot data prepare RECIPE` adds them")
     directory = corpus.generation.parent
     corpus = replace(corpus, generation=finished_generation(directory, Manifest.read(directory)))

@@ -24,14 +24,14 @@ from pipelines.packing import pack_dataset
 from pipelines.progress import Progress, human, say
 from pipelines.readers import read_unit
 from pipelines.shards import MANIFEST, Manifest
-from pipelines.store import RECORD, Output, Stage, Store
+from pipelines.store import Output, Stage, Store
 from pipelines.tokenize import Encoding, recipe_part, tokenize
 from pipelines.tokenizer import import_tokenizer, train_tokenizer
 
 Inputs = Mapping[str, Path]
 SHARDS, DOCUMENTS = "shards", "documents"
 SAMPLED_UNITS, SAMPLED_TEXTS = 20, 20
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".gguf")
+TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "config")  # names begin so
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ def look_at_corpus(recipe: Recipe, store: Store, hashes: FileHashes) -> Corpus:
 
     known = []
     for directory, manifest, output in finished_data_sets(store):
+        if manifest.recipe != part:
+            continue
         generation, tokenizer = with_tokenizer([(directory, manifest)])
         same_tokenizer = output.inputs["tokenizer"] == store.key(tokenizer, {})
         if generation.parent and same_tokenizer and output.params["backend"] == recipe.tokenizer.backend:
@@ -73,12 +75,17 @@ def data_stages(recipe: Recipe, corpus: Corpus) -> list[Stage]:
 
 def finished_data_sets(store: Store) -> Iterator[tuple[Path, Manifest, Output]]:
     """Every data set of the store whose manifest is whole; others are named."""
-    for record in sorted(store.root.glob(f"{SHARDS}/*/{RECORD}")):
-        output, file = store.read(record.parent), record.with_name(MANIFEST)
-        if output is not None and file.exists() and hash_file(file) == output.files[MANIFEST][0]:
-            yield record.parent, Manifest.read(record.parent), output
+    for output in store.finished(SHARDS):
+        file = output.path / MANIFEST
+        try:
+            whole = hash_file(file) == output.files[MANIFEST][0]
+            manifest = Manifest.read(output.path)
+        except (OSError, ValueError):
+            whole = False
+        if whole:
+            yield output.path, manifest, output
         else:
-            say(f"{record.parent} has no whole {MANIFEST}: it is passed over, and made again if it is needed")
+            say(f"{output.path} has no whole {MANIFEST}: it is passed over, and made again if it is needed")
 
 
 def _tokenizer_stage(
@@ -106,9 +113,10 @@ def _tokenizer_stage(
         import_tokenizer(str(path) if path.exists() else given, output, recipe.tokenizer.revision)
 
     if path.is_dir():
-        files = {name: hash for name, hash in directory_files(path, hashes).items() if not name.endswith(WEIGHTS)}
-    elif path.is_file():
-        files = {path.name: hashes.hash(path)}
+        files = {name: hash for name, hash in directory_files(path, hashes).items() if name.startswith(TOKENIZER_FILES)}
+    elif path.is_file():  # a SentencePiece model; its directory may say which tokens begin and end a text
+        beside = directory_files(path.parent, hashes)
+        files = {name: hash for name, hash in beside.items() if name in (path.name, "tokenizer_config.json")}
     else:
         files = {"hub": given, "revision": recipe.tokenizer.revision or "main"}
     return Stage("tokenizer", bring, {"files": files}, version=2)
@@ -132,9 +140,9 @@ def shards_stage(recipe: Recipe, corpus: Corpus) -> Stage:
         if (output / MANIFEST).exists():
             repair_shards(recipe.data, corpus.entries, inputs["tokenizer"], output)
             return
-        encoding = Encoding(inputs["tokenizer"], _choose_backend(recipe, corpus, inputs["tokenizer"]), output)
         if generation.parent is not None:
-            check_manifest(Manifest.read(generation.parent), recipe.data, encoding)
+            repair_shards(recipe.data, corpus.entries, inputs["tokenizer"], generation.parent)
+        encoding = Encoding(inputs["tokenizer"], _choose_backend(recipe, corpus, inputs["tokenizer"]), output)
         with Progress(SHARDS, sum(unit.bytes for unit in generation.units), "B") as progress:
             manifest = tokenize(generation.units, recipe.data, encoding, progress, generation.parent)
         _say(*_summary(manifest))
@@ -144,7 +152,7 @@ def shards_stage(recipe: Recipe, corpus: Corpus) -> Stage:
         "parent": generation.parent_hash,
         "backend": backend,
     }
-    return Stage(SHARDS, run, params, inputs=("tokenizer",), mends=True)
+    return Stage(SHARDS, run, params, inputs=("tokenizer",), content=MANIFEST, mends=True)
 
 
 def _choose_backend(recipe: Recipe, corpus: Corpus, tokenizer: Path) -> str:
@@ -164,7 +172,7 @@ def _choose_backend(recipe: Recipe, corpus: Corpus, tokenizer: Path) -> str:
 def _sample_texts(units: list[Unit], data: Data) -> Iterator[str]:
     """The first few documents of units from everywhere in the corpus."""
     sources = {source.name: source for source in data.sources}
-    for unit in units[:: -(-len(units) // SAMPLED_UNITS)]:
+    for unit in units[:: max(1, len(units) // SAMPLED_UNITS)]:
         texts = (item.text for item in read_unit(unit, sources[unit.source]) if isinstance(item, Document))
         yield from islice(texts, SAMPLED_TEXTS)
 
@@ -172,15 +180,16 @@ def _sample_texts(units: list[Unit], data: Data) -> Iterator[str]:
 def repair_shards(data: Data, entries: Sequence[Entry], tokenizer: Path, directory: Path) -> list[str]:
     """Find the damaged shards of a data set and make them again. Returns what was wrong.
 
-    Raises UserError where they cannot be made as they were.
+    Raises UserError where recipe, tokenizer or library differ from the manifest's, and where a shard cannot be made as
+    it was.
     """
     manifest = Manifest.read(directory)
+    encoding = Encoding(tokenizer, manifest.tokenizer["backend"], directory)
+    check_manifest(manifest, data, encoding)
     with Progress("verify", len(manifest.shards), "shards") as progress:
         damage = find_damage(directory, manifest, progress)
-    if damage:
-        encoding = Encoding(tokenizer, manifest.tokenizer["backend"], directory)
-        with Progress("repair", len(damage), "shards") as progress:
-            repair(damage, manifest, entries, data, encoding, progress)
+    with Progress("repair", len(damage), "shards") as progress:
+        repair(damage, manifest, entries, data, encoding, progress)
     return list(damage.values())
 
 
@@ -239,7 +248,15 @@ def groups_stage(recipe: Recipe, name: str, training: Training) -> Stage:
                 f"a group"
             )
 
-    return Stage(name, run, {"group_tokens": shape.group_tokens}, inputs=(SHARDS, DOCUMENTS))
+    params = {
+        "group_tokens": shape.group_tokens,
+        "checked": {  # decides nothing of the groups, but whether the training can read them
+            "groups_per_step": [shape.groups_per_micro_batch, shape.micro_batches],
+            "steps": training.steps,
+            "sources": [[source.weight, source.max_epochs] for source in recipe.data.sources],
+        },
+    }
+    return Stage(name, run, params, inputs=(SHARDS, DOCUMENTS))
 
 
 def held_out(recipe: Recipe) -> dict[str, float]:

@@ -85,7 +85,7 @@ def sample_view(sampler: CrossBatchSampler, tokenizer: TextTokenizer, count: int
 
 def excerpt(text: str) -> str:
     """Both ends of a text on one line."""
-    line = text.encode("unicode_escape").decode() if not text.isprintable() else text
+    line = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
     return line if len(line) <= 2 * EXCERPT else f"{line[:EXCERPT]} ... {line[-EXCERPT:]}"
 
 

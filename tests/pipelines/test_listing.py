@@ -197,13 +197,24 @@ def test_hidden_files_caches_and_packages_are_never_read(tmp_path, write_tree, r
     assert texts(read(tmp_path)) == ["yes", "yes"]
 
 
-def test_files_of_records_in_a_subdirectory_are_read_as_such_but_json_is_text(tmp_path, write_tree, read):
+def test_a_subdirectory_of_records_alone_holds_records(tmp_path, write_tree, read):
     write_tree(tmp_path, {"d/1.jsonl": line("one") + "\n" + line("two"), "d/deep/2.jsonl.gz": gzip.compress(b"")})
-    write_tree(tmp_path, {"d/package.json": '{"name": "text"}', "top.json": line("three")})
+    write_tree(tmp_path, {"top.json": line("three")})
     write_stream(tmp_path / "d/deep/3.arrow", ["four"])
     pq.write_table(pa.table({"text": ["five"]}), tmp_path / "d/4.parquet")
-    assert texts(read(tmp_path)) == ['{"name": "text"}', "one", "two", "five", "four", "three"]
+    assert texts(read(tmp_path)) == ["one", "two", "five", "four", "three"]
     assert texts(read(tmp_path / "*.json")) == texts(read(tmp_path / "top.json")) == ["three"]
+
+
+def test_a_repository_with_tables_in_it_is_one_document(tmp_path, write_tree, read):
+    write_tree(tmp_path, {"d/fixture.jsonl": '{"a": 1}', "d/package.json": '{"name": "text"}', "d/code.py": "pass"})
+    pq.write_table(pa.table({"no text": ["five"]}), tmp_path / "d/table.parquet")
+    items = read(tmp_path)
+    (text,) = texts(items)
+    assert sorted(text.split("\n")) == ["pass", '{"a": 1}', '{"name": "text"}']
+    (table,) = [item for item in items if isinstance(item, Dropped)]
+    assert table.path.endswith("table.parquet")
+    assert not table.bad
 
 
 def test_the_standard_library_is_a_corpus(read):

@@ -396,14 +396,31 @@ def test_a_grown_data_set_keeps_the_parents_shards_and_names_it(
     assert all((output / shard.file).samefile(whole / shard.file) for shard in parent.shards)
 
 
-def test_a_damaged_parent_is_refused(local_ray, whole, fresh, data_of, units_of, tokenizer_directory, write_tree):
-    parent = fresh() / "parent"
-    shutil.copytree(whole, parent)
-    flip_a_byte(shard := sorted(parent.glob("*.arrow"))[1], None)
-    data = data_of(write_tree(fresh(), {"new.txt": "a new text"}))
-    with pytest.raises(
-        UserError, match=f"{re.escape(str(shard))} is corrupt: rebuild it with `fot data repair RECIPE`"
-    ):
-        tokenize(
-            units_of(data), data, Encoding(tokenizer_directory, "huggingface", fresh()), Progress("", 1, "B"), parent
-        )
+def test_a_parents_shards_are_copied_where_they_cannot_be_linked(
+    local_ray, whole, fresh, data_of, units_of, tokenizer_directory, write_tree, monkeypatch, contents
+):
+    def refuse(*_):
+        raise OSError("another file system")
+
+    data, output = data_of(write_tree(fresh(), {"new.txt": "a new text"})), fresh()
+    monkeypatch.setattr(os, "link", refuse)
+    encoding = Encoding(tokenizer_directory, "huggingface", output)
+    tokenize(units_of(data), data, encoding, Progress("", 1, "B"), whole)
+    made = contents(output)
+    assert all(made[name] == content for name, content in contents(whole).items() if name != MANIFEST)
+    assert not any((output / shard.file).samefile(whole / shard.file) for shard in Manifest.read(whole).shards)
+
+
+def test_what_was_made_with_another_tokenizer_is_made_again(
+    local_ray, corpus, data_of, units_of, tokenizer_directory, fresh, run_unit, run, contents, whole
+):
+    data, output = data_of(corpus, task_bytes=500), fresh()
+    units = units_of(data)
+    shard = output / run_unit(units, 0, data, output).file
+    record = shard.with_suffix(".record.json")
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps({**content, "tokenizer": {**content["tokenizer"], "behaviour": "another"}}))
+    before = shard.stat().st_ino
+    run(corpus, output, task_bytes=500)
+    assert shard.stat().st_ino != before
+    assert contents(output) == contents(whole)

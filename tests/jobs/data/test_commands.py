@@ -86,10 +86,18 @@ def test_data_is_made_looked_at_broken_mended_and_grown(fot_here, data_recipe: P
     assert f"{broken} is corrupt" in damaged.stdout
     assert f"{gone} is missing" in damaged.stdout
     assert f"{index} is corrupt" in damaged.stdout
-    assert "3 files are damaged: mend them with `fot data repair" in damaged.stdout.splitlines()[-1]
+    assert "3 damaged or missing: mend it with `fot data repair" in damaged.stdout.splitlines()[-1]
+    unreadable = fot_here("data", "inspect", data_recipe)
+    assert unreadable.returncode == 2
+    assert f"{index} is damaged" in unreadable.stdout
     mended = fot_here("data", "repair", data_recipe)
     assert mended.returncode == 0, mended.stdout
     assert mended.stdout.count("made again") == 3
+    shutil.rmtree(index.parent)
+    missing = fot_here("data", "verify", data_recipe)
+    assert missing.returncode == 2
+    assert "documents does not have what this recipe needs" in missing.stdout
+    assert fot_here("data", "repair", data_recipe).returncode == 0
     after = contents(tmp_path / STORE)
     assert {n for n, c in after.items() if before[n] != c} <= {n for n in before if n.endswith(("stage.json", ".lock"))}
 
@@ -97,6 +105,7 @@ def test_data_is_made_looked_at_broken_mended_and_grown(fot_here, data_recipe: P
     old = fot_here("data", "verify", data_recipe)
     assert old.returncode == 0
     assert "1 new files are not in the data set yet" in old.stdout
+    gone.unlink()  # what grows is mended first
     grown = fot_here("data", "prepare", data_recipe)
     assert grown.returncode == 0, grown.stdout
     assert "(1 new)" in grown.stdout
@@ -123,6 +132,41 @@ def test_a_damaged_manifest_is_named_and_the_data_set_made_again(fot_here, data_
         assert {name: content for name, content in contents(directory).items() if name != "stage.json"} == {
             name: content for name, content in before.items() if name != "stage.json"
         }
+
+
+def test_settings_that_a_training_cannot_have_are_refused_also_when_the_groups_are_there(
+    fot_here, data_recipe: Path
+) -> None:
+    assert fot_here("data", "prepare", data_recipe).returncode == 0
+    refused = fot_here("data", "prepare", data_recipe, "--set", "data.sources.1.max_epochs=0.001")
+    assert refused.returncode == 2
+    assert "data.sources.1.max_epochs is 0.001" in refused.stdout.splitlines()[-1]
+    too_large = ["--set", "finetune.batch.groups=1000", "--set", "finetune.batch.micro_batches=2"]
+    assert "a micro-batch takes 1000" in fot_here("data", "prepare", data_recipe, *too_large).stdout.splitlines()[-1]
+
+
+def test_what_is_not_finished_or_of_another_format_is_passed_over(fot_here, data_recipe: Path, tmp_path: Path) -> None:
+    made = fot_here("data", "prepare", data_recipe)
+    (directory,) = shards(tmp_path)
+    shutil.copytree(directory, directory.with_name("0123.partial"))
+    other = directory.with_name("0123")
+    shutil.copytree(directory, other)
+    (other / "manifest.json").write_text('{"format": 1, "shards": []}')
+    seen = fot_here("data", "verify", data_recipe)
+    assert seen.returncode == 0, seen.stdout
+    assert f"{other} has no whole manifest.json" in seen.stdout
+    assert fot_here("data", "prepare", data_recipe).stdout.splitlines()[-1] == made.stdout.splitlines()[-1]
+
+
+def test_files_beside_the_tokenizer_do_not_matter(fot_here, data_recipe: Path, tmp_path: Path) -> None:
+    made = fot_here("data", "prepare", data_recipe)
+    own = shutil.copytree(next((tmp_path / STORE / "tokenizer").glob("*/tokenizer.json")).parent, tmp_path / "own")
+    sets = ["--set", f"tokenizer.path={own}"]
+    first = fot_here("data", "prepare", data_recipe, *sets)
+    assert made.returncode == first.returncode == 0
+    (own / "README.md").write_text("about it")
+    assert fot_here("data", "prepare", data_recipe, *sets).stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+    assert len(shards(tmp_path)) == 2  # that of the tokenizer learned here, and this one
 
 
 def test_a_changed_file_begins_a_new_data_set(fot_here, data_recipe: Path, tmp_path: Path) -> None:
