@@ -120,6 +120,11 @@ class _Search:
             self.path = os.path.abspath(os.path.expanduser(source.path))  # tasks run in directories of their own
         if is_url(self.path) and "@" in self.path.split("/")[2] and ":" in self.path.split("/")[2]:
             raise UserError(f"source {source.name!r}: its path holds a password: give it in the environment instead")
+        if self.path.startswith(("http://", "https://")) and "?" in self.path:
+            raise UserError(
+                f"source {source.name!r}: its URL holds a query, which may be secret and would become part of document "
+                f"ids: download the file, or give a URL without"
+            )
         self.follow_links = source.follow_links or source.path == STDLIB  # some systems' has links
         self.storage = storage_of(self.path)
         self.top = self.path  # what links may not lead out of

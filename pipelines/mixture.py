@@ -1,8 +1,8 @@
 """The mixture: which source the group at a place of the training order comes from, by index alone.
 
 Places are dealt in blocks of BLOCK. In every block each source has a number of slots in proportion to its weight, and
-the slots stand in a seeded order of the block's own. So shares are kept, to 1 / BLOCK, in every block, and how many groups of a
-source come before a place takes one block to count: seeking costs the same everywhere.
+the slots stand in a seeded order of the block's own. So shares are kept, to 1 / BLOCK, in every block, and how many
+groups of a source come before a place takes one block to count: seeking costs the same everywhere.
 """
 
 import hashlib

@@ -519,3 +519,9 @@ def test_files_are_found_again_from_any_directory(tmp_path, write_tree, data_of,
         files = [file for unit in units_of(data_of(path)) for entry in unit.entries for file in entry.files]
         assert {file.path for file in files} == {f"{tmp_path}/corpus/a.txt", f"{tmp_path}/corpus/b.jsonl"}
         assert {file.name for file in files} == {"a.txt", "b.jsonl"}
+
+
+def test_a_query_in_a_url_is_refused_and_not_repeated(data_of, units_of):
+    with pytest.raises(UserError, match="its URL holds a query") as error:
+        units_of(data_of("https://127.0.0.1:1/a.jsonl?signature=verysecret"))
+    assert "verysecret" not in str(error.value)
