@@ -44,12 +44,8 @@ def check_shard(directory: Path, shard: Shard) -> str | None:
 
 def check_manifest(manifest: Manifest, data: Data, encoding: Encoding) -> None:
     """Raises UserError that says what differs where recipe, tokenizer or library behave other than the manifest's."""
-    part, made_with = recipe_part(data), manifest.recipe
-    for key in sorted(part.keys() | made_with.keys()):
-        if part.get(key) != made_with.get(key):
-            raise UserError(
-                f"the data set was made with another data.{key}: {_difference(made_with.get(key), part.get(key))}"
-            )
+    if differs := recipe_difference(manifest, data):
+        raise UserError(f"the data set was made with another {differs}")
     tokenizer = encoding.load()
     if tokenizer.fingerprint != manifest.tokenizer["fingerprint"]:
         raise UserError(
@@ -61,6 +57,15 @@ def check_manifest(manifest: Manifest, data: Data, encoding: Encoding) -> None:
             f"the tokenizer is the same, but its library makes other tokens of the same text: the data set was made "
             f"with {_libraries(manifest.libraries)}, here are {_libraries(_here(manifest))}: install the former"
         )
+
+
+def recipe_difference(manifest: Manifest, data: Data) -> str | None:
+    """What the recipe sets otherwise than the manifest's did, None if nothing."""
+    part, made_with = recipe_part(data), manifest.recipe
+    for key in sorted(part.keys() | made_with.keys()):
+        if part.get(key) != made_with.get(key):
+            return f"data.{key}: {_difference(made_with.get(key), part.get(key))}"
+    return None
 
 
 def _difference(there: object, here: object) -> str:

@@ -5,14 +5,22 @@ from dataclasses import replace
 from pathlib import Path
 
 from jobs.data.batches import make_sampler
-from jobs.data.stages import DOCUMENTS, SHARDS, Corpus, data_stages, look_at_corpus, repair_shards
+from jobs.data.stages import (
+    DOCUMENTS,
+    SHARDS,
+    Corpus,
+    data_stages,
+    finished_data_sets,
+    look_at_corpus,
+    repair_shards,
+)
 from jobs.data.views import batch_view, plan_view, sample_view, source_view, training_view
 from jobs.recipe import Recipe, load_recipe
 from jobs.workspace import Workspace
 from pipelines.dataset import TokenDataset
 from pipelines.errors import UserError
 from pipelines.growth import finished_generation
-from pipelines.integrity import check_manifest, find_damage
+from pipelines.integrity import check_manifest, find_damage, recipe_difference
 from pipelines.progress import Progress, say
 from pipelines.sampler import CrossBatchSampler
 from pipelines.shards import Manifest
@@ -122,9 +130,12 @@ def _newest(workspace: Workspace) -> tuple[Corpus, dict[str, Output]]:
     """The corpus, and the newest finished data set made of it with what was made of that."""
     corpus = _corpus(workspace)
     if corpus.generation.parent is None:
-        raise UserError(
-            f"there is no data set of this recipe in {workspace.store.root}: make it with `fot data prepare RECIPE`"
-        )
+        remedy = "make it with `fot data prepare RECIPE`"
+        for directory, manifest, _ in finished_data_sets(workspace.store):
+            if differs := recipe_difference(manifest, workspace.recipe.data):
+                remedy += f", or go back to what {directory} was made with, which was another {differs}"
+                break
+        raise UserError(f"there is no data set of this recipe in {workspace.store.root}: {remedy}")
     if corpus.generation.units:
         new = len({entry for unit in corpus.generation.units for entry in unit.entries})
         say(f"{new} new files are not in the data set yet: `fot data prepare RECIPE` adds them")

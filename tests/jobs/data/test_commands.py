@@ -158,6 +158,16 @@ def test_what_is_not_finished_or_of_another_format_is_passed_over(fot_here, data
     assert fot_here("data", "prepare", data_recipe).stdout.splitlines()[-1] == made.stdout.splitlines()[-1]
 
 
+def test_what_another_data_set_was_made_with_is_said(fot_here, data_recipe: Path, tmp_path: Path) -> None:
+    assert fot_here("data", "prepare", data_recipe).returncode == 0
+    (directory,) = shards(tmp_path)
+    seen = fot_here("data", "verify", data_recipe, "--set", "data.sources.1.min_tokens=7")
+    assert seen.returncode == 2
+    line = seen.stdout.splitlines()[-1]
+    assert "there is no data set of this recipe" in line
+    assert f"{directory} was made with, which was another data.sources: 1.min_tokens was 1, is 7" in line
+
+
 def test_files_beside_the_tokenizer_do_not_matter(fot_here, data_recipe: Path, tmp_path: Path) -> None:
     made = fot_here("data", "prepare", data_recipe)
     own = shutil.copytree(next((tmp_path / STORE / "tokenizer").glob("*/tokenizer.json")).parent, tmp_path / "own")
