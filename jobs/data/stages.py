@@ -3,7 +3,7 @@
 `shards` are the tokens, `documents` the index of what each is used for, `groups` the packing for one shape of training.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -113,10 +113,9 @@ def _tokenizer_stage(
         import_tokenizer(str(path) if path.exists() else given, output, recipe.tokenizer.revision)
 
     if path.is_dir():
-        files = {name: hash for name, hash in directory_files(path, hashes).items() if name.startswith(TOKENIZER_FILES)}
+        files = directory_files(path, hashes, lambda name: name.startswith(TOKENIZER_FILES))
     elif path.is_file():  # a SentencePiece model; its directory may say which tokens begin and end a text
-        beside = directory_files(path.parent, hashes)
-        files = {name: hash for name, hash in beside.items() if name in (path.name, "tokenizer_config.json")}
+        files = directory_files(path.parent, hashes, lambda name: name in (path.name, "tokenizer_config.json"))
     else:
         files = {"hub": given, "revision": recipe.tokenizer.revision or "main"}
     return Stage("tokenizer", bring, {"files": files}, version=2)
@@ -264,8 +263,10 @@ def held_out(recipe: Recipe) -> dict[str, float]:
     return {source.name: source.held_out for source in recipe.data.sources}
 
 
-def directory_files(path: Path, hashes: FileHashes) -> dict[str, str]:
-    """Content hashes of a model or tokenizer directory's files."""
+def directory_files(
+    path: Path, hashes: FileHashes, wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, str]:
+    """Content hashes of a model or tokenizer directory's files, those with a wanted name."""
     if not path.is_dir():
         raise UserError(f"{path} is no directory: give a Hugging Face checkpoint directory")
-    return {file.name: hashes.hash(file) for file in sorted(path.iterdir()) if file.is_file()}
+    return {file.name: hashes.hash(file) for file in sorted(path.iterdir()) if file.is_file() and wanted(file.name)}
