@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,7 +22,7 @@ from jobs.train.launch import last_metrics, read_metrics, train
 from jobs.train.loop import batch_loss, build_model, schedule_factor
 from jobs.train.spec import CHECKPOINT, METRICS, MODEL, TrainSpec
 from pipelines.dataset import DamagedShardError, TokenDataset
-from pipelines.documents import index_documents
+from pipelines.documents import BATCHES, index_documents
 from pipelines.hashing import FileHashes
 from pipelines.listing import group_units, list_entries
 from pipelines.loader import rank_batches
@@ -190,7 +191,8 @@ def test_a_half_written_line_of_metrics_is_not_read(tmp_path: Path) -> None:
 def test_a_shard_that_is_damaged_stops_the_training_and_is_named(spec: TrainSpec) -> None:
     shard = next(spec.shards.glob("*.arrow"))
     content = shard.read_bytes()
-    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    tokens = pa.ipc.open_file(spec.documents / BATCHES).get_batch(0)["offset"][0].as_py()
+    shard.write_bytes(content[:tokens] + bytes([content[tokens] ^ 1]) + content[tokens + 1 :])
     with pytest.raises(DamagedShardError, match=rf"{shard} is corrupt: rebuild it with `fot data repair RECIPE`"):
         train(spec)
     shard.write_bytes(content)
