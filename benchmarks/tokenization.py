@@ -65,9 +65,10 @@ def with_ray(backend: str) -> Callable[[Path, Path, Path, int], Callable[[], int
 
         from pipelines.config import Data, Source
         from pipelines.hashing import FileHashes
-        from pipelines.listing import group_units, list_entries
+        from pipelines.listing import list_entries
         from pipelines.progress import Progress
         from pipelines.tokenize import Encoding, tokenize
+        from pipelines.units import group_units
 
         source = Source(name="s", path=str(corpus / "*.jsonl"))
         data = Data(sources=(source,), task_bytes=TASK_BYTES)

@@ -27,6 +27,7 @@ USER_ERROR = 2
 @click.version_option(package_name="fot", prog_name="fot")
 def fot() -> None:
     """Turn an existing LLaMA into one that reads far beyond its context (Focused Transformer)."""
+    prepare_environment()
 
 
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
@@ -50,7 +51,6 @@ def goes_on_later() -> Iterator[None]:
 @set_option
 def run(recipe: Path, overrides: tuple[str, ...]) -> None:
     """Run a recipe from corpus to registered model. Finished stages are not run again."""
-    prepare_environment()
     with goes_on_later():
         from jobs.run import run_recipe
 
@@ -62,7 +62,6 @@ def run(recipe: Path, overrides: tuple[str, ...]) -> None:
 @set_option
 def status(recipe: Path, overrides: tuple[str, ...]) -> None:
     """Show a recipe's stages: state, duration, output."""
-    prepare_environment()
     from jobs.run import show_status
 
     show_status(recipe, overrides)
@@ -87,7 +86,6 @@ training_option = click.option(
 @set_option
 def prepare(recipe: Path, overrides: tuple[str, ...]) -> None:
     """Tokenize and pack what is new in the sources; train nothing."""
-    prepare_environment()
     with goes_on_later():
         from jobs.data import commands
 
@@ -99,7 +97,6 @@ def prepare(recipe: Path, overrides: tuple[str, ...]) -> None:
 @set_option
 def verify(recipe: Path, overrides: tuple[str, ...]) -> None:
     """Compare all files with their checksums and counts."""
-    prepare_environment()
     from jobs.data import commands
 
     commands.verify(recipe, overrides)
@@ -110,7 +107,6 @@ def verify(recipe: Path, overrides: tuple[str, ...]) -> None:
 @set_option
 def repair(recipe: Path, overrides: tuple[str, ...]) -> None:
     """Make damaged or missing files again from the sources, the same to the byte."""
-    prepare_environment()
     with goes_on_later():
         from jobs.data import commands
 
@@ -124,7 +120,6 @@ def repair(recipe: Path, overrides: tuple[str, ...]) -> None:
 @click.option("--step", required=True, type=click.IntRange(min=0), help="Which step, from 0.")
 def show(recipe: Path, overrides: tuple[str, ...], training: str, step: int) -> None:
     """Print a step's batch: its documents, and which serve which as negatives."""
-    prepare_environment()
     from jobs.data import commands
 
     commands.show(recipe, overrides, step, training)
@@ -136,7 +131,6 @@ def show(recipe: Path, overrides: tuple[str, ...], training: str, step: int) -> 
 @training_option
 def inspect(recipe: Path, overrides: tuple[str, ...], training: str) -> None:
     """Print sources, document lengths, epochs, samples and the plan."""
-    prepare_environment()
     from jobs.data import commands
 
     commands.inspect(recipe, overrides, training)

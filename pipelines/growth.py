@@ -12,8 +12,8 @@ from typing import Any
 
 from pipelines.corpus import Entry, Unit
 from pipelines.hashing import hash_json
-from pipelines.listing import group_units
 from pipelines.shards import Manifest
+from pipelines.units import group_units
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,8 @@ from pipelines.tokenizer import TextTokenizer, load_tokenizer
 
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 1_000_000, 10_000  # encoded and written at once: bounds a task's memory
 RECORD = ".record.json"  # of a finished task, beside its shard
-NOT_CONTENT = {
-    "path",
-    "held_out",
-    "weight",
-    "max_epochs",
-    "follow_links",
-}  # a source's settings that shards do not show
+# Settings of a source that its shards do not show.
+NOT_CONTENT = {"path", "held_out", "weight", "max_epochs", "follow_links"}
 
 
 def recipe_part(data: Data) -> dict[str, Any]:

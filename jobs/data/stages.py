@@ -97,7 +97,7 @@ def _tokenizer_stage(
         units = [unit for unit in units_again(identities, entries) if unit is not None]
 
         def learn(output: Path, inputs: Inputs) -> None:
-            with Progress("tokenizer", sum(unit.bytes for unit in units), "B") as progress:
+            with Progress("tokenizer", len(units), "units") as progress:
                 train_tokenizer(_training_texts(units, recipe.data, progress), recipe.tokenizer.vocab_size, output)
 
         corpus = hash_json([recipe_part(recipe.data), identities])
@@ -128,7 +128,7 @@ def _training_texts(units: list[Unit], data: Data, progress: Progress) -> Iterat
         for item in read_unit(unit, source):
             if isinstance(item, Document) and not is_held_out(item.id, source.held_out):
                 yield item.text
-        progress.advance(unit.bytes)
+        progress.advance(1)
 
 
 def shards_stage(recipe: Recipe, corpus: Corpus) -> Stage:

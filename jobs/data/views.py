@@ -103,7 +103,7 @@ def plan_view(batch: MicroBatch, objective: Objective) -> Iterator[str]:
 
 
 def batch_view(sampler: CrossBatchSampler, objective: Objective, step: int) -> Iterator[str]:
-    """Every row of a step: its documents, its positives, and whose rows serve it as negatives."""
+    """Every row of a step with its documents, and the rows that serve it as positives and negatives with theirs."""
     shape = sampler.shape
     batches = [sampler.micro_batch(step, number) for number in range(shape.micro_batches)]
     counts = Counter(source for batch in batches for source in batch.sources)
@@ -121,14 +121,10 @@ def batch_view(sampler: CrossBatchSampler, objective: Objective, step: int) -> I
         yield f"micro-batch {number}"
         plan = cross_batch_plan(batch.group, batch.segment, batch.related, objective.segments).tolist()
         for row, seen in enumerate(plan):
-            others = [other for other in seen if other >= 0]
-            positives = [other for other in others if batch.group[other] == batch.group[row]]
-            negatives = [other for other in others if batch.group[other] != batch.group[row]]
             yield f"  row {row} (group {batch.group[row]}, segment {batch.segment[row]}): {held(batch, row)}"
-            if positives:
-                yield f"    positives: rows {', '.join(map(str, positives))}"
-            for other in negatives:
-                yield f"    negative: row {other}, {held(batch, other)}"
+            for other in (other for other in seen if other >= 0):
+                kind = "positive" if batch.group[other] == batch.group[row] else "negative"
+                yield f"    {kind}: row {other}, {held(batch, other)}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

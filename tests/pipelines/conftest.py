@@ -12,11 +12,12 @@ from pipelines.corpus import Document
 from pipelines.dataset import TokenDataset
 from pipelines.documents import index_documents
 from pipelines.hashing import FileHashes, hash_file
-from pipelines.listing import group_units, list_entries
+from pipelines.listing import list_entries
 from pipelines.minhash import BINS
 from pipelines.readers import read_unit
 from pipelines.shards import Encoded, Manifest, Shard, token_dtype, write_shard
 from pipelines.tokenizer import load_tokenizer, train_tokenizer
+from pipelines.units import group_units
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +61,17 @@ def data_of():
 def units_of(fresh):
     def make(data, seed=0):
         return group_units(list_entries(data, seed, FileHashes(fresh() / "hashes.json")), data.task_bytes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def list_of(fresh):
+    """The entries of sources given as {name: path}."""
+
+    def make(paths, **options):
+        sources = tuple(Source(name=name, path=str(path), **options) for name, path in paths.items())
+        return list_entries(Data(sources=sources), 0, FileHashes(fresh() / "hashes.json"))
 
     return make
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from pipelines.corpus import Entry, File
 from pipelines.growth import next_generation, units_again
-from pipelines.listing import group_units
 from pipelines.shards import Manifest, Shard
+from pipelines.units import group_units
 
 PART = {"task_bytes": 10}
 names = st.text("abcdef", min_size=1, max_size=3)

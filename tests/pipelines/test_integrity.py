@@ -11,11 +11,12 @@ import pytest
 from pipelines.errors import UserError
 from pipelines.hashing import FileHashes, hash_file
 from pipelines.integrity import check_manifest, find_damage, repair
-from pipelines.listing import group_units, list_entries
+from pipelines.listing import list_entries
 from pipelines.progress import Progress
 from pipelines.shards import MANIFEST, Manifest
 from pipelines.tokenize import Encoding, tokenize
 from pipelines.tokenizer import train_tokenizer
+from pipelines.units import group_units
 
 QUIET = Progress("", 1, "")
 LINES = "".join(json.dumps({"id": n, "text": f"line number {n} " * 5}) + "\n" for n in range(30))

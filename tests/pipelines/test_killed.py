@@ -21,7 +21,8 @@ from pathlib import Path
 import ray
 from pipelines.config import Data
 from pipelines.hashing import FileHashes
-from pipelines.listing import group_units, list_entries
+from pipelines.listing import list_entries
+from pipelines.units import group_units
 from pipelines.progress import Progress
 from pipelines.tokenize import Encoding, tokenize
 address, data, tokenizer, output = sys.argv[1:]

@@ -327,7 +327,8 @@ def test_a_long_file_of_lines_is_read_in_little_memory(tmp_path, python, codec):
         from pathlib import Path
         from pipelines.config import Data, Source
         from pipelines.hashing import FileHashes
-        from pipelines.listing import group_units, list_entries
+        from pipelines.listing import list_entries
+        from pipelines.units import group_units
         from pipelines.readers import read_unit
         data = Data(sources=(Source(name="s", path="a.jsonl{codec}"),))
         units = group_units(list_entries(data, 0, FileHashes(Path("none"))), 10**9)

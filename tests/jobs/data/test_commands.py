@@ -65,7 +65,9 @@ def test_data_is_made_looked_at_broken_mended_and_grown(fot_here, data_recipe: P
     step = fot_here("data", "show", data_recipe, "--step", 3)
     assert step.returncode == 0
     assert step.stdout.startswith("step 3: 4 groups of 2 x 16 tokens; words ")
-    assert re.search(r"row 3 \(group 1, segment 1\): \S+\n    positives: rows 2\n    negative: row 0, \S+", step.stdout)
+    assert re.search(
+        r"row 3 \(group 1, segment 1\): \S+\n    positive: row 2, \S+\n    negative: row 0, \S+", step.stdout
+    )
     assert fot_here("data", "show", data_recipe, "--step", 3).stdout == step.stdout
     assert (
         "the recipe trains base and finetune"

@@ -24,13 +24,14 @@ from jobs.train.spec import CHECKPOINT, METRICS, MODEL, TrainSpec
 from pipelines.dataset import DamagedShardError, TokenDataset
 from pipelines.documents import BATCHES, index_documents
 from pipelines.hashing import FileHashes
-from pipelines.listing import group_units, list_entries
+from pipelines.listing import list_entries
 from pipelines.loader import rank_batches
 from pipelines.packing import pack_dataset
 from pipelines.progress import Progress
 from pipelines.sampler import CrossBatchSampler
 from pipelines.tokenize import Encoding, tokenize
 from pipelines.tokenizer import train_tokenizer
+from pipelines.units import group_units
 
 STEPS = 60
 
