@@ -2,18 +2,19 @@
 
 One softmax covers the causal local context and every token of the additional contexts that the plan (`plan.py`) names.
 Local keys carry RoPE by their position; the caller gives the *far* keys, what additional contexts show of themselves
-(FoT: position 0 of the local window).
+(FoT: position 0 of the local window). Where the rows of a batch are spread over several ranks, far keys and values are
+gathered from all of them (`gather.py`), and the plan names rows of any rank.
 
 Cost: the attention is done a part at a time and merged by log-sum-exp (`attention.py`), forward and backward, so the
-memory is that of a plain causal step: no [R, d, L, H, D] tensor of gathered keys, no [L, d * L] scores. The time grows
-with the number of additional contexts. On a CUDA device the same is one call of FlexAttention with a block mask made
-from the plan.
+memory is that of a plain causal step (and, on several ranks, the keys and values of all F rows): no [R, d, L, H, D]
+tensor of additional keys, no [L, d * L] scores. The time grows with the number of additional contexts. On a CUDA device
+the same is one call of FlexAttention with a block mask made from the plan.
 
 Under torch.compile the parts run outside the graph (a graph break in each memory layer); there are no second
 derivatives.
 
-Shapes: R rows, L tokens a context, d additional contexts, H query heads, Hk key/value heads, D head size, N contexts
-attended at once.
+Shapes: R rows, F rows of all ranks (R on one), L tokens a context, d additional contexts, H query heads, Hk key/value
+heads, D head size, N contexts attended at once.
 """
 
 from functools import cache
@@ -22,9 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from fot_model.attention import attend, attend_backward, merge, wide_dtype
+from fot_model.gather import gather_rows
 
 CONTEXTS_AT_ONCE = 8  # bounds the keys that are copied together: [1, Hk, 8 * L, D]
 
@@ -40,16 +43,23 @@ def cross_batch_attention(
     document_ids_RL: Tensor | None = None,
     local: bool = True,
     differentiable: bool = True,
+    ranks: ProcessGroup | None = None,
 ) -> Tensor:
     """One softmax over the causal local context and all additional contexts of the plan. Returns [R, H, L, D].
 
     `document_ids_RL` keeps local attention inside each of the documents joined in a row. Without `local`, additional
     contexts alone; rows that see none get zeros. Unless `differentiable`, far keys and values get no gradient.
+
+    With `ranks` the rows are this rank's own: rank i of the group holds rows i * R to (i + 1) * R - 1 of those that
+    the plan names.
     """
     if not differentiable:
         far_k_RHkLD, far_v_RHkLD = _detached(far_k_RHkLD), _detached(far_v_RHkLD)
+    far_k_FHkLD, far_v_FHkLD = far_k_RHkLD, far_v_RHkLD
+    if ranks is not None:  # both in one collective
+        far_k_FHkLD, far_v_FHkLD = gather_rows(torch.stack([far_k_RHkLD, far_v_RHkLD], dim=1), ranks).unbind(1)
     attention = flex_cross_batch if q_RHLD.is_cuda else merged_cross_batch
-    return attention(q_RHLD, k_RHkLD, v_RHkLD, far_k_RHkLD, far_v_RHkLD, plan_Rd, scale, document_ids_RL, local)
+    return attention(q_RHLD, k_RHkLD, v_RHkLD, far_k_FHkLD, far_v_FHkLD, plan_Rd, scale, document_ids_RL, local)
 
 
 @torch.compiler.disable  # a detached view as a graph's output is refused
@@ -62,8 +72,8 @@ def merged_cross_batch(
     q_RHLD: Tensor,
     k_RHkLD: Tensor,
     v_RHkLD: Tensor,
-    far_k_RHkLD: Tensor,
-    far_v_RHkLD: Tensor,
+    far_k_FHkLD: Tensor,
+    far_v_FHkLD: Tensor,
     plan_Rd: Tensor,
     scale: float,
     document_ids_RL: Tensor | None,
@@ -72,7 +82,7 @@ def merged_cross_batch(
     """Part by part; see `cross_batch_attention`."""
     plan = [[row for row in seen if row >= 0] for seen in plan_Rd.tolist()]
     seen_R1LL = None if document_ids_RL is None else same_document(document_ids_RL.to(q_RHLD.device))
-    return _MergedCrossBatch.apply(q_RHLD, k_RHkLD, v_RHkLD, far_k_RHkLD, far_v_RHkLD, plan, scale, seen_R1LL, local)
+    return _MergedCrossBatch.apply(q_RHLD, k_RHkLD, v_RHkLD, far_k_FHkLD, far_v_FHkLD, plan, scale, seen_R1LL, local)
 
 
 def same_document(document_ids_RL: Tensor) -> Tensor:
@@ -148,19 +158,21 @@ def flex_cross_batch(
     q_RHLD: Tensor,
     k_RHkLD: Tensor,
     v_RHkLD: Tensor,
-    far_k_RHkLD: Tensor,
-    far_v_RHkLD: Tensor,
+    far_k_FHkLD: Tensor,
+    far_v_FHkLD: Tensor,
     plan_Rd: Tensor,
     scale: float,
     document_ids_RL: Tensor | None,
     local: bool,
 ) -> Tensor:
-    """The batch as one long sequence: R * L queries against R * L local and R * L far keys, of which a block mask
+    """The batch as one long sequence: R * L queries against R * L local and F * L far keys, of which a block mask
     leaves those that the plan allows. See `cross_batch_attention`."""
     R, _, L, _ = q_RHLD.shape
+    F = far_k_FHkLD.shape[0]
     plan_Rd = plan_Rd.to(q_RHLD.device, torch.long)
-    sees_RR = torch.zeros(R, R + 1, dtype=torch.bool, device=q_RHLD.device)
-    sees_RR.scatter_(1, plan_Rd.where(plan_Rd >= 0, R), True)  # the last column takes the padding
+    # By contexts of keys, R local ones and F far ones; the last column takes the padding.
+    sees_RC = torch.zeros(R, R + F + 1, dtype=torch.bool, device=q_RHLD.device)
+    sees_RC.scatter_(1, (R + plan_Rd).where(plan_Rd >= 0, R + F), True)
     documents_N = (
         torch.zeros(R * L, dtype=torch.long, device=q_RHLD.device)
         if document_ids_RL is None
@@ -168,17 +180,19 @@ def flex_cross_batch(
     )
 
     def allowed(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        at = key % (R * L)
-        near = (query // L == at // L) & (at <= query) & (documents_N[query] == documents_N[at])
-        return torch.where(key < R * L, near if local else near & ~near, sees_RR[query // L, at // L])
+        far = sees_RC[query // L, key // L]
+        if not local:
+            return far
+        near = (query // L == key // L) & (key <= query)
+        return far | near & (documents_N[query] == documents_N[key % (R * L)])
 
     compiled = q_RHLD.is_cuda
     block_mask, flex = _flex(compiled)
-    mask = block_mask(allowed, None, None, R * L, 2 * R * L, device=str(q_RHLD.device))
+    mask = block_mask(allowed, None, None, R * L, (R + F) * L, device=str(q_RHLD.device))
     out = flex(
         _one_sequence(q_RHLD),
-        torch.cat([_one_sequence(k_RHkLD), _one_sequence(far_k_RHkLD)], dim=2),
-        torch.cat([_one_sequence(v_RHkLD), _one_sequence(far_v_RHkLD)], dim=2),
+        torch.cat([_one_sequence(k_RHkLD), _one_sequence(far_k_FHkLD)], dim=2),
+        torch.cat([_one_sequence(v_RHkLD), _one_sequence(far_v_FHkLD)], dim=2),
         block_mask=mask,
         scale=scale,
         enable_gqa=q_RHLD.shape[1] != k_RHkLD.shape[1],

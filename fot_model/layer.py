@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import Cache
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
@@ -23,12 +24,14 @@ Objective = Literal["fot", "memorizing", "transformer_xl"]
 @dataclass(frozen=True)
 class CrossBatch:
     """What training tells every layer: the plan [R, d], the objective, optionally the document of each token [R, L],
-    and how far `transformer_xl` turns the previous context back (cosines and sines [1, 1, D])."""
+    how far `transformer_xl` turns the previous context back (cosines and sines [1, 1, D]), and optionally the ranks
+    whose rows the plan names."""
 
     plan: Tensor
     objective: Objective
     document_ids: Tensor | None
     one_context: tuple[Tensor, Tensor] | None
+    ranks: ProcessGroup | None
 
 
 class FotAttention(LlamaAttention):
@@ -102,13 +105,17 @@ class FotAttention(LlamaAttention):
             turns = self.config.mem_positionals or not self.is_memory_layer
             assert cross_batch.one_context is not None
             far_k = turn_back(k_RHkLD, *cross_batch.one_context) if turns else k_RHkLD
-        tensors, plan_Rd = (q_RHLD, k_RHkLD, v_RHkLD, far_k, far_v), cross_batch.plan
+        tensors, plan_Rd, ranks = (q_RHLD, k_RHkLD, v_RHkLD, far_k, far_v), cross_batch.plan, cross_batch.ranks
         documents_RL, differentiable = cross_batch.document_ids, cross_batch.objective == "fot"
         if self.mem_gate is None or cross_batch.objective != "memorizing":
-            return cross_batch_attention(*tensors, plan_Rd, self.scaling, documents_RL, differentiable=differentiable)
+            return cross_batch_attention(
+                *tensors, plan_Rd, self.scaling, documents_RL, differentiable=differentiable, ranks=ranks
+            )
         nothing_Rd = plan_Rd.new_empty(plan_Rd.shape[0], 0)
         local_RHLD = cross_batch_attention(*tensors, nothing_Rd, self.scaling, documents_RL)
-        far_RHLD = cross_batch_attention(*tensors, plan_Rd, self.scaling, local=False, differentiable=False)
+        far_RHLD = cross_batch_attention(
+            *tensors, plan_Rd, self.scaling, local=False, differentiable=False, ranks=ranks
+        )
         has_memory_R = (plan_Rd >= 0).any(1).to(local_RHLD.device)
         return self._gated(local_RHLD, far_RHLD, has_memory_R[:, None, None, None])
 

@@ -4,7 +4,8 @@ In a memory layer, r_d is the attention mass on additional contexts of the own d
 them; a model that does not tell documents apart gives each of d equal contexts 1/d. The layers' inputs are caught by
 hooks while the context manager is open, so it costs nothing when it is not.
 
-Shapes: R rows, L tokens a context, H query heads, Hk key/value heads, D head size, C hidden size.
+Shapes: R rows, F rows of all ranks (R on one), L tokens a context, H query heads, Hk key/value heads, D head size, C
+hidden size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from fot_model.gather import gather_rows
 from fot_model.layer import CrossBatch, FotAttention
 
 
@@ -55,6 +57,9 @@ def attention_mass(
 
     `documents`: the document of every token [R, L], or of every row [R]. `layers`: by default all memory layers. Raises
     ValueError for a layer that is no memory layer.
+
+    Where the rows are spread over ranks, all of them open it, each with its own rows' documents, and each finds the
+    mass of its own rows.
     """
     chosen = list(model.config.mem_layers) if layers is None else list(layers)
     if wrong := [layer for layer in chosen if layer not in model.config.mem_layers]:
@@ -71,9 +76,7 @@ def attention_mass(
             if documents.shape not in (hidden_RLC.shape[:1], hidden_RLC.shape[:2]):
                 R, L = hidden_RLC.shape[:2]
                 raise ValueError(f"documents {list(documents.shape)}: give one for each row [{R}], or token [{R}, {L}]")
-            documents_RL = (
-                documents if documents.dim() == 2 else documents[:, None].expand(hidden_RLC.shape[:2])
-            ).cpu()
+            documents_RL = documents if documents.dim() == 2 else documents[:, None].expand(hidden_RLC.shape[:2])
             mass = found.layers[attention.layer_idx]
             positive_H, additional_H = _mass(
                 attention, hidden_RLC, inputs["position_embeddings"], cross_batch, documents_RL
@@ -98,7 +101,11 @@ def _mass(
     """Mass on positives and on all additional contexts, by head [H]; a row at a time."""
     unturned_q, unturned_k, _ = attention.project(hidden_RLC)
     q_RHLD, k_RHkLD = apply_rotary_pos_emb(unturned_q, unturned_k, *attention.angles(position_embeddings))
-    far_k_RHkLD = unturned_k * attention.rope_scale
+    far_k_FHkLD, documents_FL = unturned_k * attention.rope_scale, documents_RL
+    if cross_batch.ranks is not None:
+        far_k_FHkLD = gather_rows(far_k_FHkLD, cross_batch.ranks)
+        documents_FL = gather_rows(documents_RL.to(hidden_RLC.device), cross_batch.ranks)
+    documents_RL, documents_FL = documents_RL.cpu(), documents_FL.cpu()
     L, group = q_RHLD.shape[2], q_RHLD.shape[1] // k_RHkLD.shape[1]
     causal_LL = torch.ones(L, L, dtype=torch.bool, device=q_RHLD.device).tril()
     positive_H = torch.zeros(q_RHLD.shape[1], dtype=torch.float64)
@@ -111,12 +118,12 @@ def _mass(
         if cross_batch.document_ids is not None:
             ids_L = cross_batch.document_ids[row].to(q_RHLD.device)
             own_LL = causal_LL & (ids_L[:, None] == ids_L[None, :])
-        keys_HkMD = torch.cat([k_RHkLD[row], *(far_k_RHkLD[other] for other in others)], dim=1)
+        keys_HkMD = torch.cat([k_RHkLD[row], *(far_k_FHkLD[other] for other in others)], dim=1)
         scores_HLM = (q_RHLD[row] @ keys_HkMD.repeat_interleave(group, 0).transpose(-1, -2)).float() * attention.scaling
         gated = attention.mem_gate is not None and cross_batch.objective == "memorizing"  # two softmaxes
         scores_HLM[:, :, :L].masked_fill_(~own_LL | gated, -torch.inf)
         weights_HLN = scores_HLM.softmax(-1)[:, :, L:].double().cpu()
-        documents_N = torch.cat([documents_RL[other] for other in others])
+        documents_N = torch.cat([documents_FL[other] for other in others])
         same_LN = documents_RL[row][:, None] == documents_N[None, :]
         positive_H += (weights_HLN * same_LN).sum((1, 2))
         additional_H += weights_HLN.sum((1, 2))

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import Cache, LlamaForCausalLM
 from transformers.generation import GenerationMode, MaxLengthCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -38,6 +39,8 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
       differentiated; with the gate if the configuration has `mem_gate`, else in one softmax), "transformer_xl" (the
       plan names the previous context, which all layers see, undifferentiated, at the positions before);
     - `document_ids` [R, L] (training): attention inside a row stays inside each of the documents joined in it;
+    - `ranks` (training): a process group over which the rows are spread. All its ranks give R rows of L tokens; rank
+      i's are rows i * R to (i + 1) * R - 1, and its `plan` [R, d] names rows of any rank;
     - `last_context_length` (reading): instead of the configuration's.
 
     Reading returns a `FotCache` as `past_key_values`. Raises ValueError for arguments that exclude each other or are
@@ -86,6 +89,7 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         plan: Tensor | None = None,
         objective: Objective = "fot",
         document_ids: Tensor | None = None,
+        ranks: ProcessGroup | None = None,
         last_context_length: int | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -107,10 +111,10 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
                 raise ValueError("past_key_values with a plan: in training the plan's rows are the past")
             if attention_mask is not None and not attention_mask.all():
                 raise ValueError("padding with a plan: give rows of equal length without padding")
-            kwargs["cross_batch"] = self._cross_batch(plan, objective, document_ids, B, L)
+            kwargs["cross_batch"] = self._cross_batch(plan, objective, document_ids, ranks, B, L)
             attention_mask, use_cache = self._document_mask(document_ids), False
-        elif document_ids is not None or objective != "fot":
-            raise ValueError("document_ids and objective belong to training: give them with a plan")
+        elif document_ids is not None or ranks is not None or objective != "fot":
+            raise ValueError("ranks, objective and document_ids belong to training: give them with a plan")
         else:
             self.config.check_last_context(last_context_length)
             if attention_mask is None and position_ids is None and input_ids is not None and past_key_values is None:
@@ -165,19 +169,26 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
             config.save_pretrained(save_directory)
 
     def _cross_batch(
-        self, plan_Rd: Tensor, objective: Objective, document_ids_RL: Tensor | None, R: int, L: int
+        self,
+        plan_Rd: Tensor,
+        objective: Objective,
+        document_ids_RL: Tensor | None,
+        ranks: ProcessGroup | None,
+        R: int,
+        L: int,
     ) -> CrossBatch:
         if objective not in get_args(Objective):
             raise ValueError(f"objective {objective!r}: give one of {', '.join(get_args(Objective))}")
         if document_ids_RL is not None and document_ids_RL.shape != (R, L):
             raise ValueError(f"document_ids {list(document_ids_RL.shape)}: give [{R}, {L}], one for each token")
-        check_plan(plan_Rd, R, document_ids_RL)
+        rank, count = (0, 1) if ranks is None else (ranks.rank(), ranks.size())
+        check_plan(plan_Rd, count * R, document_ids_RL, range(rank * R, (rank + 1) * R))
         if objective == "transformer_xl" and plan_Rd.shape[1] > 1:
             raise ValueError(f"transformer_xl sees one context, the previous: the plan has {plan_Rd.shape[1]} columns")
         one_context = None
         if objective == "transformer_xl":
             one_context = rotation(self.model.rotary_emb, torch.full((1, 1), L, device=self.device), L)
-        return CrossBatch(plan_Rd, objective, document_ids_RL, one_context)
+        return CrossBatch(plan_Rd, objective, document_ids_RL, one_context, ranks)
 
     def _document_mask(self, document_ids_RL: Tensor | None) -> Tensor | None:
         """What is added to the scores [R, 1, L, L] of the layers that are no memory layers: the causal mask within

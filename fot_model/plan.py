@@ -106,21 +106,27 @@ def pad_plan(plan: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor(padded, dtype=torch.long).view(len(plan), width)
 
 
-def check_plan(plan_Rd: Tensor, rows: int, document_ids_RL: Tensor | None = None) -> None:
+def check_plan(plan_Rd: Tensor, rows: int, document_ids_RL: Tensor | None = None, own: range | None = None) -> None:
     """Raises ValueError where a row of the plan sees itself, a row that is not there, or a later row that holds a
-    document of its own: its future."""
+    document of its own: its future.
+
+    `rows`: how many the batch has; `own`: which of them plan and document_ids have a line for, by default all. The
+    future can be told only among these.
+    """
+    own = range(rows) if own is None else own
     if not isinstance(plan_Rd, Tensor):
         raise ValueError(f"the plan is a {type(plan_Rd).__name__}: give a tensor, as pad_plan makes of lists")
     whole = not (plan_Rd.is_floating_point() or plan_Rd.is_complex() or plan_Rd.dtype == torch.bool)
-    if plan_Rd.dim() != 2 or plan_Rd.shape[0] != rows or not whole:
+    if plan_Rd.dim() != 2 or plan_Rd.shape[0] != len(own) or not whole:
         raise ValueError(
-            f"the plan is a {plan_Rd.dtype} tensor {list(plan_Rd.shape)}: give whole numbers [{rows}, d], a line for "
-            f"each row of the batch"
+            f"the plan is a {plan_Rd.dtype} tensor {list(plan_Rd.shape)}: give whole numbers [{len(own)}, d], a line "
+            f"for each row of the batch"
         )
-    if document_ids_RL is not None and (document_ids_RL.dim() != 2 or document_ids_RL.shape[0] != rows):
-        raise ValueError(f"document_ids {list(document_ids_RL.shape)}: give [{rows}, L], one for each token")
-    documents = None if document_ids_RL is None else [set(ids) for ids in document_ids_RL.tolist()]
-    for row, seen in enumerate(plan_Rd.tolist()):
+    if document_ids_RL is not None and (document_ids_RL.dim() != 2 or document_ids_RL.shape[0] != len(own)):
+        raise ValueError(f"document_ids {list(document_ids_RL.shape)}: give [{len(own)}, L], one for each token")
+    ids = [] if document_ids_RL is None else document_ids_RL.tolist()
+    documents = {row: set(held) for row, held in zip(own, ids, strict=False)}
+    for row, seen in zip(own, plan_Rd.tolist(), strict=True):
         for other in seen:
             if not -1 <= other < rows:
                 raise ValueError(f"plan: row {row} sees row {other}, but the batch has rows 0 to {rows - 1} (-1 pads)")
@@ -128,7 +134,7 @@ def check_plan(plan_Rd: Tensor, rows: int, document_ids_RL: Tensor | None = None
                 raise ValueError(f"plan: row {row} sees itself; its own context is always seen: leave it out (-1)")
             if other >= 0 and seen.count(other) > 1:
                 raise ValueError(f"plan: row {row} sees row {other} twice: name it once")
-            if documents and other > row and (shared := documents[row] & documents[other]):
+            if other > row and other in documents and (shared := documents[row] & documents[other]):
                 raise ValueError(
                     f"plan: row {row} sees row {other}, the future of its own document {min(shared)}: let it see "
                     f"earlier rows of its document only"

@@ -3,7 +3,7 @@
 The only module here that imports torch. Shapes: R rows, L tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,39 +15,60 @@ from pipelines.sampler import CrossBatchSampler
 
 
 class TensorBatch(NamedTuple):
-    """A micro-batch with its arrays as tensors: `input_ids`, `labels` [R, L] int64; the rest as in MicroBatch."""
+    """A micro-batch or a part of one with its arrays as tensors: `input_ids`, `labels`, `document_ids` [R, L] int64;
+    the rest as in MicroBatch."""
 
     input_ids: Tensor
     labels: Tensor
+    document_ids: Tensor
     group: list[int]
     segment: list[int]
     related: list[list[bool]]
+    first: int
+
+    def to(self, device: torch.device) -> "TensorBatch":
+        """What the model takes, on its device; from pinned memory without waiting."""
+        return self._replace(
+            input_ids=self.input_ids.to(device, non_blocking=True), labels=self.labels.to(device, non_blocking=True)
+        )
 
 
 class _MicroBatches(Dataset):
-    """Micro-batches by (step, number). A damaged shard is handed on as a value: DataLoader would wrap an exception."""
+    """Micro-batches by (step, number, part). A damaged shard is handed on as a value: DataLoader would wrap an
+    exception."""
 
     def __init__(self, sampler: CrossBatchSampler) -> None:
         self._sampler = sampler
 
-    def __getitem__(self, place: tuple[int, int]) -> TensorBatch | DamagedShardError:
+    def __getitem__(self, place: tuple[int, int, tuple[int, int]]) -> TensorBatch | DamagedShardError:
         try:
             batch = self._sampler.micro_batch(*place)
         except DamagedShardError as error:
             return error
-        tensors = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.labels)
-        return TensorBatch(*tensors, batch.group, batch.segment, batch.related)
+        return TensorBatch(
+            torch.from_numpy(batch.input_ids),
+            torch.from_numpy(batch.labels),
+            torch.from_numpy(batch.document_ids),
+            batch.group,
+            batch.segment,
+            batch.related,
+            batch.first,
+        )
 
 
 def rank_batches(
-    sampler: CrossBatchSampler, steps: range, rank: int, world: int, workers: int = 0
+    sampler: CrossBatchSampler, steps: Iterable[int], rank: int, world: int, workers: int = 0, spread: int = 1
 ) -> Iterator[TensorBatch]:
-    """What a rank reads, in order: of every step the micro-batches rank, rank + world, ...
+    """What a rank reads, in order. `spread` consecutive ranks are a team; of the T = world / spread teams, team t takes
+    of every step the micro-batches t, t + T, ..., and each of its ranks a part of each.
 
     With `workers` processes a few micro-batches are read ahead; without, they are read when asked for. Raises
     DamagedShardError.
     """
-    places = [(step, number) for step in steps for number in range(rank, sampler.shape.micro_batches, world)]
+    assert world % spread == 0
+    team, at = divmod(rank, spread)
+    numbers = range(team, sampler.shape.micro_batches, world // spread)
+    places = [(step, number, (at, spread)) for step in steps for number in numbers]
     loader = DataLoader(
         _MicroBatches(sampler),
         sampler=places,

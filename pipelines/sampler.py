@@ -1,9 +1,10 @@
 """The CrossBatch sampler: the batch of step t as a pure function of (data set, recipe, seed, t).
 
 The unit is the *micro-batch*: G document groups of k contexts whose rows may see one another. A step is M of them;
-ranks take them in strides, so the batch of a step does not depend on how many ranks there are. Groups come in a seeded
-order, a new permutation each epoch, computed by index (a Feistel network), so seeking to any step costs nothing. With
-weights every source has an order and epochs of its own, and the mixture says whose turn it is.
+ranks take them in strides, alone or each a part of them, so the batch of a step does not depend on how many ranks there
+are. Groups come in a seeded order, a new permutation each epoch, computed by index (a Feistel network), so seeking to
+any step costs nothing. With weights every source has an order and epochs of its own, and the mixture says whose turn it
+is.
 """
 
 import hashlib
@@ -24,19 +25,22 @@ IGNORE = -100  # label of a token whose successor is not in its document
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """R = G * k rows of L tokens; rows of a group follow each other.
+    """R = G * k rows of L tokens, or a part of them; rows of a group follow each other.
 
-    `input_ids`, `labels` [R, L] int64; `group`, `segment` of each row; `related` [G, G]: groups that share a document
-    or hold near-duplicates; `sources` of each group; `documents` of each row, by number, in order.
+    Of all rows, what a plan is made of: `group`, `segment` of each row; `related` [G, G]: groups that share a document
+    or hold near-duplicates; `sources` of each group. Of the part's rows, from number `first` on: `input_ids`, `labels`,
+    `document_ids` [R, L] int64, the last by number; `documents` of each row, in order.
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
+    document_ids: np.ndarray
     group: list[int]
     segment: list[int]
     related: list[list[bool]]
     sources: list[str]
     documents: list[tuple[int, ...]]
+    first: int
 
 
 @dataclass(frozen=True)
@@ -121,32 +125,44 @@ class CrossBatchSampler:
         epoch, index = divmod(turn, len(self.groups[source]))
         return source, permute(index, len(self.groups[source]), f"{self._order}/{epoch}/{self.sources[source].name}")
 
-    def micro_batch(self, step: int, micro_batch: int) -> MicroBatch:
-        """Micro-batch number `micro_batch` (0 to M - 1) of a step. Raises DamagedShardError."""
+    def micro_batch(self, step: int, micro_batch: int, part: tuple[int, int] = (0, 1)) -> MicroBatch:
+        """Micro-batch number `micro_batch` (0 to M - 1) of a step. Of part (i, n) only the i-th of n equal parts of its
+        groups is read. Raises DamagedShardError."""
         G, k, L = self.shape.groups_per_micro_batch, self.shape.contexts_per_group, self.shape.context
         numbers = self.group_numbers(step, micro_batch)
         pieces = [self.groups[source].pieces(number) for source, number in numbers]
-        inputs, labels = np.empty((G, k * L), np.int64), np.full((G, k * L), IGNORE, np.int64)
-        for group, own in enumerate(pieces):
-            self._read(own, inputs[group], labels[group])
+        at, parts = part
+        assert at in range(parts)
+        assert G % parts == 0
+        size = G // parts
+        mine = pieces[at * size : (at + 1) * size]
+        inputs, labels = np.empty((size, k * L), np.int64), np.full((size, k * L), IGNORE, np.int64)
+        document_ids = np.empty_like(inputs)
+        for group, own in enumerate(mine):
+            self._read(own, inputs[group], labels[group], document_ids[group])
         clusters = [{int(self.dataset.cluster[document]) for document, _, _ in own} for own in pieces]
         return MicroBatch(
-            input_ids=inputs.reshape(G * k, L),
-            labels=labels.reshape(G * k, L),
+            input_ids=inputs.reshape(size * k, L),
+            labels=labels.reshape(size * k, L),
+            document_ids=document_ids.reshape(size * k, L),
             group=[group for group in range(G) for _ in range(k)],
             segment=list(range(k)) * G,
             related=[[not one.isdisjoint(other) for other in clusters] for one in clusters],
             sources=[self.sources[source].name for source, _ in numbers],
-            documents=[row for own in pieces for row in _documents_by_row(own, L)],
+            documents=[row for own in mine for row in _documents_by_row(own, L)],
+            first=at * size * k,
         )
 
-    def _read(self, pieces: list[tuple[int, int, int]], inputs: np.ndarray, labels: np.ndarray) -> None:
-        """Fill the tokens of one group and the tokens that follow them."""
+    def _read(
+        self, pieces: list[tuple[int, int, int]], inputs: np.ndarray, labels: np.ndarray, document_ids: np.ndarray
+    ) -> None:
+        """Fill the tokens of one group, the tokens that follow them, and the documents they are of."""
         at = 0
         for document, start, length in pieces:
             tokens = self.dataset.tokens(document, start, start + length + 1)
             inputs[at : at + length] = tokens[:length]
             labels[at : at + len(tokens) - 1] = tokens[1:]
+            document_ids[at : at + length] = document
             at += length
 
 

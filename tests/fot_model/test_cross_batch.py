@@ -206,13 +206,30 @@ def test_flex_attention_over_several_blocks_gives_what_the_parts_give() -> None:
     tensors = detached(random_tensors(0, 5, 4, 2, 60, 8, torch.float32))  # 300 tokens, blocks of 128
     plan_Rd = torch.tensor([[4, 1], [-1, -1], [0, -1], [-1, 2], [3, 0]])
     documents_RL = torch.arange(60).expand(5, -1) // 23
-    for documents, local in product((None, documents_RL), (True, False)):
+    for documents, local, mine in product((None, documents_RL), (True, False), (slice(None), slice(1, 4))):
+        tensors_of_rows = [x[mine] for x in tensors[:3]] + tensors[3:]
+        how = (plan_Rd[mine], SCALE, None if documents is None else documents[mine], local)
         torch.testing.assert_close(
-            flex_cross_batch(*tensors, plan_Rd, SCALE, documents, local),
-            merged_cross_batch(*tensors, plan_Rd, SCALE, documents, local),
-            rtol=0,
-            atol=1e-5,
+            flex_cross_batch(*tensors_of_rows, *how), merged_cross_batch(*tensors_of_rows, *how), rtol=0, atol=1e-5
         )
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@given(case=cases, more=st.integers(0, 3), data=st.data())
+@settings(deadline=None, max_examples=30)
+def test_there_may_be_more_additional_contexts_than_rows(case: Case, more: int, data: Any) -> None:
+    """As on a rank that holds a part of the rows: all rows' far keys and values, the queries of some."""
+    rows = len(case.plan)
+    first = data.draw(st.integers(0, rows - 1))
+    mine = slice(first, data.draw(st.integers(first + 1, rows)))
+    plan_Rd, scale, documents_RL, local = case.how()
+    tensors = detached(case.tensors(D=4), torch.float32)
+    expected_RHLD = merged_cross_batch(*tensors, plan_Rd, scale, documents_RL, local)[mine]
+    own = [x[mine] for x in tensors[:3]]
+    far = [torch.cat([x, torch.full((more, *x.shape[1:]), 9.0)]) for x in tensors[3:]]
+    how = (plan_Rd[mine], scale, None if documents_RL is None else documents_RL[mine], local)
+    for attend in (merged_cross_batch, flex_cross_batch):
+        torch.testing.assert_close(attend(*own, *far, *how), expected_RHLD, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("plan", [[[], [], []], [[-1, -1]] * 3])

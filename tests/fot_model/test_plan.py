@@ -430,6 +430,37 @@ def test_the_future_of_its_own_document_is_refused_and_that_of_others_is_not(
         check_plan(plan_Rd, R, document_ids_RL)
 
 
+@given(batch=ordered_batches, data=st.data())
+@settings(deadline=None)
+def test_each_part_of_a_plan_is_checked_as_it_is_in_the_whole(batch: Batch, data: Any) -> None:
+    plan_Rd, R = batch.by_segments(), len(batch.group_R)
+    document_ids_RL = torch.tensor(batch.group_R)[:, None].expand(R, 2)
+    first = data.draw(st.integers(0, R - 1))
+    own = range(first, data.draw(st.integers(first + 1, R)))
+    lines, documents = slice(own.start, own.stop), document_ids_RL[own.start : own.stop]
+    check_plan(plan_Rd[lines], R, documents, own)
+    row = data.draw(st.sampled_from(own))
+    seen = data.draw(st.just(row + 1) | st.integers(-3, R + 2))
+    wrong_Rd = torch.cat([plan_Rd, torch.full((R, 1), -1)], dim=1)
+    wrong_Rd[row, -1] = seen
+    messages = []
+    for part in ((wrong_Rd, R, document_ids_RL), (wrong_Rd[lines], R, documents, own)):
+        try:
+            check_plan(*part)
+            messages.append("accepted")
+        except ValueError as error:
+            messages.append(str(error))
+    whole, alone = messages
+    if "future" in whole and seen not in own:  # which documents the rows of others hold is not known
+        assert alone == "accepted"
+    else:
+        assert alone == whole
+    with pytest.raises(ValueError, match=refusal(f"give whole numbers [{len(own)}, d]")):
+        check_plan(torch.cat([plan_Rd, plan_Rd])[: len(own) + 1], R, None, own)
+    with pytest.raises(ValueError, match=refusal(f"give [{len(own)}, L]")):
+        check_plan(plan_Rd[lines], R, torch.zeros(len(own) + 1, 2, dtype=torch.long), own)
+
+
 @pytest.mark.parametrize(
     "plan",
     [

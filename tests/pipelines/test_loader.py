@@ -1,10 +1,13 @@
 import gc
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipelines.config import Source
 from pipelines.dataset import DamagedShardError
@@ -15,10 +18,10 @@ from pipelines.sampler import BatchShape, CrossBatchSampler
 SHAPE = BatchShape(context=4, contexts_per_group=2, groups_per_micro_batch=2, micro_batches=4)
 
 
-def sampler(dataset):
+def sampler(dataset, shape=SHAPE):
     own = dataset.training
-    groups = [pack(own, dataset.length[own], SHAPE.group_tokens)]
-    return CrossBatchSampler(dataset, groups, [Source(name="s", path="x")], SHAPE, seed=0)
+    groups = [pack(own, dataset.length[own], shape.group_tokens)]
+    return CrossBatchSampler(dataset, groups, [Source(name="s", path="x")], shape, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +30,11 @@ def batches(dataset_of):
 
 
 def same(tensors, batch):
-    for name in ("input_ids", "labels"):
+    for name in ("input_ids", "labels", "document_ids"):
         one, other = getattr(tensors, name), getattr(batch, name)
         assert (one.dtype, one.shape) == (torch.int64, other.shape)
         assert np.array_equal(one.numpy(), other)
-    assert all(getattr(tensors, name) == getattr(batch, name) for name in ("group", "segment", "related"))
+    assert all(getattr(tensors, name) == getattr(batch, name) for name in ("group", "segment", "related", "first"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -43,6 +46,32 @@ def test_a_rank_reads_its_stride_of_every_step_in_order(batches, world, workers)
         assert len(read) == len(expected)
         for tensors, place in zip(read, expected, strict=True):
             same(tensors, batches.micro_batch(*place))
+
+
+@given(teams=st.integers(1, 5), spread=st.integers(1, 4), each=st.integers(1, 2), first=st.integers(0, 100))
+@settings(max_examples=20)
+def test_all_ranks_together_read_every_step_however_micro_batches_are_spread(dataset_of, teams, spread, each, first):
+    shape = replace(SHAPE, groups_per_micro_batch=each * spread)
+    batches = sampler(dataset_of([70, 3, 41, 8, 100, 1, 33, 64, 17]), shape)
+    steps, M, world = range(first, first + 2), shape.micro_batches, teams * spread
+    read = [list(rank_batches(batches, steps, rank, world, spread=spread)) for rank in range(world)]
+    whole = [batches.micro_batch(step, number) for step in steps for number in range(M)]
+    for team in range(teams):
+        own = [batch for place, batch in enumerate(whole) if place % M % teams == team]
+        members = read[team * spread : (team + 1) * spread]
+        assert [len(of_rank) for of_rank in members] == [len(own)] * spread
+        for batch, *parts in zip(own, *members, strict=True):
+            assert [part.first for part in parts] == [rank * each * 2 for rank in range(spread)]
+            for name in ("input_ids", "labels", "document_ids"):
+                assert np.array_equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
+            for part in parts:
+                same_plan = [getattr(part, name) == getattr(batch, name) for name in ("group", "segment", "related")]
+                assert all(same_plan)
+
+
+def test_ranks_that_do_not_make_whole_teams_are_a_bug(batches):
+    with pytest.raises(AssertionError):
+        next(rank_batches(batches, range(1), 0, 3, spread=2))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -89,9 +118,9 @@ def test_without_workers_nothing_is_read_ahead(batches, monkeypatch):
     reading = rank_batches(batches, range(3), 0, 1)
     assert asked == []
     next(reading)
-    assert asked == [(0, 0)]
+    assert asked == [(0, 0, (0, 1))]
     next(reading)
-    assert asked == [(0, 0), (0, 1)]
+    assert asked == [(0, 0, (0, 1)), (0, 1, (0, 1))]
 
 
 def test_no_worker_is_left_when_reading_stops_early(batches):

@@ -16,7 +16,8 @@ from pipelines.sampler import IGNORE, BatchShape, CrossBatchSampler, permute
 
 LENGTHS = [70, 3, 41, 8, 100, 1, 33, 64, 17, 5, 90, 2, 58]
 SHAPE = {"context": 4, "contexts_per_group": 2, "groups_per_micro_batch": 3, "micro_batches": 4}
-REST = ("group", "segment", "related", "documents", "sources")
+ARRAYS = ("input_ids", "labels", "document_ids")
+REST = ("group", "segment", "related", "documents", "sources", "first")
 
 
 def sampler(dataset, weights=None, seed=0, **shape):
@@ -32,7 +33,7 @@ def sampler(dataset, weights=None, seed=0, **shape):
 
 
 def same(one, other):
-    arrays = all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("input_ids", "labels"))
+    arrays = all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ARRAYS)
     return arrays and all(getattr(one, name) == getattr(other, name) for name in REST)
 
 
@@ -84,6 +85,41 @@ def test_ranks_together_read_the_same_step_however_many_they_are(dataset, world)
         read |= {number: own.micro_batch(5, number) for number in range(4)[rank::world]}
     assert sorted(read) == [0, 1, 2, 3]
     assert all(same(read[number], alone[number]) for number in range(4))
+
+
+@given(corpora, shapes, st.integers(1, 4), st.integers(0, 1000))
+def test_the_parts_of_a_micro_batch_are_together_the_whole(dataset_of, lengths, shape, parts, step):
+    shape = shape | {"groups_per_micro_batch": shape["groups_per_micro_batch"] * parts}
+    _, _, batches = made(dataset_of, lengths, shape)
+    whole = batches.micro_batch(step, 0)
+    split = [batches.micro_batch(step, 0, (at, parts)) for at in range(parts)]
+    rows = len(whole.input_ids) // parts
+    for name in ARRAYS:
+        arrays = [getattr(part, name) for part in split]
+        assert all(array.dtype == np.int64 and len(array) == rows for array in arrays)
+        assert np.array_equal(np.concatenate(arrays), getattr(whole, name))
+    assert [row for part in split for row in part.documents] == whole.documents
+    assert [part.first for part in split] == [at * rows for at in range(parts)]
+    for part in split:  # every part knows all that a plan is made of
+        assert all(getattr(part, name) == getattr(whole, name) for name in ("group", "segment", "related", "sources"))
+
+
+def test_of_a_part_only_its_own_tokens_are_read(dataset_of):
+    dataset = dataset_of([16] * 6)
+    batches = sampler(dataset, groups_per_micro_batch=6, contexts_per_group=4)
+    read, tokens = [], dataset.tokens
+    dataset.tokens = lambda document, *span: read.append(document) or tokens(document, *span)
+    whole = batches.micro_batch(0, 0)
+    read.clear()
+    part = batches.micro_batch(0, 0, (1, 3))
+    assert read == [documents[0] for documents in whole.documents[8:16:4]]
+    assert part.first == 8
+
+
+@pytest.mark.parametrize("part", [(2, 2), (-1, 2), (0, 2), (0, 0)])
+def test_a_part_that_there_is_not_is_a_bug(dataset, part):
+    with pytest.raises(AssertionError):
+        sampler(dataset, groups_per_micro_batch=3 if part == (0, 2) else 4).micro_batch(0, 0, part)
 
 
 @pytest.mark.parametrize(("micro_batches", "groups"), [(12, 1), (6, 2), (2, 6), (1, 12)])
@@ -183,6 +219,13 @@ def test_a_label_is_the_next_token_of_the_same_document(dataset_of, lengths, sha
     assert batch.input_ids.shape == batch.labels.shape
     for token, label in zip(batch.input_ids.flatten().tolist(), batch.labels.flatten().tolist(), strict=True):
         assert label == (IGNORE if token in ends else token + 1)
+
+
+@given(corpora, shapes, st.integers(0, 1000))
+def test_document_ids_name_the_document_of_every_token(dataset_of, lengths, shape, step):
+    lengths, _, batches = made(dataset_of, lengths, shape)
+    batch = batches.micro_batch(step, 0)
+    assert np.array_equal(batch.document_ids, document_of(lengths)[batch.input_ids])
 
 
 @given(corpora, shapes, st.integers(0, 1000))
