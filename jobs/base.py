@@ -7,14 +7,24 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from jobs.recipe import FotObjective, Training
+from jobs.recipe import CheckpointShape
+from jobs.train.config import FotObjective, MemorizingObjective, Training
 from pipelines.errors import UserError
 
 SIZES = ("vocab_size", "num_hidden_layers", "max_position_embeddings", "hidden_size")
 
 
-def read_llama_config(path: Path) -> dict[str, Any]:
-    """The configuration of a LLaMA checkpoint directory. Raises UserError for anything else."""
+def read_llama_config(path: Path, shape: CheckpointShape | None = None) -> dict[str, Any]:
+    """The configuration of a LLaMA checkpoint directory, of the shape that the recipe says, if it says one. Raises
+    UserError for anything else."""
+    config = read_config(path, shape)
+    if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
+        raise UserError(f"base.checkpoint {path} holds no weights (*.safetensors): download or convert them")
+    return config
+
+
+def read_config(path: Path, shape: CheckpointShape | None = None) -> dict[str, Any]:
+    """The same, but with or without weights."""
     try:
         config = json.loads((path / "config.json").read_text())
     except FileNotFoundError:
@@ -26,9 +36,35 @@ def read_llama_config(path: Path) -> dict[str, Any]:
         raise UserError(f"base.checkpoint {path} is no LLaMA: its config.json says model_type {model_type!r}")
     if missing := [name for name in SIZES if not isinstance(config.get(name), int)]:
         raise UserError(f"base.checkpoint {path}: its config.json has no {missing[0]}")
-    if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
-        raise UserError(f"base.checkpoint {path} holds no weights (*.safetensors): download or convert them")
+    if shape is not None:
+        _check_shape(path, config, shape)
     return config
+
+
+def _check_shape(path: Path, config: Mapping[str, Any], shape: CheckpointShape) -> None:
+    """Raises UserError where the checkpoint is another model than the recipe is for."""
+    has, wanted = _shape_values(config), _shape_values(shape.model_dump())
+    if different := [name for name in wanted if has[name] != wanted[name]]:
+        name = different[0]
+        raise UserError(
+            f"base.checkpoint {path} has {name} {has[name]}, base.shape says {wanted[name]}: give the model that the "
+            f"recipe is for, or --set base.shape=null"
+        )
+
+
+def _shape_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What `base.shape` says, of a config.json or of `base.shape` itself, missing values as transformers takes them."""
+    heads, rope = config.get("num_attention_heads", 32), config.get("rope_parameters") or {}
+    defaults = {
+        "num_attention_heads": heads,
+        "intermediate_size": 11008,
+        "num_key_value_heads": heads,
+        "head_dim": config["hidden_size"] // heads,
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        "tie_word_embeddings": False,
+    }
+    given = {name: config.get(name) for name in CheckpointShape.model_fields}
+    return {name: defaults.get(name) if value is None else value for name, value in given.items()}
 
 
 def check_llama(path: Path, config: Mapping[str, Any], training: Training, vocab_size: int) -> None:
@@ -69,4 +105,5 @@ def _check_weights(path: Path, layers: int) -> None:
 def asked_mem_layers(training: Training) -> list[int] | None:
     """The memory layers a recipe names, None where the model's depth decides."""
     objective = training.objective
-    return list(objective.mem_layers) if isinstance(objective, FotObjective) and objective.mem_layers else None
+    asked = objective.mem_layers if isinstance(objective, FotObjective | MemorizingObjective) else None
+    return list(asked) if asked else None

@@ -67,6 +67,36 @@ def status(recipe: Path, overrides: tuple[str, ...]) -> None:
     show_status(recipe, overrides)
 
 
+@fot.command()
+@recipe_argument
+@set_option
+@click.option("--device", default="H100", show_default=True, metavar="NAME", help="The GPU that each worker has.")
+@click.option(
+    "--mfu",
+    default=0.4,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Share of its peak that the training reaches.",
+)
+def plan(recipe: Path, overrides: tuple[str, ...], device: str, mfu: float) -> None:
+    """Say what a recipe's trainings take: memory, FLOPs, hours. Needs no data and no weights."""
+    from jobs.plan import show_plan
+
+    show_plan(recipe, overrides, device, mfu)
+
+
+@fot.command()
+@click.argument("checkpoint")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--dtype", metavar="NAME", help="float32, bfloat16 or float16; by default what was trained in.")
+def export(checkpoint: str, directory: Path, dtype: str | None) -> None:
+    """Write a training's CHECKPOINT (path or URL) as a Hugging Face DIRECTORY."""
+    from jobs.train.export import export_checkpoint
+
+    export_checkpoint(checkpoint, directory, dtype)
+    print(f"exported to {directory}")
+
+
 @fot.group()
 def data() -> None:
     """Make, check, mend and look at a recipe's data."""

@@ -4,96 +4,14 @@ import difflib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from jobs.train.config import FotObjective, MemorizingObjective, Positive, Resources, Training
 from pipelines.config import Data, Part, TokenizerPart
 from pipelines.errors import UserError
-
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-Seen = tuple[Count, Count]
-
-
-class StandardObjective(Part):
-    """Next-token prediction within the local context."""
-
-    kind: Literal["standard"] = "standard"
-    context: Positive = Field(description="tokens of the local context")
-
-    @property
-    def segments(self) -> tuple[Seen, ...]:
-        return ((0, 0),)
-
-
-class FotObjective(Part):
-    """The Focused Transformer: in memory layers a context also sees additional contexts (CrossBatch).
-
-    `segments`: (positives, negatives) for each of the consecutive contexts of a document group. `mem_layers`: by
-    default those the paper would choose for the model's depth.
-    """
-
-    kind: Literal["fot"] = "fot"
-    context: Positive = Field(description="tokens of the local context")
-    segments: Annotated[tuple[Seen, ...], Field(min_length=2)] = ((0, 0), (1, 1), (2, 1), (3, 0))
-    mem_layers: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None
-    mem_positionals: bool = True
-
-    @model_validator(mode="after")
-    def _positives_come_before(self) -> "FotObjective":
-        for place, (positives, _) in enumerate(self.segments):
-            if positives > place:
-                raise ValueError(
-                    f"segments: segment {place} asks for {positives} positives, only {place} contexts come before it"
-                )
-        return self
-
-
-Objective = Annotated[StandardObjective | FotObjective, Field(discriminator="kind")]
-
-
-class Batch(Part):
-    """A step is `micro_batches` micro-batches of `groups` document groups. Rows of a micro-batch see one another."""
-
-    micro_batches: Positive = 2
-    groups: Positive = 4
-
-
-class Optimizer(Part):
-    """AdamW. `learning_rate` is the peak; `clip` the largest gradient norm."""
-
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    betas: tuple[float, float] = (0.9, 0.95)
-    clip: Annotated[float, Field(gt=0)] = 1.0
-
-
-class Schedule(Part):
-    """Learning rate over the steps: linear warm-up, then constant, or a cosine down to a tenth."""
-
-    kind: Literal["constant", "cosine"] = "constant"
-    warmup_steps: Count = 0
-
-
-class DeepSpeed(Part):
-    """ZeRO stage and number type."""
-
-    zero_stage: Literal[0, 1, 2] = 2
-    dtype: Literal["float32", "bfloat16"] = "float32"
-
-
-class Training(Part):
-    """One training: pre-training of the base, or FoT fine-tuning."""
-
-    objective: Objective
-    steps: Positive
-    batch: Batch = Batch()
-    optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule()
-    deepspeed: DeepSpeed = DeepSpeed()
-    checkpoint_every: Positive = Field(100, description="steps between checkpoints")
 
 
 class ModelShape(Part):
@@ -129,10 +47,23 @@ class Pretrain(Part):
         return self
 
 
+class CheckpointShape(ModelShape):
+    """Shape of a LLaMA that exists."""
+
+    vocab_size: Positive
+    head_dim: Positive | None = None
+    max_position_embeddings: Positive
+    tie_word_embeddings: bool = False
+
+
 class Base(Part):
-    """The existing LLaMA: `checkpoint` (a Hugging Face directory), or `pretrain` to make one."""
+    """The existing LLaMA: `checkpoint` (a Hugging Face directory), or `pretrain` to make one.
+
+    `shape`: the checkpoint's. Another one is refused, and `fot plan` needs no download.
+    """
 
     checkpoint: str | None = None
+    shape: CheckpointShape | None = None
     pretrain: Pretrain | None = None
 
     @model_validator(mode="after")
@@ -141,6 +72,8 @@ class Base(Part):
             raise ValueError(
                 "base: give either a Hugging Face LLaMA directory (--set base.checkpoint=DIR) or base.pretrain"
             )
+        if self.shape is not None and self.pretrain is not None:
+            raise ValueError("base.shape is a checkpoint's: with base.pretrain leave it out")
         return self
 
 
@@ -169,14 +102,6 @@ class Evaluation(Part):
     passkey: Passkey = Passkey()
 
 
-class Resources(Part):
-    """Training workers, and what Ray reserves for each."""
-
-    workers: Positive = 1
-    cpus_per_worker: Positive = 1
-    gpus_per_worker: Count = 0
-
-
 class Recipe(Part):
     """A whole run. `name` becomes the registered model's name; `work_dir` holds all that is made."""
 
@@ -196,20 +121,24 @@ class Recipe(Part):
         return os.path.expanduser(work_dir)
 
     @model_validator(mode="after")
-    def _finetune_fits_the_pretrained(self) -> "Recipe":
-        if self.base.pretrain is None:
+    def _finetune_fits_the_base(self) -> "Recipe":
+        """As far as the recipe says what the base is."""
+        objective, pretrain, shape = self.finetune.objective, self.base.pretrain, self.base.shape
+        if pretrain is not None:
+            made, longest, known = "pre-trained with", pretrain.training.objective.context, pretrain.shape
+        elif shape is not None:
+            made, longest, known = "made for", shape.max_position_embeddings, shape
+        else:
             return self
-        objective, made = self.finetune.objective, self.base.pretrain
-        if objective.context > made.training.objective.context:
+        if objective.context > longest:
             raise ValueError(
-                f"finetune.objective.context ({objective.context}) is longer than the base is pre-trained with "
-                f"({made.training.objective.context})"
+                f"finetune.objective.context ({objective.context}) is longer than the base is {made} ({longest})"
             )
-        layers = made.shape.num_hidden_layers
-        if isinstance(objective, FotObjective) and max(objective.mem_layers or (0,)) >= layers:
+        layers = known.num_hidden_layers
+        asked = objective.mem_layers if isinstance(objective, FotObjective | MemorizingObjective) else None
+        if max(asked or (0,)) >= layers:
             raise ValueError(
-                f"finetune.objective.mem_layers {list(objective.mem_layers or ())}: the base has {layers} layers, "
-                f"0 to {layers - 1}"
+                f"finetune.objective.mem_layers {list(asked or ())}: the base has {layers} layers, 0 to {layers - 1}"
             )
         return self
 
@@ -222,11 +151,19 @@ class Recipe(Part):
     @model_validator(mode="after")
     def _batches_divide(self) -> "Recipe":
         for name, training in self.trainings.items():
-            if training.batch.micro_batches % self.resources.workers:
-                key = "finetune" if name == "finetune" else "base.pretrain.training"
+            key = "finetune" if name == "finetune" else "base.pretrain.training"
+            spread, batch = self.resources.ranks_per_micro_batch, training.batch
+            teams = self.resources.workers // spread
+            if batch.micro_batches % teams:
+                of = "resources.workers" + (" / resources.ranks_per_micro_batch" if spread > 1 else "")
                 raise ValueError(
-                    f"{key}.batch.micro_batches ({training.batch.micro_batches}) is not a multiple of "
-                    f"resources.workers ({self.resources.workers}): change one of them"
+                    f"{key}.batch.micro_batches ({batch.micro_batches}) is not a multiple of {of} ({teams}): change "
+                    f"one of them"
+                )
+            if batch.groups % spread:
+                raise ValueError(
+                    f"{key}.batch.groups ({batch.groups}) is not a multiple of resources.ranks_per_micro_batch "
+                    f"({spread}): change one of them"
                 )
         return self
 

@@ -1,20 +1,17 @@
-"""MLflow: one run for a recipe's outcome, with its lineage, and a registered model version.
+"""MLflow: one run for a recipe's outcome, with its lineage, and a registered model version."""
 
-The embedded default keeps everything under the work directory: `mlflow.db` (SQLite) and `mlartifacts/`.
-"""
-
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlflow
-from mlflow.entities import Metric, Run
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from jobs.tracking import Point, log_points, open_run
+
 ALIAS = "candidate"
-BATCH = 1000  # MLflow's limit of metrics a call
 
 
 @dataclass(frozen=True)
@@ -22,20 +19,17 @@ class Outcome:
     """What a run is about. `key` identifies it: recording the same key again continues the same run.
 
     `metrics`: (name, value, step, seconds since 1970). `artifacts`: files and directories by the name they get.
+    `trainings`: ids of the runs that made the model; they become the run's children.
     """
 
     key: str
     name: str
     tags: Mapping[str, str]
     params: Mapping[str, Any]
-    metrics: Iterable[tuple[str, float, int, float]]
+    metrics: Iterable[Point]
     artifacts: Mapping[str, Path]
     model: Path
-
-
-def tracking_uri(work_dir: Path) -> str:
-    """Where the embedded MLflow keeps its runs."""
-    return f"sqlite:///{work_dir.resolve() / 'mlflow.db'}"
+    trainings: Sequence[str]
 
 
 def record(outcome: Outcome, work_dir: Path) -> dict[str, str]:
@@ -44,15 +38,7 @@ def record(outcome: Outcome, work_dir: Path) -> dict[str, str]:
     Recording again after a crash completes the run it began: points already there are not written twice.
     Returns {"run_id", "model", "version"}.
     """
-    mlflow.set_tracking_uri(tracking_uri(work_dir))
-    client = MlflowClient()
-    experiment = client.get_experiment_by_name(outcome.name)
-    experiment_id = (
-        experiment.experiment_id
-        if experiment
-        else client.create_experiment(outcome.name, (work_dir / "mlartifacts").resolve().as_uri())
-    )
-    run = _run(client, experiment_id, outcome)
+    client, run = open_run(work_dir, outcome.name, outcome.key, outcome.name, outcome.tags)
     run_id = run.info.run_id
     for name, value in outcome.params.items():
         client.log_param(run_id, name, value)
@@ -60,29 +46,19 @@ def record(outcome: Outcome, work_dir: Path) -> dict[str, str]:
     for name, path in outcome.artifacts.items():
         (client.log_artifacts if path.is_dir() else client.log_artifact)(run_id, str(path), name)
     client.log_artifacts(run_id, str(outcome.model), "model")
+    for training in outcome.trainings:
+        client.set_tag(training, "mlflow.parentRunId", run_id)
     version = _model_version(client, run, outcome)
     client.set_terminated(run_id, "FINISHED")
     return {"run_id": run_id, "model": outcome.name, "version": version}
 
 
-def _run(client: MlflowClient, experiment_id: str, outcome: Outcome) -> Run:
-    found = client.search_runs([experiment_id], f"tags.`fot.key` = '{outcome.key}'", max_results=1)
-    if found:
-        return found[0]
-    return client.create_run(experiment_id, run_name=outcome.name, tags={**outcome.tags, "fot.key": outcome.key})
-
-
-def _log_metrics(client: MlflowClient, run: Run, metrics: Iterable[tuple[str, float, int, float]]) -> None:
+def _log_metrics(client: MlflowClient, run: Run, metrics: Iterable[Point]) -> None:
     there = {
         name: {point.step for point in client.get_metric_history(run.info.run_id, name)} for name in run.data.metrics
     }
-    points = [
-        Metric(name, value, int(seconds * 1000), step)
-        for name, value, step, seconds in metrics
-        if step not in there.get(name, ())
-    ]
-    for first in range(0, len(points), BATCH):
-        client.log_batch(run.info.run_id, metrics=points[first : first + BATCH])
+    new = [(name, value, step, seconds) for name, value, step, seconds in metrics if step not in there.get(name, ())]
+    log_points(client, run.info.run_id, new)
 
 
 def _model_version(client: MlflowClient, run: Run, outcome: Outcome) -> str:

@@ -8,12 +8,13 @@ from pathlib import Path
 from rich.table import Table
 
 from jobs.recipe import Recipe, load_recipe
-from jobs.registry import ALIAS, tracking_uri
+from jobs.registry import ALIAS
 from jobs.stages import recipe_stages
-from jobs.train.launch import last_metrics
+from jobs.tracking import tracking_uri
+from jobs.train.metrics import last_metrics
 from jobs.train.spec import METRICS, MODEL
 from jobs.workspace import Workspace, duration
-from pipelines.cluster import check_workers
+from pipelines.cluster import wait_for_workers
 from pipelines.progress import console, say
 from pipelines.store import Output
 from pipelines.workflow import workflow_status
@@ -28,7 +29,9 @@ def run_recipe(path: Path, overrides: Sequence[str]) -> None:
     workspace = Workspace(recipe)
     with workspace.with_ray():
         resources = recipe.resources
-        check_workers(resources.workers, resources.cpus_per_worker, resources.gpus_per_worker)
+        wait_for_workers(
+            resources.workers, resources.cpus_per_worker, resources.gpus_per_worker, 60 * resources.wait_minutes
+        )
         outputs, seconds = workspace.run(recipe_stages)
     _closing_table(recipe, outputs, seconds)
 

@@ -8,35 +8,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs.base import asked_mem_layers, check_llama, read_llama_config
-from jobs.data.stages import (
-    DOCUMENTS,
-    SHARDS,
-    Corpus,
-    Inputs,
-    data_stages,
-    directory_files,
-    look_at_corpus,
-    repair_shards,
-)
-from jobs.evaluate.passkey import check_lengths, passkey
-from jobs.evaluate.perplexity import Scoring, choose_windows, perplexity
+from jobs.data.stages import DOCUMENTS, SHARDS, Corpus, Inputs, data_stages, look_at_corpus, repair_shards
+from jobs.evaluate.passkey import passkey
+from jobs.evaluate.perplexity import Scoring, perplexity
 from jobs.plot import plot_perplexity
-from jobs.recipe import Recipe, Training
+from jobs.recipe import Recipe
 from jobs.registry import Outcome, record
-from jobs.train.launch import read_metrics, train
-from jobs.train.spec import METRICS, MODEL, TrainSpec
+from jobs.train.metrics import read_metrics
+from jobs.train.spec import METRICS, MODEL
+from jobs.train.stages import RUN, base_stage, finetune_stage
 from jobs.version import code_version
 from jobs.workspace import Workspace
-from pipelines.dataset import DamagedShardError, TokenDataset
+from pipelines.dataset import DamagedShardError
 from pipelines.files import write_atomically
-from pipelines.hashing import FileHashes, hash_json
-from pipelines.integrity import check_manifest
+from pipelines.hashing import hash_json
 from pipelines.progress import Progress, say
 from pipelines.shards import Manifest
 from pipelines.store import RECORD, Stage
-from pipelines.tokenize import Encoding
-from pipelines.tokenizer import load_tokenizer
 
 
 def recipe_stages(workspace: Workspace) -> list[Stage]:
@@ -49,50 +37,12 @@ def recipe_stages(workspace: Workspace) -> list[Stage]:
         corpus = look_at_corpus(recipe, workspace.store, hashes)
         return [
             *data_stages(recipe, corpus),
-            _repairing(recipe, corpus, _base_stage(recipe, hashes)),
-            _repairing(recipe, corpus, _finetune_stage(recipe)),
+            _repairing(recipe, corpus, base_stage(workspace, hashes)),
+            _repairing(recipe, corpus, finetune_stage(workspace)),
             _repairing(recipe, corpus, _perplexity_stage(recipe)),
             _passkey_stage(recipe),
             _register_stage(recipe, workspace.directory),
         ]
-
-
-def _base_stage(recipe: Recipe, hashes: FileHashes) -> Stage:
-    checkpoint, pretrain = recipe.base.checkpoint, recipe.base.pretrain
-    if pretrain is not None:
-
-        def make(output: Path, inputs: Inputs) -> None:
-            _check_data(recipe, inputs)
-            train(_train_spec(recipe, "base", pretrain.training, pretrain.shape, output, inputs))
-
-        params = {"pretrain": _dump(pretrain), **_what_else_decides(recipe)}
-        inputs = ("tokenizer", SHARDS, DOCUMENTS, "base-groups")
-        return Stage("base", make, params, inputs=inputs, content=MODEL)
-
-    assert checkpoint is not None, "a recipe has one of the two"
-    path = Path(checkpoint).expanduser().resolve()
-    files = directory_files(path, hashes)
-    config = read_llama_config(path)
-
-    def bring(output: Path, inputs: Inputs) -> None:
-        check_llama(path, config, recipe.finetune, load_tokenizer(inputs["tokenizer"]).vocab_size)
-        write_atomically(output / "base.json", json.dumps(files, indent=1).encode())
-        (output / MODEL).unlink(missing_ok=True)
-        (output / MODEL).symlink_to(path, target_is_directory=True)
-
-    needs = {"context": recipe.finetune.objective.context, "mem_layers": asked_mem_layers(recipe.finetune)}
-    params = {"path": str(path), "files": files, **needs}
-    return Stage("base", bring, params, inputs=("tokenizer",))
-
-
-def _finetune_stage(recipe: Recipe) -> Stage:
-    def run(output: Path, inputs: Inputs) -> None:
-        _check_data(recipe, inputs)
-        train(_train_spec(recipe, "finetune", recipe.finetune, inputs["base"] / MODEL, output, inputs))
-
-    params = {"training": _dump(recipe.finetune), **_what_else_decides(recipe)}
-    inputs = ("tokenizer", SHARDS, DOCUMENTS, "finetune-groups", "base")
-    return Stage("finetune", run, params, inputs=inputs, content=MODEL)
 
 
 def _perplexity_stage(recipe: Recipe) -> Stage:
@@ -155,12 +105,6 @@ def _outcome(recipe: Recipe, recipe_hash: str, inputs: Inputs, output: Path) -> 
     local = results["local_context"]
     finished = (inputs["perplexity"] / RECORD).stat().st_mtime
     metrics = [
-        (f"{stage}/{name}", float(entry[name]), int(entry["step"]), entry["time"])
-        for stage in ("base", "finetune")
-        for entry in read_metrics(inputs[stage] / METRICS)
-        for name in ("loss", "learning_rate", "tokens_per_second")
-    ]
-    metrics += [
         (f"perplexity/{model}", value, int(context) * local, finished)
         for model in ("base", "fot")
         for context, value in results[model].items()
@@ -202,23 +146,11 @@ def _outcome(recipe: Recipe, recipe_hash: str, inputs: Inputs, output: Path) -> 
             "passkey": inputs["passkey"],
         },
         model=inputs["finetune"] / MODEL,
-    )
-
-
-def _train_spec(recipe: Recipe, name: str, training: Training, base: Any, output: Path, inputs: Inputs) -> TrainSpec:
-    return TrainSpec(
-        name=name,
-        training=training,
-        resources=recipe.resources,
-        data=recipe.data,
-        seed=recipe.seed,
-        base=base,
-        shards=inputs[SHARDS],
-        documents=inputs[DOCUMENTS],
-        groups=inputs[f"{name}-groups"],
-        tokenizer=inputs["tokenizer"],
-        output=output,
-        logs=Path(recipe.work_dir).resolve() / "logs" / f"{name}-{output.stem}",
+        trainings=[
+            json.loads(file.read_text())["run_id"]
+            for file in (inputs[stage] / RUN for stage in ("base", "finetune"))
+            if file.exists()
+        ],
     )
 
 
@@ -236,25 +168,9 @@ def _repairing(recipe: Recipe, corpus: Corpus, stage: Stage) -> Stage:
     return replace(stage, run=run) if recipe.data.auto_repair else stage
 
 
-def _check_data(recipe: Recipe, inputs: Inputs) -> None:
-    """Find out before hours of training whether all that comes after has what it needs."""
-    dataset = TokenDataset(inputs[SHARDS], inputs[DOCUMENTS])
-    backend = dataset.manifest.tokenizer["backend"]
-    check_manifest(dataset.manifest, recipe.data, Encoding(inputs["tokenizer"], backend, inputs[SHARDS]))
-    local, settings = recipe.finetune.objective.context, recipe.evaluation
-    choose_windows(dataset, local, max(settings.perplexity.contexts), 1)
-    check_lengths(inputs["tokenizer"], local, settings.passkey.lengths, settings.passkey.digits)
-
-
 def _memory_settings(model: Path) -> dict[str, Any]:
     config = json.loads((model / "config.json").read_text())
     return {name: config[name] for name in ("mem_layers", "mem_positionals")}
-
-
-def _what_else_decides(recipe: Recipe) -> dict[str, Any]:
-    """A training's numbers depend on these too: sums over ranks differ in their last bits with the number of ranks."""
-    weights = {source.name: source.weight for source in recipe.data.sources}
-    return {"seed": recipe.seed, "workers": recipe.resources.workers, "weights": weights}
 
 
 def _dump(part: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import os
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -11,8 +12,10 @@ import ray
 
 from pipelines.environment import WORKERS
 from pipelines.errors import UserError
+from pipelines.progress import say
 
 Result = TypeVar("Result")
+SAY_EVERY = 30.0  # seconds between lines that say what is waited for
 CANCELS = 10  # attempts to stop a task, a second each
 OBJECT_STORE_BYTES = 200_000_000  # tasks pass paths and counts, not data
 
@@ -47,17 +50,37 @@ def ray_cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-def check_workers(workers: int, cpus: int, gpus: int) -> None:
-    """Raises UserError where the cluster cannot hold this many training workers at once."""
-    for kind, each in (("CPU", cpus), ("GPU", gpus)):
-        there = int(ray.cluster_resources().get(kind, 0))
-        if workers * each > there:
+def wait_for_workers(workers: int, cpus: int, gpus: int, patience: float) -> None:
+    """Wait until the cluster can hold this many training workers at once, at most `patience` seconds, and say so.
+
+    Raises UserError where it still cannot then; at once on a Ray of this machine alone, which does not grow.
+    """
+    grows = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+    end, said = time.monotonic() + (patience if grows else 0), 0.0
+    while (lacking := _lacking(workers, cpus, gpus)) is not None:
+        if time.monotonic() >= end:
+            kind, each, there = lacking
             fit = there // each
             remedy = f"lower resources.workers (--set resources.workers={fit}) or " if fit else ""
+            waited = f" after {patience / 60:g} minutes" if grows else ""
             raise UserError(
-                f"resources: {workers} workers with {each} {kind} each need {workers * each}, Ray has {there}: "
+                f"resources: {workers} workers with {each} {kind} each need {workers * each}, Ray has {there}{waited}: "
                 f"{remedy}use a larger machine"
             )
+        if time.monotonic() - said >= SAY_EVERY:
+            said = time.monotonic()
+            kind, each, there = lacking
+            say(f"waiting for {workers * each} {kind} in the cluster, it has {there}")
+        time.sleep(1)
+
+
+def _lacking(workers: int, cpus: int, gpus: int) -> tuple[str, int, int] | None:
+    """(kind, how many of it a worker takes, how many there are) of what the cluster has too few of."""
+    there = ray.cluster_resources()
+    for kind, each in (("CPU", cpus), ("GPU", gpus)):
+        if workers * each > int(there.get(kind, 0)):
+            return kind, each, int(there.get(kind, 0))
+    return None
 
 
 def run_tasks(

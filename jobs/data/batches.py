@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from jobs.recipe import Training
+from jobs.train.config import Training
 from pipelines.config import Data
 from pipelines.dataset import TokenDataset
 from pipelines.errors import UserError
@@ -12,7 +12,7 @@ from pipelines.sampler import BatchShape, CrossBatchSampler
 def batch_shape(training: Training) -> BatchShape:
     """The shape of the batches that a training asks for."""
     batch = training.batch
-    return BatchShape(training.objective.context, len(training.objective.segments), batch.groups, batch.micro_batches)
+    return BatchShape(training.objective.context, training.objective.contexts, batch.groups, batch.micro_batches)
 
 
 def make_sampler(dataset: TokenDataset, groups: Path, training: Training, data: Data, seed: int) -> CrossBatchSampler:

@@ -87,7 +87,7 @@ def repair(path: Path, overrides: Sequence[str]) -> None:
 def show(path: Path, overrides: Sequence[str], step: int, training: str) -> None:
     """Print the batch of a step: which documents, from which sources, and which serve which as negatives."""
     recipe, sampler, _ = _open(path, overrides, training)
-    for line in batch_view(sampler, recipe.trainings[training].objective, step):
+    for line in batch_view(sampler, recipe.trainings[training].objective, step, recipe.seed):
         print(line)
 
 
@@ -100,7 +100,7 @@ def inspect(path: Path, overrides: Sequence[str], training: str) -> None:
         source_view(outputs[DOCUMENTS].path),
         training_view(sampler, outputs[f"{training}-groups"].path, training, recipe.trainings[training].steps),
         sample_view(sampler, load_tokenizer(outputs["tokenizer"].path), SAMPLES),
-        plan_view(batch, objective),
+        plan_view(batch, objective, recipe.seed),
     ]
     for number, view in enumerate(views):
         print(*([] if number == 0 else [""]), *view, sep="\n")

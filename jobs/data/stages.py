@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.data.batches import batch_shape, make_sampler
-from jobs.recipe import Recipe, Training
+from jobs.recipe import Recipe
+from jobs.train.config import Training
 from pipelines.config import Data
 from pipelines.corpus import Document, Entry, Unit
 from pipelines.dataset import TokenDataset

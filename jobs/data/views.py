@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fot_model import cross_batch_plan
-from jobs.recipe import Objective
+from jobs.train.config import Objective
+from jobs.train.objective import plan_of
 from pipelines.documents import REPORT
 from pipelines.packing import REPORT as PACKING_REPORT
 from pipelines.progress import human
@@ -89,20 +89,19 @@ def excerpt(text: str) -> str:
     return line if len(line) <= 2 * EXCERPT else f"{line[:EXCERPT]} ... {line[-EXCERPT:]}"
 
 
-def plan_view(batch: MicroBatch, objective: Objective) -> Iterator[str]:
+def plan_view(batch: MicroBatch, objective: Objective, seed: int) -> Iterator[str]:
     """The plan of a micro-batch as a grid: which row (line) sees which other (column)."""
     yield "plan of the first micro-batch (a line a context: L itself, P positive, N negative, . unseen)"
-    plan = cross_batch_plan(batch.group, batch.segment, batch.related, objective.segments).tolist()
+    plan = _seen(objective, batch, 0, seed)
     for row, seen in enumerate(plan):
         marks = ["."] * len(plan)
         marks[row] = "L"
         for other in seen:
-            if other >= 0:
-                marks[other] = "P" if batch.group[other] == batch.group[row] else "N"
+            marks[other] = "P" if batch.group[other] == batch.group[row] else "N"
         yield f"  {row:>4} {''.join(marks)}  group {batch.group[row]}, segment {batch.segment[row]}"
 
 
-def batch_view(sampler: CrossBatchSampler, objective: Objective, step: int) -> Iterator[str]:
+def batch_view(sampler: CrossBatchSampler, objective: Objective, step: int, seed: int) -> Iterator[str]:
     """Every row of a step with its documents, and the rows that serve it as positives and negatives with theirs."""
     shape = sampler.shape
     batches = [sampler.micro_batch(step, number) for number in range(shape.micro_batches)]
@@ -119,12 +118,17 @@ def batch_view(sampler: CrossBatchSampler, objective: Objective, step: int) -> I
 
     for number, batch in enumerate(batches):
         yield f"micro-batch {number}"
-        plan = cross_batch_plan(batch.group, batch.segment, batch.related, objective.segments).tolist()
-        for row, seen in enumerate(plan):
+        for row, seen in enumerate(_seen(objective, batch, step, seed)):
             yield f"  row {row} (group {batch.group[row]}, segment {batch.segment[row]}): {held(batch, row)}"
-            for other in (other for other in seen if other >= 0):
+            for other in seen:
                 kind = "positive" if batch.group[other] == batch.group[row] else "negative"
                 yield f"    {kind}: row {other}, {held(batch, other)}"
+
+
+def _seen(objective: Objective, batch: MicroBatch, step: int, seed: int) -> list[list[int]]:
+    """The rows that each row sees besides itself."""
+    plan = plan_of(objective, batch, step, seed)
+    return [[] for _ in batch.group] if plan is None else [[row for row in seen if row >= 0] for seen in plan.tolist()]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

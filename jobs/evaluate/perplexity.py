@@ -106,17 +106,29 @@ def window_losses(scoring: Scoring, windows: list[Window]) -> dict[int, float]:
     """One task: summed loss (nats) of the windows at each context."""
     tokens, local = TokenDataset(scoring.shards, scoring.documents), scoring.local
     model = FotLlamaForCausalLM.from_pretrained(scoring.model, **scoring.memory).eval()
-    losses = {}
-    for context in scoring.contexts:
-        cache = FotCache(model.config)
-        for back in range(context - 1, -1, -1):
-            inputs_BL, labels_BL = _read(tokens, windows, back * local, local)
-            logits = model(inputs_BL, past_key_values=cache, last_context_length=local).logits
-            cache.flush()
-        losses[context] = functional.cross_entropy(
-            logits.flatten(0, 1).double(), labels_BL.flatten(), reduction="sum"
-        ).item()
-    return losses
+    cpu = torch.device("cpu")
+    return {context: score(model, tokens, windows, context, local, cpu).sum().item() for context in scoring.contexts}
+
+
+def score(
+    model: FotLlamaForCausalLM,
+    tokens: TokenDataset,
+    windows: list[Window],
+    context: int,
+    local: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """Loss (nats) of each window [B] at `context` times the local context; to be called without gradients. `device`:
+    where the model computes, though its parameters may lie elsewhere."""
+    cache = FotCache(model.config)
+    for back in range(context - 1, -1, -1):
+        inputs_BL, labels_BL = _read(tokens, windows, back * local, local)
+        logits_BLV = model(inputs_BL.to(device), past_key_values=cache, last_context_length=local).logits
+        cache.flush()
+    losses_BL = functional.cross_entropy(
+        logits_BLV.double().transpose(1, 2), labels_BL.to(device), reduction="none"
+    )
+    return losses_BL.sum(1)
 
 
 def _read(tokens: TokenDataset, windows: list[Window], back: int, local: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,34 +1,43 @@
 """Starts a training on Ray and follows it: the driver's side."""
 
-import json
-import os
+import pickle
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from jobs.train.spec import CHECKPOINT, METRICS, TrainSpec
-from pipelines.progress import Progress, say
+from jobs.train.checkpoint_store import check_identity
+from jobs.train.metrics import last_metrics
+from jobs.train.spec import METRICS, MODEL, TrainSpec
+from pipelines.dataset import DamagedShardError
+from pipelines.errors import UserError
+from pipelines.files import write_atomically
+from pipelines.progress import Progress, human
 
 RAY_DIRECTORY = "ray"
+FAILURE = "failure.pickle"  # what a worker raised that starting again would not mend
 POLL = 1.0  # seconds between looks at the metrics
 
 
-def train(spec: TrainSpec) -> None:
-    """Run a training to its end, from where an earlier run of the same `spec.output` stopped.
+def train(spec: TrainSpec, on_metrics: Callable[[Path], None] = lambda path: None) -> None:
+    """Run a training to its end, from the newest checkpoint of an earlier run with the same settings, if there is one.
 
-    Afterwards `spec.output` holds the exported model, the metrics and the last checkpoint. A lost worker restarts the
-    training from the last checkpoint, up to three times.
+    Afterwards `spec.output` holds the exported model, the metrics and, unless they lie elsewhere, the last checkpoints.
+    A lost worker or node restarts the training from the last checkpoint. `on_metrics` is called with the metrics' file
+    every second or so, and at the end.
 
-    Raises what a worker raised.
+    Raises UserError where the checkpoints there are of another training, and what a worker raised.
     """
-    if (spec.output / CHECKPOINT).exists():  # all done but for marking the stage complete
-        shutil.rmtree(spec.output / RAY_DIRECTORY, ignore_errors=True)
+    if (spec.output / MODEL).exists():  # all done but for marking the stage complete
         return
-    _drop_damaged_state(spec.output / RAY_DIRECTORY)
+    check_identity(spec.checkpoints, spec.identity)
+    failure, ray_directory = spec.output / FAILURE, spec.output / RAY_DIRECTORY
+    failure.unlink(missing_ok=True)
+    shutil.rmtree(ray_directory, ignore_errors=True)
     resources = spec.resources
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
@@ -42,37 +51,37 @@ def train(spec: TrainSpec) -> None:
         ),
         run_config=ray.train.RunConfig(
             name="train",
-            storage_path=str(spec.output / RAY_DIRECTORY),
-            failure_config=ray.train.FailureConfig(max_failures=3),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            storage_path=str(ray_directory),  # it wants one; our checkpoints are not its business
+            failure_config=ray.train.FailureConfig(max_failures=resources.restarts),
         ),
     )
     fit = _Fit(trainer)
-    _follow(fit, spec)
+    try:
+        _follow(fit, spec, on_metrics)
+    finally:
+        on_metrics(spec.output / METRICS)
+    if failure.exists():
+        error = pickle.loads(failure.read_bytes())
+        failure.unlink()
+        raise error
     if fit.error is not None:
         raise _cause(fit.error) from fit.error
-    result = fit.result
-    assert result is not None, "a training that ends without an error has a result"
-    assert result.checkpoint is not None, "the last step always saves a checkpoint"
-    os.rename(result.checkpoint.path, spec.output / CHECKPOINT)
-    shutil.rmtree(spec.output / RAY_DIRECTORY)
+    shutil.rmtree(ray_directory)
 
 
 def _worker(spec: TrainSpec) -> None:
+    """What Ray Train runs, and starts again after any error. One that comes of the data or the settings would come
+    again: it is left for the driver, and a worker that finds one returns at once."""
     from jobs.train.loop import train_loop  # DeepSpeed: seconds and hundreds of megabytes the driver can do without
 
-    train_loop(spec)
-
-
-def _drop_damaged_state(directory: Path) -> None:
-    """Ray Train writes its list of checkpoints in place: a kill in that moment leaves half of it, which it refuses."""
-    for snapshot in directory.glob("*/*snapshot*.json"):
-        try:
-            json.loads(snapshot.read_text())
-        except ValueError:
-            say(f"{snapshot} was cut off by a kill: this training starts again")
-            shutil.rmtree(directory)
-            return
+    failure = spec.output / FAILURE
+    if failure.exists():
+        return
+    try:
+        train_loop(spec)
+    except (UserError, DamagedShardError) as error:
+        write_atomically(failure, pickle.dumps(error))
+        raise
 
 
 def _cause(error: Exception) -> Exception:
@@ -91,43 +100,37 @@ class _Fit(threading.Thread):
     def __init__(self, trainer: TorchTrainer) -> None:
         super().__init__(daemon=True)
         self.trainer = trainer
-        self.result: ray.train.Result | None = None
         self.error: Exception | None = None
 
     def run(self) -> None:
         try:
-            self.result = self.trainer.fit()
+            self.trainer.fit()
         except Exception as error:
             self.error = error
 
 
-def _follow(fit: _Fit, spec: TrainSpec) -> None:
+def _follow(fit: _Fit, spec: TrainSpec, on_metrics: Callable[[Path], None]) -> None:
     """Show the metrics that rank 0 writes as a progress bar, until the training ends."""
     begun = False
     with Progress(spec.name, spec.training.steps, "steps") as progress:
         fit.start()
         while fit.is_alive():
             fit.join(POLL)
+            on_metrics(spec.output / METRICS)
             last = last_metrics(spec.output / METRICS)
             if last is not None:
                 if not begun:
                     begun = True
                     progress.resume_at(last["step"])
-                progress.set(last["step"], f"loss {last['loss']:.3f}")
+                progress.set(last["step"], progress_note(last))
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """All complete lines of a metrics file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-
-def last_metrics(path: Path) -> dict[str, float] | None:
-    """The last complete line of a metrics file, None while there is none."""
-    if not path.exists():
-        return None
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 4096))
-        lines = [line for line in file.read().split(b"\n")[:-1] if line.startswith(b"{")]
-    return json.loads(lines[-1]) if lines else None
+def progress_note(last: dict[str, float]) -> str:
+    """What a person sees of a step: 'loss 2.345, 12.3k tokens/s, MFU 43 %, 3.4 GB'."""
+    parts = [f"loss {last['loss']:.3f}", f"{human(last['tokens_per_second'])} tokens/s"]
+    if "mfu" in last:
+        parts.append(f"MFU {last['mfu']:.0%}")
+    parts.append(f"{last['memory_gb']:.1f} GB")
+    if last["skipped_steps"]:
+        parts.append(f"{last['skipped_steps']:.0f} skipped")
+    return ", ".join(parts)

@@ -1,208 +1,172 @@
-"""The training loop, as every Ray Train worker runs it.
+"""The training loop, as every Ray Train worker (a rank) runs it.
 
-A step is M micro-batches; rank r takes micro-batches r, r + world, ... and accumulates their gradients, so the global
-batch of a step and its loss are the same on any number of ranks. With the FoT objective the rows of a micro-batch see
-one another in the memory layers, as the CrossBatch plan says (paper, section 3.2). Checkpoints hold model, optimizer
-and step; batches and learning rates are functions of the step, so a resumed run continues bit for bit.
+A step is M micro-batches. A team of ranks (one rank, unless micro-batches are spread over several) takes micro-batches
+t, t + teams, ... and accumulates their gradients, so the global batch of a step and its loss are the same on any number
+of ranks. With the FoT objective the rows of a micro-batch see one another in the memory layers, as the CrossBatch plan
+says (paper, section 3.2). Checkpoints hold model, optimizer and step; batches, learning rates and d are functions of
+the step, so a resumed training continues bit for bit.
 """
 
-import json
-import math
 import os
-import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import ray.train
 import torch
-from torch import Tensor
-from torch.nn import functional
+from torch.distributed import ProcessGroup
 
-from fot_model import FotLlamaConfig, FotLlamaForCausalLM, cross_batch_plan, default_mem_layers
-from jobs.data.batches import make_sampler
-from jobs.recipe import FotObjective, ModelShape, Objective, Schedule, Training
+from jobs.data.batches import batch_shape, make_sampler
+from jobs.evaluate.perplexity import choose_windows
+from jobs.train.bad_loss import BadLossError, LossWatch, SkippedSteps
+from jobs.train.checkpoints import Checkpoints
+from jobs.train.config import FotObjective, Resources
+from jobs.train.engine import make_engine, schedule_factor
+from jobs.train.estimate import Shape, peak_flops, step_flops
+from jobs.train.export import export_checkpoint
+from jobs.train.machine import MachineWatch, memory_gigabytes
+from jobs.train.measure import evaluating, held_out_perplexity, mass_on_positives
+from jobs.train.metrics import MetricsFile
+from jobs.train.model import build_model
+from jobs.train.objective import batch_loss, d_at
 from jobs.train.spec import METRICS, MODEL, TrainSpec
 from pipelines.dataset import TokenDataset
-from pipelines.files import write_atomically
-from pipelines.loader import TensorBatch, rank_batches
-from pipelines.sampler import IGNORE, CrossBatchSampler
-from pipelines.store import RECORD
-from pipelines.tokenizer import load_tokenizer
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from pipelines.loader import rank_batches
+from pipelines.progress import say
+from pipelines.sampler import CrossBatchSampler
 
 
 def train_loop(spec: TrainSpec) -> None:
-    """Train from the latest checkpoint, or the base, to the last step, then export the model."""
-    training, objective = spec.training, spec.training.objective
-    context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    _log_to_file(spec.logs / f"rank{rank}.log")
-    device = ray.train.torch.get_device()
-    torch.manual_seed(spec.seed)
+    """Train from the newest checkpoint, or the base, to the last step, then export the model.
 
-    engine = _engine(build_model(spec), training, world)
+    Raises BadLossError, DamagedShardError, and UserError for what does not go together.
+    """
+    training, objective, seed = spec.training, spec.training.objective, spec.seed
+    ranks = Ranks.of(spec.resources)
+    log_to_file(spec.logs / f"rank{ranks.rank}.log")
+    torch.manual_seed(seed)
+
+    model = build_model(spec)
+    flops = step_flops(Shape.of(model.config.to_dict()), training)
+    accumulation = training.batch.micro_batches // ranks.teams
+    engine = make_engine(model, training, accumulation)
+    peaks = [group["lr"] for group in engine.optimizer.param_groups]
     dataset = TokenDataset(spec.shards, spec.documents)
-    sampler = make_sampler(dataset, spec.groups, training, spec.data, spec.seed)
-    step = _restore(engine)
-    batches = rank_batches(sampler, range(step, training.steps), rank, world, workers=int(device.type == "cuda"))
-    metrics = Metrics(spec.output / METRICS, step) if rank == 0 else None
+    sampler = make_sampler(dataset, spec.groups, training, spec.data, seed)
+    checkpoints = Checkpoints(spec.checkpoints, spec.identity, training.checkpoints, spec.tokenizer)
+    skipped = SkippedSteps(spec.output, training.bad_loss)
+    machine = MachineWatch(ranks.device)
 
-    while step < training.steps:
-        began = time.monotonic()
-        for group in engine.optimizer.param_groups:
-            group["lr"] = training.optimizer.learning_rate * schedule_factor(training.schedule, step, training.steps)
-        total = torch.zeros((), device=device)
-        for _ in range(rank, training.batch.micro_batches, world):
-            loss = batch_loss(engine, next(batches), objective, device)
-            engine.backward(loss)
-            engine.step()  # applies the gradients at the last micro-batch of the step
-            total += loss.detach() / training.batch.micro_batches
-        torch.distributed.all_reduce(total)
-        step += 1
-        _check_finite(total.item(), step)
-        if metrics is not None:
-            metrics.write(step, total.item(), engine.optimizer.param_groups[0]["lr"], sampler, began)
-        if step % training.checkpoint_every == 0 or step == training.steps:
-            _save(engine, step, spec.output)
+    while True:
+        done, state = checkpoints.restore(engine) or (0, {})
+        watch = LossWatch(training.bad_loss, state.get("losses", []))
+        metrics = MetricsFile(spec.output / METRICS, done)
+        steps = [step for step in range(done, training.steps) if step not in skipped]
+        batches = rank_batches(sampler, steps, ranks.rank, ranks.world, ranks.readers, ranks.team_size)
+        if done == 0 and training.bad_loss.action == "skip":
+            checkpoints.save(engine, 0, {})  # what there is to go back to
+        try:
+            for step in steps:
+                began = time.monotonic()
+                factor = schedule_factor(training.schedule, step, training.steps)
+                for group, peak in zip(engine.optimizer.param_groups, peaks, strict=True):
+                    group["lr"] = peak * factor
+                total = torch.zeros((), device=ranks.device)
+                for _ in range(accumulation):
+                    batch = next(batches).to(ranks.device)
+                    loss = batch_loss(engine, batch, objective, step, seed, ranks.team)
+                    engine.backward(loss)
+                    engine.step()  # applies the gradients at the last micro-batch of the step
+                    total += loss.detach() / accumulation
+                torch.distributed.all_reduce(total)
+                loss_of_step = total.item() / ranks.world
+                watch.check(step, loss_of_step)
 
-    if rank == 0:
-        _export(engine, spec)
+                values = {"loss": loss_of_step, "learning_rate": training.optimizer.learning_rate * factor}
+                values |= speed(spec, flops, time.monotonic() - began, ranks)
+                values |= {"tokens": (step + 1) * sampler.shape.tokens_per_step, "skipped_steps": len(skipped)}
+                values |= {"memory_gb": memory_gigabytes(ranks.device), **machine.look()}
+                if (norm := engine.get_global_grad_norm()) is not None:
+                    values["gradient_norm"] = float(norm)
+                if isinstance(objective, FotObjective) and objective.d is not None:
+                    values["d"] = d_at(objective, step, seed)
+                if training.measure is not None and (step + 1) % training.measure.every == 0:
+                    values |= measure(engine.module, spec, dataset, sampler, step, ranks)
+                if ranks.rank == 0:
+                    metrics.write(step + 1, values | checkpoints.timings())
+                if (step + 1) % training.checkpoints.every == 0 and step + 1 < training.steps:
+                    checkpoints.save(engine, step + 1, {"losses": watch.recent})
+            break
+        except BadLossError as bad:
+            skipped.add(bad, write=ranks.rank == 0)
+            say(f"step {bad.step + 1}: its loss is {bad.what}: back to the last checkpoint, and on without it")
+
+    if done < training.steps:
+        checkpoints.save(engine, training.steps, {})
+    checkpoints.wait()
+    torch.distributed.barrier()
+    if ranks.rank == 0 and not (spec.output / MODEL).exists():
+        export_checkpoint(spec.checkpoints, spec.output / MODEL, training.deepspeed.dtype)
     torch.distributed.barrier()
 
 
-def build_model(spec: TrainSpec) -> FotLlamaForCausalLM:
-    """The base with the objective's memory layers, or a new LLaMA of the given shape."""
-    objective, dtype = spec.training.objective, DTYPES[spec.training.deepspeed.dtype]
-    if isinstance(spec.base, ModelShape):
-        tokenizer = load_tokenizer(spec.tokenizer)
-        config = FotLlamaConfig(
-            vocab_size=tokenizer.vocab_size,
-            bos_token_id=tokenizer.bos,
-            eos_token_id=tokenizer.eos,
-            max_position_embeddings=objective.context,
-            hidden_size=spec.base.hidden_size,
-            intermediate_size=spec.base.intermediate_size,
-            num_hidden_layers=spec.base.num_hidden_layers,
-            num_attention_heads=spec.base.num_attention_heads,
-            num_key_value_heads=spec.base.num_key_value_heads,
-            rope_parameters={"rope_type": "default", "rope_theta": spec.base.rope_theta},
-            tie_word_embeddings=spec.base.tie_word_embeddings,
+@dataclass(frozen=True)
+class Ranks:
+    """This rank among all, and its team: the ranks that a micro-batch is spread over, None where it is this one."""
+
+    rank: int
+    world: int
+    team_size: int
+    team: ProcessGroup | None
+    device: torch.device
+
+    @classmethod
+    def of(cls, resources: Resources) -> "Ranks":
+        context, size = ray.train.get_context(), resources.ranks_per_micro_batch
+        rank, world = context.get_world_rank(), context.get_world_size()
+        team = None
+        if size > 1:
+            teams = [list(range(first, first + size)) for first in range(0, world, size)]
+            team, _ = torch.distributed.new_subgroups_by_enumeration(teams)
+        return cls(rank, world, size, team, ray.train.torch.get_device())
+
+    @property
+    def teams(self) -> int:
+        return self.world // self.team_size
+
+    @property
+    def readers(self) -> int:
+        """Processes that read batches ahead: a GPU should not wait for them."""
+        return int(self.device.type == "cuda")
+
+
+def measure(
+    model: Any, spec: TrainSpec, dataset: TokenDataset, sampler: CrossBatchSampler, step: int, ranks: Ranks
+) -> dict[str, float]:
+    """Perplexity on held-out windows, and the attention mass on positives in the next step's first micro-batches."""
+    settings, objective = spec.training.measure, spec.training.objective
+    assert settings is not None
+    windows = choose_windows(dataset, objective.context, max(settings.contexts), settings.windows)
+    coming = step + 1  # not trained on yet
+    batch = next(rank_batches(sampler, [coming], ranks.rank, ranks.world, spread=ranks.team_size)).to(ranks.device)
+    with evaluating(model):
+        found = held_out_perplexity(
+            model, dataset, windows, settings.contexts, objective.context, ranks.rank, ranks.world, ranks.device
         )
-        return FotLlamaForCausalLM(config).to(dtype)
-    config = FotLlamaConfig.from_pretrained(spec.base)
-    if isinstance(objective, FotObjective):
-        config.mem_layers = list(objective.mem_layers or default_mem_layers(config.num_hidden_layers))
-        config.mem_positionals = objective.mem_positionals
-        config.local_context = objective.context
-        config.last_context_length = None  # windows that do not depend on how an input is split
-    return FotLlamaForCausalLM.from_pretrained(spec.base, config=config, dtype=dtype)
+        return found | mass_on_positives(model, batch, objective, coming, spec.seed, ranks.team)
 
 
-def batch_loss(model: torch.nn.Module, batch: TensorBatch, objective: Objective, device: torch.device) -> Tensor:
-    """Mean next-token loss (nats per token) of a micro-batch."""
-    plan = None
-    if isinstance(objective, FotObjective):
-        plan = cross_batch_plan(batch.group, batch.segment, batch.related, objective.segments)
-    logits = model(batch.input_ids.to(device, non_blocking=True), plan=plan, use_cache=False).logits
-    labels = batch.labels.to(device, non_blocking=True)
-    return functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE)
+def speed(spec: TrainSpec, flops: float, seconds: float, ranks: Ranks) -> dict[str, float]:
+    """Tokens per second of all ranks, and MFU where the device's peak is known."""
+    found = {"tokens_per_second": batch_shape(spec.training).tokens_per_step / seconds}
+    name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
+    if (peak := peak_flops(name, spec.training.deepspeed.dtype)) is not None:
+        found["mfu"] = flops / seconds / (peak * ranks.world)
+    return found
 
 
-def schedule_factor(schedule: Schedule, step: int, steps: int) -> float:
-    """What the peak learning rate is multiplied with at a step (0 to steps - 1)."""
-    if step < schedule.warmup_steps:
-        return (step + 1) / schedule.warmup_steps
-    if schedule.kind == "constant":
-        return 1.0
-    progress = (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
-
-
-class Metrics:
-    """The log of a training, a JSON line a step. Steps after `start` are of a run that died: they are dropped."""
-
-    def __init__(self, path: Path, start: int) -> None:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
-        write_atomically(path, "".join(kept).encode())
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open for the worker's life, a line at a time
-
-    def write(self, step: int, loss: float, learning_rate: float, sampler: CrossBatchSampler, began: float) -> None:
-        entry = {
-            "step": step,
-            "loss": loss,
-            "learning_rate": learning_rate,
-            "tokens": step * sampler.shape.tokens_per_step,
-            "tokens_per_second": sampler.shape.tokens_per_step / (time.monotonic() - began),
-            "time": time.time(),
-        }
-        self._file.write(json.dumps(entry) + "\n")
-
-
-def _engine(model: torch.nn.Module, training: Training, world: int) -> Any:
-    # On CPU DeepSpeed would compile its shared-memory op for over a minute; gloo does the work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed()
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=training.optimizer.learning_rate,
-        betas=training.optimizer.betas,
-        weight_decay=training.optimizer.weight_decay,
-    )
-    rows = training.batch.groups * len(training.objective.segments)
-    config = {
-        "train_micro_batch_size_per_gpu": rows,
-        "gradient_accumulation_steps": training.batch.micro_batches // world,
-        "gradient_clipping": training.optimizer.clip,
-        "zero_optimization": {"stage": training.deepspeed.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": training.deepspeed.dtype == "bfloat16"},
-        "steps_per_print": 2**31,
-    }
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-
-
-def _restore(engine: Any) -> int:
-    """Load the latest checkpoint, if there is one. Returns the steps done."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return 0
-    with checkpoint.as_directory() as directory:
-        _, state = engine.load_checkpoint(directory)
-    return int(state["step"])
-
-
-def _save(engine: Any, step: int, output: Path) -> None:
-    """A checkpoint of all ranks: every rank hands its files to Ray Train, which completes it or leaves it invisible."""
-    with tempfile.TemporaryDirectory(dir=output, prefix=".checkpoint.", suffix=".tmp") as directory:
-        engine.save_checkpoint(directory, tag="state", client_state={"step": step})
-        torch.distributed.barrier()
-        ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(directory))
-
-
-def _export(engine: Any, spec: TrainSpec) -> None:
-    """The trained model as a Hugging Face directory with its tokenizer."""
-    target = spec.output / MODEL
-    if target.exists():
-        return
-    with tempfile.TemporaryDirectory(dir=spec.output, prefix=f".{MODEL}.", suffix=".tmp") as temporary:
-        unfinished = Path(temporary) / MODEL
-        engine.module.save_pretrained(unfinished)
-        for file in spec.tokenizer.iterdir():
-            if file.suffix == ".json" and file.name != RECORD:
-                (unfinished / file.name).write_bytes(file.read_bytes())
-        os.rename(unfinished, target)
-
-
-def _check_finite(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss of step {step} is {loss}")
-
-
-def _log_to_file(path: Path) -> None:
+def log_to_file(path: Path) -> None:
     """Send what this worker and its libraries print to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

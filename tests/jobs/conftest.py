@@ -28,7 +28,7 @@ def training(kind: str, **changes: object) -> dict:
         "steps": 6,
         "batch": {"micro_batches": 2, "groups": 2},
         "optimizer": {"learning_rate": 1e-3},
-        "checkpoint_every": 2,
+        "checkpoints": {"every": 2},
         **changes,
     }
 

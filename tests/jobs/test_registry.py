@@ -4,7 +4,8 @@ from pathlib import Path
 import mlflow
 from mlflow.tracking import MlflowClient
 
-from jobs.registry import Outcome, record, tracking_uri
+from jobs.registry import Outcome, record
+from jobs.tracking import tracking_uri
 
 
 def outcome(directory: Path, key: str, metrics: list) -> Outcome:
@@ -20,6 +21,7 @@ def outcome(directory: Path, key: str, metrics: list) -> Outcome:
         metrics=metrics,
         artifacts={"note": directory / "note.json"},
         model=model,
+        trainings=[],
     )
 
 

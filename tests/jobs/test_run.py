@@ -14,9 +14,10 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fot_model import FotLlamaForCausalLM
-from jobs.registry import tracking_uri
-from jobs.train.launch import last_metrics, read_metrics
+from jobs.tracking import tracking_uri
+from jobs.train.metrics import last_metrics, read_metrics
 from jobs.train.spec import METRICS
+from jobs.train.stages import RUN
 from pipelines.tokenizer import train_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -28,7 +29,7 @@ STAGES = [*DATA, "base", "finetune", "perplexity", "passkey", "register"]
 def path(recipe: dict, write_recipe) -> Path:
     """The tiny recipe with trainings long enough to be killed in."""
     for training in (recipe["base"]["pretrain"]["training"], recipe["finetune"]):
-        training |= {"steps": 200, "checkpoint_every": 20}
+        training |= {"steps": 200, "checkpoints": {"every": 20}}
     return write_recipe(recipe)
 
 
@@ -60,7 +61,14 @@ def test_a_run_makes_all_it_promises_and_a_second_one_finds_it(fot, path: Path, 
     client = mlflow.MlflowClient()
     recorded = client.get_run(run["run_id"])
     assert recorded.data.metrics["perplexity/fot"] == results["fot"]["4"]
-    assert len(client.get_metric_history(run["run_id"], "finetune/loss")) == 200
+    for stage in ("base", "finetune"):
+        training = client.get_run(json.loads((made[stage] / RUN).read_text())["run_id"])
+        assert training.data.tags["mlflow.parentRunId"] == run["run_id"]
+        assert training.info.status == "FINISHED"
+        written = [(entry["step"], entry["loss"]) for entry in read_metrics(made[stage] / METRICS)]
+        history = client.get_metric_history(training.info.run_id, "loss")
+        assert [(point.step, point.value) for point in history] == written
+        assert len(written) == 200
     model = mlflow.artifacts.download_artifacts(f"models:/tiny/{run['version']}", dst_path=str(tmp_path / "fetched"))
     loaded = FotLlamaForCausalLM.from_pretrained(model)
     assert loaded.config.mem_layers == [1]
@@ -127,6 +135,16 @@ def check_kills(moments: list[Moment], signal_number: int, fot, start_fot, argum
     answer = fot("run", *arguments)
     assert answer.returncode == 0, answer.stdout
     assert losses(work_dir) == undisturbed
+    mlflow.set_tracking_uri(tracking_uri(work_dir))
+    client = mlflow.MlflowClient()
+    for stage, expected in undisturbed.items():
+        if expected:
+            run_id = json.loads((outputs(work_dir)[stage] / RUN).read_text())["run_id"]
+            history = client.get_metric_history(run_id, "loss")
+            assert [(point.step, point.value) for point in history] == expected  # one run, no point twice
+            assert len(client.search_runs([client.get_run(run_id).info.experiment_id])) == 1 + len(
+                [one for one in undisturbed.values() if one]
+            )
 
 
 def losses(work_dir: Path) -> dict[str, list[tuple[float, float]]]:
@@ -162,7 +180,7 @@ def own_material(tmp_path: Path, corpus: Path) -> list[str]:
         "data.sources.0.held_out": 0.3,
         "finetune.objective.context": 16,
         "finetune.steps": 200,
-        "finetune.checkpoint_every": 20,
+        "finetune.checkpoints.every": 20,
         "finetune.optimizer.learning_rate": 0.001,
         "evaluation.perplexity": "{contexts: [1, 4], windows: 8}",
         "evaluation.passkey": "{lengths: [20], trials: 2, digits: 2}",

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from fot_model import cross_batch_plan
+from jobs.plan import ROOM, base_shape
 from jobs.recipe import load_recipe
+from jobs.train.estimate import device_memory, find_device, parameters, tokens_per_step
 from pipelines.mixture import BLOCK, Mixture
 from pipelines.tokenizer import train_tokenizer
 
@@ -24,27 +27,74 @@ PAPER = {  # arXiv 2307.03170, appendix: percent of the tokens, and the least le
 }
 
 
+LARGE = {  # parameters, memory layers, (positives, negatives) of a group's contexts, base of the rotary frequencies
+    "longllama_3b": (3_426_473_600, (6, 12, 18), ((0, 0), (1, 1), (2, 1), (3, 0)), 1e4),
+    "longllama_7b": (6_738_415_616, (8, 16, 24), ((0, 0), (1, 2), (2, 5), (3, 4)), 1e4),
+    "llama31_8b": (8_030_261_248, (8, 16, 24), ((0, 0), (1, 2), (2, 5), (3, 4)), 5e5),
+    "code_llama_7b": (6_738_546_688, (8, 16, 24), ((0, 0), (1, 2), (2, 5), (3, 4)), 1e6),
+}
+
+
+def shipped(name: str) -> Path:
+    return next(path for path in RECIPES if path.stem == name)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_that_ships_is_valid(path: Path) -> None:
-    own = [] if path.stem == "quickstart" else ["base.checkpoint=DIR"]
-    if path.stem == "finetune":
-        own.append("data.sources.0.path=FILES")
+    own = ["base.checkpoint=DIR", "data.sources.0.path=FILES"] if path.stem == "finetune" else []
     assert load_recipe(path, own).name.replace("-", "_") == path.stem
 
 
-def test_the_longllama_mixture_is_the_papers() -> None:
-    path = next(path for path in RECIPES if path.stem == "longllama_3b")
-    recipe = load_recipe(path, ["base.checkpoint=DIR"])
+def test_every_recipe_for_a_large_model_is_checked_here() -> None:
+    assert {path.stem for path in RECIPES} == {*LARGE, "quickstart", "finetune"}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_recipe_for_a_large_model_is_the_papers_and_fits_eight_gpus_of_80_gb(name: str) -> None:
+    recipe, (count, mem_layers, table, rope_theta) = load_recipe(shipped(name)), LARGE[name]
+    made, resources = recipe.finetune, recipe.resources
+    shape = base_shape(recipe)
+    assert parameters(shape) == count
+    assert recipe.base.shape is not None
+    assert recipe.base.shape.rope_theta == rope_theta
+    assert (made.objective.mem_layers, made.objective.segments) == (mem_layers, table)
+    assert tokens_per_step(made) == 256 * 1024
+    assert made.steps * tokens_per_step(made) == pytest.approx(2.6e9, rel=0.01)
+    assert (made.steps, made.optimizer.learning_rate, made.optimizer.weight_decay) == (10_000, 2e-5, 0.01)
+    assert (made.schedule.kind, made.deepspeed.dtype) == ("constant", "bfloat16")
+    assert (resources.workers, resources.gpus_per_worker) == (8, 1)
+    for device in (find_device("H100"), find_device("A100 80GB")):
+        assert device is not None
+        assert device_memory(shape, made, resources).total <= ROOM * device.memory * 1e9
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_every_context_of_a_large_models_recipe_finds_the_negatives_it_asks_for(name: str) -> None:
+    made = load_recipe(shipped(name)).finetune
+    table, groups = made.objective.segments, range(made.batch.groups)
+    group = [number for number in groups for _ in table]
+    unrelated = [[one == other for one in groups] for other in groups]
+    plan = cross_batch_plan(group, [*range(len(table))] * len(groups), unrelated, table)
+    assert (plan >= 0).sum(1).tolist() == [positives + negatives for positives, negatives in table] * len(groups)
+
+
+def test_the_code_mixture_reads_repositories_and_theories() -> None:
+    sources = {source.name: source for source in load_recipe(shipped("code_llama_7b")).data.sources}
+    assert sum(source.weight or 0 for source in sources.values()) == 100
+    assert (sources["python"].weight or 0) + (sources["github"].weight or 0) == 80
+    assert sources["isabelle"].order == "imports"
+
+
+@pytest.mark.parametrize("name", [name for name in LARGE if name != "code_llama_7b"])
+def test_the_longllama_mixture_is_the_papers(name: str) -> None:
+    recipe = load_recipe(shipped(name))
     assert {source.name: (source.weight, source.min_tokens) for source in recipe.data.sources} == PAPER
     slots = Mixture({source.name: source.weight or 0.0 for source in recipe.data.sources}, seed=0).slots
     assert (slots * 100 / BLOCK).tolist() == [weight for weight, _ in PAPER.values()]
-    batch, objective = recipe.finetune.batch, recipe.finetune.objective
-    assert batch.micro_batches * batch.groups * len(objective.segments) * objective.context == 256 * 1024
-    assert (recipe.finetune.steps, recipe.finetune.optimizer.learning_rate) == (10_000, 2e-5)
 
 
 def test_the_longllama_mixture_is_prepared_from_files_of_every_source(fot_here, tmp_path: Path) -> None:
-    recipe = next(path for path in RECIPES if path.stem == "longllama_3b")
+    recipe = shipped("longllama_3b")
     for number, name in enumerate(PAPER):
         directory = tmp_path / "corpora" / name
         if name in ("python", "github"):  # a repository is one document
@@ -63,7 +113,7 @@ def test_the_longllama_mixture_is_prepared_from_files_of_every_source(fot_here, 
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
     train_tokenizer(["def f(): pass 0.123456789"] * 9, 300, tokenizer)
-    small = ["base.checkpoint=DIR", f"tokenizer.path={tokenizer}", "data.task_bytes=100000"]
+    small = [f"tokenizer.path={tokenizer}", "data.task_bytes=100000"]
     small += ["finetune.objective.context=64", "finetune.steps=10"]
     sets = [argument for each in small for argument in ("--set", each)]
     made = fot_here("data", "prepare", recipe, *sets)

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from jobs.recipe import Recipe
 from jobs.stages import recipe_stages
-from jobs.train.launch import read_metrics
+from jobs.train.metrics import read_metrics
 from jobs.train.spec import METRICS
 from jobs.workspace import Workspace
 from pipelines.dataset import DamagedShardError

@@ -1,6 +1,8 @@
 import ipaddress
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import closing
 
@@ -8,7 +10,7 @@ import psutil
 import pytest
 import ray
 
-from pipelines.cluster import check_workers, run_tasks
+from pipelines.cluster import run_tasks, wait_for_workers
 from pipelines.errors import UserError
 
 
@@ -29,11 +31,11 @@ def test_a_ray_of_our_own_listens_on_loopback_only(local_ray) -> None:
 
 def test_too_many_workers_are_a_users_error_with_the_number_that_fits(local_ray) -> None:
     there = int(ray.cluster_resources()["CPU"])
-    check_workers(there, 1, 0)
+    wait_for_workers(there, 1, 0, 0)
     with pytest.raises(UserError, match=rf"Ray has {there}: .*resources.workers={there}\b"):
-        check_workers(there + 1, 1, 0)
+        wait_for_workers(there + 1, 1, 0, 0)
     with pytest.raises(UserError, match=r"1 GPU each need 1000, Ray has 0"):
-        check_workers(1000, 0, 1)
+        wait_for_workers(1000, 0, 1, 0)
 
 
 # Running tasks. They are defined inside functions, as Ray sends those by value.
@@ -145,3 +147,40 @@ def test_a_task_that_raises_is_not_run_again(local_ray, tmp_path) -> None:
     with pytest.raises(ValueError, match="no use"):
         list(run_tasks(task, [(tmp_path / "runs",)]))
     assert (tmp_path / "runs").read_text() == "x"
+
+
+def test_a_cluster_that_may_grow_is_waited_for_with_a_message_and_a_limit(local_ray, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # what tells that this Ray is not ours alone
+    there = int(ray.cluster_resources()["CPU"])
+    began = time.monotonic()
+    with pytest.raises(UserError, match=rf"Ray has {there} after 0.05 minutes: .*resources.workers={there}\b"):
+        wait_for_workers(there + 1, 1, 0, 3)
+    assert time.monotonic() - began >= 3
+    assert f"waiting for {there + 1} CPU in the cluster, it has {there}" in capsys.readouterr().err
+
+
+WAITING = """
+import sys
+import ray
+from pipelines.cluster import wait_for_workers
+ray.init(address=sys.argv[1], log_to_driver=False)
+wait_for_workers(2, 1, 0, 120)
+print("there")
+"""
+
+
+def test_workers_that_come_are_taken() -> None:
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 100_000_000, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        command = [sys.executable, "-c", WAITING, cluster.address]
+        environment = {**os.environ, "RAY_ADDRESS": cluster.address}
+        waiting = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        line = next(line for line in waiting.stderr if "waiting for" in line)
+        assert "waiting for 2 CPU in the cluster, it has 1" in line
+        cluster.add_node(**node)
+        assert waiting.communicate(timeout=60)[0] == "there\n"
+    finally:
+        cluster.shutdown()

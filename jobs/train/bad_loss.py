@@ -1,0 +1,76 @@
+"""Losses that are no numbers, or spikes: found, and the steps that are left out because of them."""
+
+import json
+import math
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from jobs.train.config import BadLoss
+from pipelines.errors import UserError
+from pipelines.files import write_atomically
+
+WINDOW = 100  # losses that a spike is measured against
+LEAST = 10  # of them, before anything is a spike
+SKIPPED = "skipped.json"
+
+
+class BadLossError(UserError):
+    """The loss of `step` (from 0) is no number, or a spike."""
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(
+            f"the loss of step {step + 1} is {what}: lower optimizer.learning_rate or lengthen schedule.warmup_steps; "
+            f"bad_loss.action=skip leaves such steps out"
+        )
+        self.step, self.what = step, what
+
+    def __reduce__(self) -> tuple[type, tuple[int, str]]:
+        return type(self), (self.step, self.what)
+
+
+class LossWatch:
+    """`recent`: the losses before, as a checkpoint keeps them, so that a resumed training judges alike."""
+
+    def __init__(self, settings: BadLoss, recent: Sequence[float]) -> None:
+        self._spike = settings.spike
+        self._recent = deque(recent, maxlen=WINDOW)
+
+    def check(self, step: int, loss: float) -> None:
+        """Raises BadLossError."""
+        if not math.isfinite(loss):
+            raise BadLossError(step, str(loss))
+        if self._spike is not None and len(self._recent) >= LEAST:
+            usual = median(self._recent)
+            if loss > self._spike * usual:
+                raise BadLossError(step, f"{loss:.3f}, over {self._spike:g} times the median {usual:.3f} before it")
+        self._recent.append(loss)
+
+    @property
+    def recent(self) -> list[float]:
+        return list(self._recent)
+
+
+class SkippedSteps:
+    """The steps left out, in a file that outlives the process."""
+
+    def __init__(self, directory: Path, settings: BadLoss) -> None:
+        self._path, self._settings = directory / SKIPPED, settings
+        content = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self.reasons: dict[int, str] = {int(step): what for step, what in content.items()}
+
+    def add(self, error: BadLossError, write: bool) -> None:
+        """Leave the error's step out from now on; one rank writes it down. Raises the error where the recipe says stop,
+        or enough were left out."""
+        if self._settings.action == "stop" or len(self.reasons) >= self._settings.most:
+            raise error
+        self.reasons[error.step] = error.what
+        if write:
+            write_atomically(self._path, json.dumps(self.reasons, indent=1).encode())
+
+    def __contains__(self, step: int) -> bool:
+        return step in self.reasons
+
+    def __len__(self) -> int:
+        return len(self.reasons)

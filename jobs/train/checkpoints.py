@@ -1,0 +1,281 @@
+"""Checkpoints of a training, as each of its ranks takes and restores them.
+
+Saving stops the training only while the state is copied to CPU memory; a thread writes the copies. Restoring takes the
+newest complete checkpoint whose files are what their records say. On the number of ranks that wrote it a training
+continues bit for bit; on another one DeepSpeed's universal checkpoint, made in a temporary directory, carries the
+optimizer over.
+"""
+
+import copy
+import io
+import os
+import shutil
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from deepspeed.checkpoint import ds_to_universal
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from torch import distributed
+
+from jobs.train.checkpoint_store import (
+    MODEL_FILES,
+    Checkpoint,
+    CheckpointStore,
+    Files,
+    Record,
+    step_name,
+    superseded,
+)
+from jobs.train.config import Checkpoints as Settings
+from pipelines.progress import say
+from pipelines.store import RECORD
+
+UNIVERSAL = "universal"
+STATES = "_states.pt"  # how names of DeepSpeed's files end
+WHOLE = "mp_rank_"  # and begin, of one that all ranks read
+
+
+class Checkpoints:
+    """The checkpoints of a training under `where`, for one rank of an initialised process group.
+
+    `identity`: JSON that says what training it is; another's checkpoints are refused. `settings`: how many are kept.
+    `tokenizer`: a directory whose files go into every checkpoint, so that it can be exported alone. Every method but
+    `timings` is called by all ranks.
+    """
+
+    def __init__(self, where: str, identity: Mapping[str, Any], settings: Settings, tokenizer: Path) -> None:
+        self._store, self._identity = CheckpointStore(where), identity
+        self._settings, self._tokenizer = settings, tokenizer
+        self._rank, self._world = distributed.get_rank(), distributed.get_world_size()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._timings: dict[str, float] = {}
+        self._copies = _Copies()
+
+    def save(self, engine: Any, step: int, state: Mapping[str, Any]) -> None:
+        """Copy what DeepSpeed saves, and write it in the background. `state`: JSON that `restore` returns.
+
+        Waits for the checkpoint before to be written, and raises what went wrong with it.
+        """
+        began = time.monotonic()
+        self._finish()
+        engine.checkpoint_engine, engine._copy_recovery_script = self._copies, lambda path: None
+        engine.save_checkpoint(os.sep, tag=step_name(step), save_latest=False)
+        dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
+        record = Record(step, self._rank, self._world, {}, self._identity, state, dtype, 0.0)
+        model = _model_files(engine.module, self._tokenizer) if self._rank == 0 else {}
+        self._timings["checkpoint_pause_seconds"] = time.monotonic() - began
+        self._writing = self._thread.submit(self._write, record, self._copies.taken, model)
+
+    def wait(self) -> None:
+        """Until every rank has written its part of the last checkpoint. Raises what went wrong."""
+        self._finish()
+        distributed.barrier()
+        self._remove_superseded()
+
+    def restore(self, engine: Any) -> tuple[int, dict[str, Any]] | None:
+        """Load the newest complete checkpoint that is not damaged. Returns its (step, state), None if there is none.
+
+        Newer ones, incomplete or damaged, are removed: their steps will be written anew. Raises UserError if the newest
+        is of another training.
+        """
+        self.wait()
+        began = time.monotonic()
+        found = _of_rank_0(self._store.all)
+        complete = [checkpoint for checkpoint in found if checkpoint.complete]
+        if complete:
+            self._store.check_identity(complete[-1], self._identity)
+        restored = next((checkpoint for checkpoint in reversed(complete) if self._load(engine, checkpoint)), None)
+        if self._rank == 0:
+            for checkpoint in found:
+                if restored is None or checkpoint.step > restored.step:
+                    say(f"checkpoint {step_name(checkpoint.step)} is removed: it is incomplete or damaged")
+                    self._store.remove(checkpoint)
+        distributed.barrier()
+        if restored is None:
+            return None
+        self._timings["checkpoint_restore_seconds"] = seconds = time.monotonic() - began
+        say(f"checkpoint {step_name(restored.step)} restored in {seconds:.1f} s")
+        return restored.step, dict(restored.records[0].state)
+
+    def timings(self) -> dict[str, float]:
+        """Seconds that the last save paused the training, its writing and a restore took, each told once."""
+        return {name: self._timings.pop(name) for name in list(self._timings)}
+
+    def _finish(self) -> None:
+        """Until what is being written is written. Raises what went wrong with it."""
+        if self._writing is None:
+            return
+        if not self._writing.done():
+            began = time.monotonic()
+            self._writing.exception()
+            say(f"waited {time.monotonic() - began:.1f} s until the checkpoint was written")
+        writing, self._writing = self._writing, None
+        writing.result()
+
+    def _write(self, record: Record, states: dict[str, Any], model: dict[str, bytes]) -> None:
+        began, files = time.monotonic(), {}
+        self._store.drop_record(record)
+        for name, content in model.items():
+            files[name] = self._store.write(record.step, name, partial(_put, content))
+        for name in list(states):
+            files[name] = self._store.write(record.step, name, partial(torch.save, states.pop(name)))
+        self._store.write_record(replace(record, files=files, time=time.time()))
+        self._timings["checkpoint_write_seconds"] = seconds = time.monotonic() - began
+        size = sum(size for _, size in files.values())
+        say(f"checkpoint {step_name(record.step)}: rank {record.rank} wrote {size / 1e6:.1f} MB in {seconds:.1f} s")
+        self._remove_superseded()
+
+    def _remove_superseded(self) -> None:
+        if self._rank == 0:
+            keep, keep_hours = self._settings.keep, self._settings.keep_hours
+            for checkpoint in superseded(self._store.all(), keep, keep_hours, time.time()):
+                self._store.remove(checkpoint)
+
+    def _load(self, engine: Any, checkpoint: Checkpoint) -> bool:
+        """Load a complete checkpoint. False if a file is damaged."""
+        name, local = step_name(checkpoint.step), self._store.local
+        convert = engine.zero_optimization() and checkpoint.records[0].world != self._world
+        with _node_directory() as temporary:
+            target = None if local is not None else temporary / name
+            damaged = self._store.damaged(checkpoint.step, self._to_read(checkpoint, convert), target)
+            first = next((file for file in _of_all_ranks(damaged) if file is not None), None)
+            if first is not None:
+                if self._rank == 0:
+                    say(f"checkpoint {name} is damaged ({first}): the one before is taken")
+                return False
+            parent = local or temporary
+            if convert:
+                if _local_rank() == 0:
+                    _make_universal(parent / name, temporary)
+                distributed.barrier()
+                _load_universal(engine, temporary)
+            else:
+                engine.load_checkpoint(str(parent), tag=name)
+        return True
+
+    def _to_read(self, checkpoint: Checkpoint, convert: bool) -> Files:
+        """The files that this rank looks after: its own; on each node the first rank what all read."""
+        if convert:
+            files = checkpoint.files if _local_rank() == 0 else {}
+            return {name: file for name, file in files.items() if name.endswith(STATES)}
+        own = checkpoint.records[self._rank].files if self._rank < len(checkpoint.records) else {}
+        all_read = {name: file for name, file in checkpoint.files.items() if name.startswith(WHOLE)}
+        files = {name: file for name, file in own.items() if name.endswith(STATES) and name not in all_read}
+        return {**files, **all_read} if _local_rank() == 0 else files
+
+
+class _Copies(TorchCheckpointEngine):
+    """DeepSpeed's checkpoint engine that keeps copies in CPU memory, by file name, in place of writing files."""
+
+    def create(self, info: Any) -> None:
+        self.taken: dict[str, Any] = {}
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        pass
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.taken[os.path.basename(path)] = cpu_copy(state_dict, {})
+
+
+def cpu_copy(value: Any, copies: dict[Any, torch.Tensor]) -> Any:
+    """A copy of nested containers with their tensors in CPU memory.
+
+    Each tensor becomes as large as what it shows, however large the buffer that it is a view of; those that show the
+    same place, like tied embeddings, stay one. `copies`: those made so far.
+    """
+    if isinstance(value, torch.Tensor):
+        place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        if place not in copies:
+            copies[place] = value.detach().to("cpu", copy=True)
+        return copies[place]
+    if isinstance(value, dict):
+        made = copy.copy(value)  # keeps the attributes of a module's state
+        for key, item in value.items():
+            made[key] = cpu_copy(item, copies)
+        return made
+    if type(value) in (list, tuple):
+        return type(value)(cpu_copy(item, copies) for item in value)
+    return copy.deepcopy(value)
+
+
+def _model_files(model: Any, tokenizer: Path) -> dict[str, bytes]:
+    """What makes a Hugging Face directory of weights, by name."""
+    configurations = {"config.json": model.config, "generation_config.json": model.generation_config}
+    files = {name: config.to_json_string().encode() for name, config in configurations.items()}
+    files |= {file.name: file.read_bytes() for file in tokenizer.glob("*.json") if file.name != RECORD}
+    return {f"{MODEL_FILES}/{name}": content for name, content in files.items()}
+
+
+def _put(content: bytes, stream: IO[bytes]) -> None:
+    stream.write(content)
+
+
+def _make_universal(checkpoint: Path, directory: Path) -> None:
+    """Convert a checkpoint to DeepSpeed's universal form, in a directory."""
+    (directory / "from").symlink_to(checkpoint)  # DeepSpeed takes paths for patterns: plain names are safe
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        ds_to_universal.main(
+            Namespace(
+                input_folder=str(directory / "from"),
+                output_folder=str(directory / UNIVERSAL),
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,  # parameters of which ZeRO says nothing are taken whole
+            )
+        )
+
+
+def _load_universal(engine: Any, directory: Path) -> None:
+    """Load what `_make_universal` made, at any number of ranks."""
+    groups = [{key: group[key] for key in group if key != "params"} for group in engine.optimizer.param_groups]
+    engine._config.load_universal_checkpoint = True
+    try:
+        engine.load_checkpoint(str(directory), tag=UNIVERSAL)
+    finally:
+        engine._config.load_universal_checkpoint = False
+    # ZeRO 3 gives every group the settings of the first, and all of them one counter, which each would count up.
+    for group, own in zip(engine.optimizer.param_groups, groups, strict=True):
+        group.update(own)
+    for state in engine.basic_optimizer.state.values():
+        state["step"] = copy.deepcopy(state["step"])
+
+
+@contextmanager
+def _node_directory() -> Iterator[Path]:
+    """A temporary directory that the ranks of a node share, removed when all have left."""
+    made = tempfile.mkdtemp(prefix="checkpoint-") if _local_rank() == 0 else None
+    path = Path(_of_all_ranks(made)[distributed.get_rank() - _local_rank()])  # ranks of a node are consecutive
+    try:
+        yield path
+        distributed.barrier()
+    finally:
+        if made is not None:
+            shutil.rmtree(made)
+
+
+def _local_rank() -> int:
+    return int(os.environ["LOCAL_RANK"])
+
+
+def _of_all_ranks(value: Any) -> list[Any]:
+    values = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def _of_rank_0(make: Callable[[], Any]) -> Any:
+    values = [make() if distributed.get_rank() == 0 else None]
+    distributed.broadcast_object_list(values)
+    return values[0]

@@ -1,0 +1,279 @@
+"""The recipe's training parts: objective, batch, optimizer, schedule, DeepSpeed, checkpoints, what is watched."""
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipelines.config import Part
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Seen = tuple[Count, Count]
+LONGLLAMA_3B = ((0, 0), (1, 1), (2, 1), (3, 0))
+MemLayers = Annotated[tuple[Count, ...], Field(min_length=1)]
+
+
+class StandardObjective(Part):
+    """Next-token prediction within the local context."""
+
+    kind: Literal["standard"] = "standard"
+    context: Positive = Field(description="tokens of the local context")
+
+    @property
+    def contexts(self) -> int:
+        return 1
+
+
+class Switch(Part):
+    """d is `first` until step `until`, `then` from there on (paper: 2, later 64)."""
+
+    first: Positive
+    until: Positive
+    then: Positive
+
+
+class Draw(Part):
+    """d is drawn anew for each step, all of `of` alike (paper: 2 or 128)."""
+
+    of: Annotated[tuple[Positive, ...], Field(min_length=1)]
+
+
+class FotObjective(Part):
+    """The Focused Transformer: in memory layers a context also sees additional contexts (CrossBatch).
+
+    Who sees whom is either a table or a number:
+
+    - `segments`: (positives, negatives) for each of the consecutive contexts of a document group (LongLLaMA);
+    - `d`: a context sees the one before it in its document and those at the same place in the d - 1 next documents
+      (the paper's small models), with `contexts` consecutive contexts a group.
+
+    `mem_layers`: by default those the paper would choose for the model's depth.
+    """
+
+    kind: Literal["fot"] = "fot"
+    context: Positive = Field(description="tokens of the local context")
+    segments: Annotated[tuple[Seen, ...], Field(min_length=2)] | None = None
+    d: Positive | Switch | Draw | None = None
+    contexts: Annotated[int, Field(ge=2)] = 4
+    mem_layers: MemLayers | None = None
+    mem_positionals: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_both(cls, values: Any) -> Any:
+        """Where neither is given, LongLLaMA 3B's table; a table says itself how many contexts a group has."""
+        if not isinstance(values, dict):
+            return values
+        if values.get("segments") is not None and values.get("d") is not None:
+            raise ValueError("finetune.objective has both segments and d: set the one you do not want to null")
+        if values.get("segments") is None and values.get("d") is None:
+            values = {**values, "segments": LONGLLAMA_3B}
+        table = values.get("segments")
+        return {"contexts": len(table), **values} if isinstance(table, list | tuple) and len(table) > 1 else values
+
+    @model_validator(mode="after")
+    def _positives_come_before(self) -> "FotObjective":
+        for place, (positives, _) in enumerate(self.segments or ()):
+            if positives > place:
+                raise ValueError(
+                    f"segments: segment {place} asks for {positives} positives, only {place} contexts come before it"
+                )
+        if self.segments is not None and self.contexts != len(self.segments):
+            raise ValueError(f"contexts is {self.contexts}, segments has {len(self.segments)}: leave contexts out")
+        return self
+
+    @property
+    def ds(self) -> Sequence[int]:
+        """Every d that may come."""
+        match self.d:
+            case None:
+                return []
+            case Switch(first=first, then=then):
+                return [first, then]
+            case Draw(of=of):
+                return of
+            case constant:
+                return [constant]
+
+
+class MemorizingObjective(Part):
+    """The Memorizing Transformer: memory layers see all earlier contexts of the group, undifferentiated.
+
+    With `gate` through a learnt gate a head, else in one softmax: so the paper fine-tunes a FoT model for 1k steps.
+    """
+
+    kind: Literal["memorizing"] = "memorizing"
+    context: Positive = Field(description="tokens of the local context")
+    contexts: Annotated[int, Field(ge=2)] = 4
+    gate: bool = True
+    mem_layers: MemLayers | None = None
+    mem_positionals: bool = True
+
+
+class TransformerXlObjective(Part):
+    """Transformer-XL: every layer sees the previous context, undifferentiated, at the positions before."""
+
+    kind: Literal["transformer_xl"] = "transformer_xl"
+    context: Positive = Field(description="tokens of the local context")
+    contexts: Annotated[int, Field(ge=2)] = 4
+
+
+Objective = Annotated[
+    StandardObjective | FotObjective | MemorizingObjective | TransformerXlObjective, Field(discriminator="kind")
+]
+
+
+class Batch(Part):
+    """A step is `micro_batches` micro-batches of `groups` document groups. Rows of a micro-batch see one another."""
+
+    micro_batches: Positive = 2
+    groups: Positive = 4
+
+
+class ParameterGroup(Part):
+    """What holds for parameters in whose name `pattern` (a regular expression) is found, instead of the optimizer's."""
+
+    pattern: str
+    learning_rate: Rate | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+
+    @field_validator("pattern")
+    @classmethod
+    def _is_an_expression(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"no regular expression ({error})") from None
+        return pattern
+
+
+class Optimizer(Part):
+    """AdamW. `learning_rate` is the peak; `clip` the largest gradient norm. A parameter belongs to the first of
+    `groups` whose pattern it matches, if to any."""
+
+    learning_rate: Rate = 2e-5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    clip: Rate = 1.0
+    groups: tuple[ParameterGroup, ...] = ()
+
+
+class Schedule(Part):
+    """Learning rate over the steps: linear warm-up, then constant, a cosine down to `floor` of the peak at the last
+    step, or the peak x sqrt(warmup_steps / step)."""
+
+    kind: Literal["constant", "cosine", "inverse_sqrt"] = "constant"
+    warmup_steps: Count = 0
+    floor: Share = 0.1
+
+
+class DeepSpeed(Part):
+    """ZeRO stage, number type, and what is given up for memory: time, by keeping the optimizer's state or (stage 3) the
+    parameters in the host's memory, or by computing activations again in the backward pass."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _stages_that_offload(self) -> "DeepSpeed":
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("deepspeed.offload_optimizer needs zero_stage 1, 2 or 3")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError("deepspeed.offload_parameters needs zero_stage 3")
+        return self
+
+
+class Checkpoints(Part):
+    """A checkpoint every `every` steps, and at the end.
+
+    The newest `keep` are kept, and all that are younger than `keep_hours`. `path`: a directory or a URL of pyarrow.fs
+    (s3://, gs://, hdfs://), by default in work_dir; a training with the same settings goes on from what is there.
+    """
+
+    every: Positive = 100
+    keep: Positive = 2
+    keep_hours: Rate | None = None
+    path: str | None = None
+
+
+class BadLoss(Part):
+    """What to do where a step's loss is no number, or more than `spike` times the median of the 100 steps before it:
+    stop, or go back to the last checkpoint and on without that step, at most `most` times."""
+
+    action: Literal["stop", "skip"] = "stop"
+    spike: Annotated[float, Field(gt=1)] | None = None
+    most: Positive = 10
+
+
+class Measure(Part):
+    """Every `every` steps: perplexity of `windows` held-out windows at `contexts` times the local context, and the
+    attention mass on positives in one training micro-batch."""
+
+    every: Positive
+    contexts: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 4)
+    windows: Positive = 16
+
+
+class Training(Part):
+    """One training: pre-training of the base, or fine-tuning."""
+
+    objective: Objective
+    steps: Positive
+    batch: Batch = Batch()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    deepspeed: DeepSpeed = DeepSpeed()
+    checkpoints: Checkpoints = Checkpoints()
+    bad_loss: BadLoss = BadLoss()
+    measure: Measure | None = None
+
+    @model_validator(mode="after")
+    def _batch_holds_what_is_seen(self) -> "Training":
+        objective, groups = self.objective, self.batch.groups
+        if not isinstance(objective, FotObjective):
+            return self
+        if (d := max(objective.ds, default=0)) > groups:
+            raise ValueError(
+                f"objective.d is {d}, a micro-batch holds {groups} document groups: raise batch.groups to {d} or "
+                f"lower d"
+            )
+        negatives = max((negatives for _, negatives in objective.segments or ()), default=0)
+        if negatives > (groups - 1) * objective.contexts:
+            needed = -(-negatives // objective.contexts) + 1
+            raise ValueError(
+                f"objective.segments asks for {negatives} negatives, a micro-batch of {groups} groups holds "
+                f"{(groups - 1) * objective.contexts} contexts of other documents: raise batch.groups to {needed}"
+            )
+        return self
+
+
+class Resources(Part):
+    """Training workers (ranks), and what Ray reserves for each.
+
+    `ranks_per_micro_batch`: over how many of them the rows of a micro-batch are spread; the memory layers' keys and
+    values are gathered, so d may be as large as several devices hold. `wait_minutes`: how long to wait for a cluster
+    that grows. `restarts`: how often a training is started again after losing a worker or a node.
+    """
+
+    workers: Positive = 1
+    cpus_per_worker: Positive = 1
+    gpus_per_worker: Count = 0
+    ranks_per_micro_batch: Positive = 1
+    wait_minutes: Annotated[float, Field(ge=0)] = 10
+    restarts: Count = 3
+
+    @model_validator(mode="after")
+    def _teams_are_whole(self) -> "Resources":
+        if self.workers % self.ranks_per_micro_batch:
+            raise ValueError(
+                f"resources.workers ({self.workers}) is not a multiple of resources.ranks_per_micro_batch "
+                f"({self.ranks_per_micro_batch}): change one of them"
+            )
+        return self

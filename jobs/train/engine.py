@@ -1,0 +1,86 @@
+"""DeepSpeed's engine for a training: ZeRO stage, number type, offload; AdamW with parameter groups and schedule."""
+
+import math
+import re
+from typing import Any
+
+import deepspeed
+import torch
+
+from jobs.train.config import Optimizer, Schedule, Training
+from pipelines.errors import UserError
+
+
+def make_engine(model: torch.nn.Module, training: Training, accumulation: int) -> Any:
+    """The model under DeepSpeed; `accumulation` micro-batches of a rank make a step.
+
+    Raises UserError where the machine lacks the number type.
+    """
+    # On CPU DeepSpeed would compile its shared-memory op for over a minute; gloo does the work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()
+    settings = training.deepspeed
+    accelerator = deepspeed.get_accelerator()
+    if settings.dtype == "float16" and not accelerator.is_fp16_supported():
+        raise UserError(
+            f"deepspeed.dtype float16: this {accelerator.device_name()} cannot train with it: set bfloat16 or float32"
+        )
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, training.optimizer), lr=training.optimizer.learning_rate, betas=training.optimizer.betas
+    )
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if settings.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # for its own statistics only
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": training.optimizer.clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # its own is compiled for minutes
+        "bf16": {"enabled": settings.dtype == "bfloat16"},
+        "fp16": {"enabled": settings.dtype == "float16"},
+        "steps_per_print": 2**31,
+    }
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def parameter_groups(model: torch.nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
+    """The optimizer's groups: those of the recipe, each parameter in the first that its name matches, then the rest.
+
+    Raises UserError for a pattern that no parameter's name matches.
+    """
+    taken: set[str] = set()
+    groups = []
+    for number, group in enumerate(settings.groups):
+        names = [name for name, _ in model.named_parameters() if re.search(group.pattern, name)]
+        if not names:
+            raise UserError(f"optimizer.groups.{number}.pattern {group.pattern!r} matches no parameter of the model")
+        groups.append((group.learning_rate, group.weight_decay, [name for name in names if name not in taken]))
+        taken.update(names)
+    groups.append((None, None, [name for name, _ in model.named_parameters() if name not in taken]))
+    parameters = dict(model.named_parameters())
+    return [
+        {
+            "params": [parameters[name] for name in names],
+            "lr": settings.learning_rate if rate is None else rate,
+            "weight_decay": settings.weight_decay if decay is None else decay,
+        }
+        for rate, decay, names in groups
+        if names
+    ]
+
+
+def schedule_factor(schedule: Schedule, step: int, steps: int) -> float:
+    """What peak learning rates are multiplied with at a step (0 to steps - 1)."""
+    warmup = schedule.warmup_steps
+    if step < warmup:
+        return (step + 1) / warmup
+    if schedule.kind == "constant":
+        return 1.0
+    if schedule.kind == "inverse_sqrt":
+        return math.sqrt(max(1, warmup) / (step + 1))
+    progress = (step - warmup) / max(1, steps - warmup)
+    return schedule.floor + (1 - schedule.floor) * (1 + math.cos(math.pi * progress)) / 2

@@ -1,0 +1,44 @@
+"""The log of a training: a JSON line a step, what everything that shows a training reads."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+from pipelines.files import write_atomically
+
+
+class MetricsFile:
+    """The log of a training that goes on after `done` steps: later ones are of a run that died, and are dropped."""
+
+    def __init__(self, path: Path, done: int) -> None:
+        self._path, self._done = path, done
+        self._file: IO[str] | None = None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """A line, of the rank that writes; the first call drops what is to be dropped."""
+        if self._file is None:
+            kept = [entry for entry in read_metrics(self._path) if entry["step"] <= self._done]
+            write_atomically(self._path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+            self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 - open for the worker's life, a line at a time
+        self._file.write(json.dumps({"step": step, **values, "time": time.time()}) + "\n")
+        os.fsync(self._file.fileno())  # a checkpoint must not know of steps that the log does not
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """All complete lines of a metrics file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def last_metrics(path: Path) -> dict[str, float] | None:
+    """The last complete line of a metrics file, None while there is none."""
+    if not path.exists():
+        return None
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 16384))
+        lines = [line for line in file.read().split(b"\n")[:-1] if line.startswith(b"{")]
+    return json.loads(lines[-1]) if lines else None

@@ -1,0 +1,87 @@
+"""What a training's objective asks of a batch: who sees whom at a step, and the loss.
+
+Shapes: R rows of a micro-batch, d additional contexts, L tokens a context, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fot_model import c_prev_plan, cross_batch_plan
+from jobs.train.config import (
+    Draw,
+    FotObjective,
+    MemorizingObjective,
+    Objective,
+    StandardObjective,
+    Switch,
+    TransformerXlObjective,
+)
+from pipelines.loader import TensorBatch
+from pipelines.sampler import IGNORE, MicroBatch
+
+
+def plan_of(objective: Objective, rows: MicroBatch | TensorBatch, step: int, seed: int) -> Tensor | None:
+    """Plan [R, d] of a step's micro-batch; None where no row sees another."""
+    match objective:
+        case StandardObjective():
+            return None
+        case FotObjective(segments=None):
+            return c_prev_plan(rows.group, rows.segment, rows.related, d_at(objective, step, seed))
+        case FotObjective(segments=segments) if segments is not None:
+            table: Sequence[tuple[int, int]] = segments
+        case MemorizingObjective(contexts=contexts):
+            table = [(earlier, 0) for earlier in range(contexts)]
+        case TransformerXlObjective(contexts=contexts):
+            table = [(min(earlier, 1), 0) for earlier in range(contexts)]
+    return cross_batch_plan(rows.group, rows.segment, rows.related, table)
+
+
+def d_at(objective: FotObjective, step: int, seed: int) -> int:
+    """d at a step (from 0): a function of the step alone, so that a resumed training draws the same."""
+    match objective.d:
+        case Switch(first=first, until=until, then=then):
+            return first if step < until else then
+        case Draw(of=of):
+            digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
+            return of[int.from_bytes(digest, "big") % len(of)]
+        case int(constant):
+            return constant
+        case None:
+            raise AssertionError("a table has no d")
+
+
+def batch_loss(
+    model: torch.nn.Module,
+    batch: TensorBatch,
+    objective: Objective,
+    step: int,
+    seed: int,
+    team: torch.distributed.ProcessGroup | None = None,
+) -> Tensor:
+    """Next-token loss (nats) of this rank's rows of a micro-batch, which lie on the model's device; its mean over the
+    ranks of `team`, which hold the others, is the mean over all tokens of the micro-batch."""
+    logits_RLV = model(batch.input_ids, **seen_by(batch, objective, step, seed, team)).logits
+    count, ranks = (batch.labels != IGNORE).sum(), 1
+    if team is not None:
+        torch.distributed.all_reduce(count, group=team)
+        ranks = team.size()
+    loss = functional.cross_entropy(
+        logits_RLV.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+    return loss * (ranks / count)
+
+
+def seen_by(
+    batch: TensorBatch, objective: Objective, step: int, seed: int, team: torch.distributed.ProcessGroup | None
+) -> dict[str, Any]:
+    """The model's arguments that say what this rank's rows see."""
+    plan_Rd = plan_of(objective, batch, step, seed)
+    if plan_Rd is None:
+        return {"use_cache": False}
+    own = slice(batch.first, batch.first + len(batch.input_ids))
+    return {"plan": plan_Rd[own], "objective": objective.kind, "ranks": team, "use_cache": False}

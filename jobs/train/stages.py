@@ -1,0 +1,165 @@
+"""The stages that train: base (where there is none) and finetune."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jobs.base import asked_mem_layers, check_llama, read_llama_config
+from jobs.data.stages import DOCUMENTS, SHARDS, Inputs, directory_files
+from jobs.evaluate.passkey import check_lengths
+from jobs.evaluate.perplexity import choose_windows
+from jobs.recipe import ModelShape, Recipe
+from jobs.tracking import TrainingRun
+from jobs.train.config import Training
+from jobs.train.launch import train
+from jobs.train.spec import CHECKPOINTS, MODEL, TrainSpec
+from jobs.version import code_version
+from jobs.workspace import Workspace
+from pipelines.dataset import TokenDataset
+from pipelines.files import write_atomically
+from pipelines.hashing import FileHashes
+from pipelines.integrity import check_manifest
+from pipelines.shards import Manifest
+from pipelines.store import Stage
+from pipelines.tokenize import Encoding
+from pipelines.tokenizer import load_tokenizer
+
+RUN = "run.json"  # {"run_id": the training's MLflow run}
+NOT_DECIDING = {"checkpoints", "measure"}  # settings of a training that its numbers do not depend on
+
+
+def base_stage(workspace: Workspace, hashes: FileHashes) -> Stage:
+    """The given LLaMA, looked at, or one that is pre-trained. Raises UserError for what is no LLaMA."""
+    recipe = workspace.recipe
+    checkpoint, pretrain = recipe.base.checkpoint, recipe.base.pretrain
+    if pretrain is not None:
+
+        def make(output: Path, inputs: Inputs) -> None:
+            _run_training(workspace, "base", pretrain.training, pretrain.shape, output, inputs)
+
+        params = {"pretrain": {"shape": _dump(pretrain.shape), "training": _deciding(pretrain.training)}}
+        inputs = ("tokenizer", SHARDS, DOCUMENTS, "base-groups")
+        return Stage("base", make, {**params, **_what_else_decides(recipe)}, inputs=inputs, content=MODEL)
+
+    assert checkpoint is not None, "a recipe has one of the two"
+    path = Path(checkpoint).expanduser().resolve()
+    files = directory_files(path, hashes)
+    config = read_llama_config(path)
+
+    def bring(output: Path, inputs: Inputs) -> None:
+        check_llama(path, config, recipe.finetune, load_tokenizer(inputs["tokenizer"]).vocab_size)
+        write_atomically(output / "base.json", json.dumps(files, indent=1).encode())
+        (output / MODEL).unlink(missing_ok=True)
+        (output / MODEL).symlink_to(path, target_is_directory=True)
+
+    needs = {"context": recipe.finetune.objective.context, "mem_layers": asked_mem_layers(recipe.finetune)}
+    return Stage("base", bring, {"path": str(path), "files": files, **needs}, inputs=("tokenizer",))
+
+
+def finetune_stage(workspace: Workspace) -> Stage:
+    """The base, trained with the recipe's objective."""
+    recipe = workspace.recipe
+
+    def run(output: Path, inputs: Inputs) -> None:
+        _run_training(workspace, "finetune", recipe.finetune, inputs["base"] / MODEL, output, inputs)
+
+    params = {"training": _deciding(recipe.finetune), **_what_else_decides(recipe)}
+    inputs = ("tokenizer", SHARDS, DOCUMENTS, "finetune-groups", "base")
+    return Stage("finetune", run, params, inputs=inputs, content=MODEL)
+
+
+def _run_training(
+    workspace: Workspace, name: str, training: Training, base: Path | ModelShape, output: Path, inputs: Inputs
+) -> None:
+    """The training as an MLflow run, which a training that goes on after a crash continues."""
+    recipe, manifest = workspace.recipe, Manifest.read(inputs[SHARDS])
+    _check_data(recipe, training, inputs)
+    key = f"{name}-{output.stem}"
+    lineage = {
+        "base": "a new model" if isinstance(base, ModelShape) else _origin(base),
+        "manifest": manifest.hash,
+        "seed": recipe.seed,
+        "sources": _weights(recipe),
+    }
+    checkpoints = training.checkpoints.path
+    spec = TrainSpec(
+        name=name,
+        training=training,
+        resources=recipe.resources,
+        data=recipe.data,
+        seed=recipe.seed,
+        base=base,
+        shards=inputs[SHARDS],
+        documents=inputs[DOCUMENTS],
+        groups=inputs[f"{name}-groups"],
+        tokenizer=inputs["tokenizer"],
+        output=output,
+        logs=workspace.logs / key,
+        checkpoints=f"{checkpoints.rstrip('/')}/{name}" if checkpoints else str(output / CHECKPOINTS),
+        identity={**lineage, "training": {k: v for k, v in _deciding(training).items() if k != "steps"}},
+    )
+    tags = {
+        "fot.stage": str(output.with_suffix("")),
+        "fot.code": code_version(),
+        "fot.manifest": manifest.hash,
+        "fot.base": str(lineage["base"]),
+        "fot.recipe": json.dumps(recipe.model_dump(mode="json")),
+    }
+    run = TrainingRun(workspace.directory, recipe.name, key, f"{recipe.name}: {name}", tags, _params(training, recipe))
+    write_atomically(output / RUN, json.dumps({"run_id": run.run_id}).encode())
+    try:
+        train(spec, run.update)
+    except KeyboardInterrupt:
+        run.end("KILLED")
+        raise
+    except BaseException:
+        run.end("FAILED")
+        raise
+    run.end("FINISHED")
+
+
+def _check_data(recipe: Recipe, training: Training, inputs: Inputs) -> None:
+    """Find out before hours of training whether all that comes after has what it needs."""
+    dataset = TokenDataset(inputs[SHARDS], inputs[DOCUMENTS])
+    backend = dataset.manifest.tokenizer["backend"]
+    check_manifest(dataset.manifest, recipe.data, Encoding(inputs["tokenizer"], backend, inputs[SHARDS]))
+    local, settings = recipe.finetune.objective.context, recipe.evaluation
+    choose_windows(dataset, local, max(settings.perplexity.contexts), 1)
+    check_lengths(inputs["tokenizer"], local, settings.passkey.lengths, settings.passkey.digits)
+    if training.measure is not None:
+        choose_windows(dataset, training.objective.context, max(training.measure.contexts), 1)
+
+
+def _origin(base: Path) -> str:
+    return str(base.resolve()) if base.is_symlink() else f"pre-trained here, stage key {base.parent.name}"
+
+
+def _weights(recipe: Recipe) -> dict[str, float | None]:
+    return {source.name: source.weight for source in recipe.data.sources}
+
+
+def _what_else_decides(recipe: Recipe) -> dict[str, Any]:
+    """A training's numbers depend on these too. (On the number of ranks only in the last bits of sums over them.)"""
+    return {"seed": recipe.seed, "weights": _weights(recipe)}
+
+
+def _deciding(training: Training) -> dict[str, Any]:
+    return _dump(training, NOT_DECIDING)
+
+
+def _dump(part: Any, without: set[str] | None = None) -> dict[str, Any]:
+    return dict(part.model_dump(mode="json", exclude=without))
+
+
+def _params(training: Training, recipe: Recipe) -> dict[str, Any]:
+    """What people compare trainings by."""
+    return {
+        "objective": training.objective.kind,
+        "context": training.objective.context,
+        "steps": training.steps,
+        "learning_rate": training.optimizer.learning_rate,
+        "schedule": training.schedule.kind,
+        "zero_stage": training.deepspeed.zero_stage,
+        "dtype": training.deepspeed.dtype,
+        "seed": recipe.seed,
+    }

@@ -1,0 +1,140 @@
+"""A small training, made on the spot: corpus, tokenizer, shards, groups, base; and the same in plain torch."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs.data.batches import batch_shape, make_sampler
+from jobs.recipe import Recipe
+from jobs.train.config import Training
+from jobs.train.engine import parameter_groups, schedule_factor
+from jobs.train.metrics import read_metrics
+from jobs.train.model import build_model
+from jobs.train.objective import batch_loss
+from jobs.train.spec import CHECKPOINTS, METRICS, TrainSpec
+from pipelines.dataset import TokenDataset
+from pipelines.documents import index_documents
+from pipelines.hashing import FileHashes
+from pipelines.listing import list_entries
+from pipelines.loader import rank_batches
+from pipelines.packing import pack_dataset
+from pipelines.progress import Progress
+from pipelines.tokenize import Encoding, tokenize
+from pipelines.tokenizer import train_tokenizer
+from pipelines.units import group_units
+
+Changed = Callable[..., TrainSpec]
+
+
+@pytest.fixture
+def spec(local_ray, recipe: dict, tmp_path: Path) -> TrainSpec:
+    """FoT training of a small random LLaMA, 60 steps on two workers."""
+    recipe["finetune"] |= {"steps": 60, "checkpoints": {"every": 10}}
+    recipe["finetune"]["optimizer"] |= {"clip": 0.5}
+    made = Recipe.model_validate(recipe)
+    names = ("tokenizer", "shards", "documents", "groups", "output")
+    tokenizer, shards, documents, groups, output = (tmp_path / name for name in names)
+    for directory in (tokenizer, shards, documents, groups, output):
+        directory.mkdir()
+    text = Path(made.data.sources[0].path).read_text()
+    train_tokenizer([text], 300, tokenizer)
+    entries = list_entries(made.data, 0, FileHashes(tmp_path / "hashes.json"))
+    units = group_units(entries, made.data.task_bytes)
+    with Progress("shards", 1, "B") as progress:
+        tokenize(units, made.data, Encoding(tokenizer, "huggingface", shards), progress)
+    index_documents(shards, made.data, documents)
+    pack_dataset(shards, documents, ["words"], batch_shape(made.finetune).group_tokens, groups)
+    assert made.base.pretrain is not None
+    spec = TrainSpec(
+        name="test",
+        training=made.finetune,
+        resources=made.resources,
+        data=made.data,
+        seed=0,
+        base=made.base.pretrain.shape,
+        shards=shards,
+        documents=documents,
+        groups=groups,
+        tokenizer=tokenizer,
+        output=output,
+        logs=tmp_path / "logs",
+        checkpoints=str(output / CHECKPOINTS),
+        identity={"training": "a test"},
+    )
+    torch.manual_seed(1)
+    build_model(spec).save_pretrained(tmp_path / "base")
+    return replace(spec, base=tmp_path / "base")
+
+
+@pytest.fixture
+def changed(spec: TrainSpec, tmp_path: Path) -> Changed:
+    """The training with other settings (`training`, `resources`), under an output directory of the given name."""
+
+    def change(name: str, training: Mapping = {}, resources: Mapping = {}) -> TrainSpec:
+        settings = spec.training.model_dump()
+        for key, value in training.items():
+            merges = isinstance(value, Mapping) and key != "objective"
+            settings[key] = {**(settings[key] or {}), **value} if merges else value
+        output = tmp_path / name
+        output.mkdir()
+        made = replace(
+            spec,
+            training=Training.model_validate(settings),
+            resources=spec.resources.model_copy(update=dict(resources)),
+            output=output,
+            checkpoints=str(output / CHECKPOINTS),
+        )
+        if "objective" in settings and made.training.objective.contexts != spec.training.objective.contexts:
+            groups = tmp_path / f"{name}-groups"
+            groups.mkdir()
+            pack_dataset(spec.shards, spec.documents, ["words"], batch_shape(made.training).group_tokens, groups)
+            made = replace(made, groups=groups)
+        return made
+
+    return change
+
+
+@pytest.fixture
+def losses():
+    """Reads the losses of an output, of every step, none missing."""
+    return _losses
+
+
+def _losses(output: Path) -> list[float]:
+    entries = read_metrics(output / METRICS)
+    assert [entry["step"] for entry in entries] == list(range(1, len(entries) + 1))
+    return [entry["loss"] for entry in entries]
+
+
+@pytest.fixture
+def plain_torch_losses():
+    """The same training written without Ray and DeepSpeed, in one process."""
+    return _plain_torch_losses
+
+
+def _plain_torch_losses(spec: TrainSpec, without: Collection[int] = ()) -> list[float]:
+    training, settings = spec.training, spec.training.optimizer
+    model = build_model(spec)
+    dataset = TokenDataset(spec.shards, spec.documents)
+    sampler = make_sampler(dataset, spec.groups, training, spec.data, spec.seed)
+    optimizer = torch.optim.AdamW(parameter_groups(model, settings), betas=settings.betas)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    steps = [step for step in range(training.steps) if step not in without]
+    batches = rank_batches(sampler, steps, rank=0, world=1)
+    curve = []
+    for step in steps:
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * schedule_factor(training.schedule, step, training.steps)
+        optimizer.zero_grad()
+        total = 0.0
+        for _ in range(training.batch.micro_batches):
+            loss = batch_loss(model, next(batches), training.objective, step, spec.seed) / training.batch.micro_batches
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        optimizer.step()
+        curve.append(total)
+    return curve

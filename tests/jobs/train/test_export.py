@@ -1,0 +1,135 @@
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from fot_model import FotLlamaConfig, FotLlamaForCausalLM
+from jobs.train.checkpoint_store import CheckpointStore, Record
+from jobs.train.export import WEIGHTS, export_checkpoint
+from pipelines.errors import UserError
+from pipelines.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["the cat sat on the mat"] * 20, 270, directory)
+    return directory
+
+
+@pytest.fixture
+def save(tmp_path, tokenizer):
+    """Write the checkpoint that one rank without ZeRO writes. Returns its model."""
+
+    def write(step: int = 1, dtype: str = "float32", ranks=(0,), world: int = 1) -> FotLlamaForCausalLM:
+        torch.manual_seed(step)
+        config = FotLlamaConfig(
+            vocab_size=270, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=8, mem_layers=[1], mem_gate=True, bos_token_id=0, eos_token_id=1,
+        )  # fmt: skip
+        model = FotLlamaForCausalLM(config).to(getattr(torch, dtype))
+        torch.nn.init.normal_(model.model.layers[1].self_attn.mem_gate)
+        model.generation_config.max_new_tokens = 7
+        store = CheckpointStore(str(tmp_path / "checkpoints"))
+        contents = {file.name: file.read_bytes() for file in tokenizer.iterdir()}
+        contents["config.json"] = model.config.to_json_string().encode()
+        contents["generation_config.json"] = model.generation_config.to_json_string().encode()
+        files = {}
+        for name, content in contents.items():
+            files[f"model/{name}"] = store.write(step, f"model/{name}", lambda stream, c=content: stream.write(c))
+        files[WEIGHTS] = store.write(step, WEIGHTS, partial(torch.save, {"module": model.state_dict()}))
+        for rank in ranks:
+            store.write_record(Record(step, rank, world, {} if rank else files, {}, {}, dtype, 0.0))
+        return model
+
+    return write
+
+
+@pytest.fixture
+def checkpoints(tmp_path) -> Path:
+    return tmp_path / "checkpoints"
+
+
+def test_the_newest_complete_checkpoint_is_exported_with_its_tokenizer(save, checkpoints, tmp_path):
+    save(1)
+    model = save(2)
+    save(3, world=2)
+    export_checkpoint(str(checkpoints), tmp_path / "out" / "model")
+    loaded = FotLlamaForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert loaded.config.mem_layers == [1]
+    assert loaded.config.mem_gate
+    assert loaded.generation_config.max_new_tokens == 7
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "out" / "model").config.vocab_size == 270
+    assert AutoTokenizer.from_pretrained(tmp_path / "out" / "model").eos_token == "</s>"
+    config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
+    assert config["architectures"] == ["FotLlamaForCausalLM"]
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["model"]
+
+
+def test_a_step_may_be_named(save, checkpoints, tmp_path):
+    model = save(1)
+    save(2)
+    export_checkpoint(str(checkpoints / "step-00000001"), tmp_path / "model")
+    loaded = FotLlamaForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("trained", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "float16"])
+def test_the_dtype_is_that_of_the_training_unless_another_is_named(save, checkpoints, tmp_path, trained, dtype):
+    model = save(dtype=trained)
+    export_checkpoint(str(checkpoints), tmp_path / "model", dtype)
+    expected = getattr(torch, dtype or trained)
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
+        for name in file.keys():  # noqa: SIM118 - it is no dict
+            assert torch.equal(file.get_tensor(name), model.state_dict()[name].to(expected))
+            assert file.get_tensor(name).dtype == expected
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["dtype"] == (dtype or trained)
+
+
+def test_no_checkpoint_is_a_line(save, checkpoints, tmp_path):
+    with pytest.raises(UserError, match=rf"^{checkpoints} holds no checkpoint: give a step-… directory"):
+        export_checkpoint(str(checkpoints), tmp_path / "model")
+    save(1)
+    with pytest.raises(UserError, match=rf"^{checkpoints} holds no checkpoint step-00000002: "):
+        export_checkpoint(str(checkpoints / "step-00000002"), tmp_path / "model")
+
+
+def test_an_incomplete_checkpoint_is_a_line(save, checkpoints, tmp_path):
+    save(1)
+    save(2, ranks=(0, 2), world=3)
+    with pytest.raises(UserError, match=rf"^{checkpoints}: step-00000002 is incomplete \(nothing of rank 1\): "):
+        export_checkpoint(str(checkpoints / "step-00000002"), tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "model/config.json"])
+def test_a_damaged_checkpoint_is_a_line_and_leaves_nothing(save, checkpoints, tmp_path, name):
+    save()
+    file = checkpoints / "step-00000001" / name
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"^{checkpoints}: step-00000001/{name} is damaged or missing: "):
+        export_checkpoint(str(checkpoints), tmp_path / "model")
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints"]
+
+
+def test_an_existing_target_is_not_touched(save, checkpoints, tmp_path):
+    save()
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UserError, match=rf"^{tmp_path}/model exists: remove it, or export to another directory"):
+        export_checkpoint(str(checkpoints), tmp_path / "model")
+    assert not list((tmp_path / "model").iterdir())
+
+
+def test_an_unknown_dtype_is_a_line(checkpoints, tmp_path):
+    with pytest.raises(UserError, match=r"^'int8' is no dtype to export: choose one of float32, bfloat16, float16"):
+        export_checkpoint(str(checkpoints), tmp_path / "model", "int8")
