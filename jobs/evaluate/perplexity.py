@@ -125,9 +125,7 @@ def score(
         inputs_BL, labels_BL = _read(tokens, windows, back * local, local)
         logits_BLV = model(inputs_BL.to(device), past_key_values=cache, last_context_length=local).logits
         cache.flush()
-    losses_BL = functional.cross_entropy(
-        logits_BLV.double().transpose(1, 2), labels_BL.to(device), reduction="none"
-    )
+    losses_BL = functional.cross_entropy(logits_BLV.double().transpose(1, 2), labels_BL.to(device), reduction="none")
     return losses_BL.sum(1)
 
 

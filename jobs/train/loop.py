@@ -17,13 +17,13 @@ import ray.train
 import torch
 from torch.distributed import ProcessGroup
 
-from jobs.data.batches import batch_shape, make_sampler
+from jobs.data.batches import make_sampler
 from jobs.evaluate.perplexity import choose_windows
 from jobs.train.bad_loss import BadLossError, LossWatch, SkippedSteps
 from jobs.train.checkpoints import Checkpoints
-from jobs.train.config import FotObjective, Resources
+from jobs.train.config import FotObjective, Resources, Training
 from jobs.train.engine import make_engine, schedule_factor
-from jobs.train.estimate import Shape, peak_flops, step_flops
+from jobs.train.estimate import Shape, peak_flops, step_flops, tokens_per_step
 from jobs.train.export import export_checkpoint
 from jobs.train.machine import MachineWatch, memory_gigabytes
 from jobs.train.measure import evaluating, held_out_perplexity, mass_on_positives
@@ -48,7 +48,7 @@ def train_loop(spec: TrainSpec) -> None:
     torch.manual_seed(seed)
 
     model = build_model(spec)
-    flops = step_flops(Shape.of(model.config.to_dict()), training)
+    shape = Shape.of(model.config.to_dict())
     accumulation = training.batch.micro_batches // ranks.teams
     engine = make_engine(model, training, accumulation)
     peaks = [group["lr"] for group in engine.optimizer.param_groups]
@@ -84,13 +84,14 @@ def train_loop(spec: TrainSpec) -> None:
                 watch.check(step, loss_of_step)
 
                 values = {"loss": loss_of_step, "learning_rate": training.optimizer.learning_rate * factor}
-                values |= speed(spec, flops, time.monotonic() - began, ranks)
-                values |= {"tokens": (step + 1) * sampler.shape.tokens_per_step, "skipped_steps": len(skipped)}
+                seconds = time.monotonic() - began
+                values |= {"tokens_per_second": tokens_per_step(training) / seconds}
+                values |= {"tokens": (step + 1) * tokens_per_step(training), "skipped_steps": len(skipped)}
                 values |= {"memory_gb": memory_gigabytes(ranks.device), **machine.look()}
                 if (norm := engine.get_global_grad_norm()) is not None:
                     values["gradient_norm"] = float(norm)
-                if isinstance(objective, FotObjective) and objective.d is not None:
-                    values["d"] = d_at(objective, step, seed)
+                d = d_at(objective, step, seed) if isinstance(objective, FotObjective) and objective.d else None
+                values |= mfu(training, shape, seconds, d, ranks) | ({} if d is None else {"d": d})
                 if training.measure is not None and (step + 1) % training.measure.every == 0:
                     values |= measure(engine.module, spec, dataset, sampler, step, ranks)
                 if ranks.rank == 0:
@@ -157,13 +158,14 @@ def measure(
         return found | mass_on_positives(model, batch, objective, coming, spec.seed, ranks.team)
 
 
-def speed(spec: TrainSpec, flops: float, seconds: float, ranks: Ranks) -> dict[str, float]:
-    """Tokens per second of all ranks, and MFU where the device's peak is known."""
-    found = {"tokens_per_second": batch_shape(spec.training).tokens_per_step / seconds}
+def mfu(training: Training, shape: Shape, seconds: float, d: int | None, ranks: Ranks) -> dict[str, float]:
+    """Share of the devices' peak that a step with this d reached, where the peak is known."""
     name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
-    if (peak := peak_flops(name, spec.training.deepspeed.dtype)) is not None:
-        found["mfu"] = flops / seconds / (peak * ranks.world)
-    return found
+    if (peak := peak_flops(name, training.deepspeed.dtype)) is None:
+        return {}
+    if d is not None:
+        training = training.model_copy(update={"objective": training.objective.model_copy(update={"d": d})})
+    return {"mfu": step_flops(shape, training) / seconds / (peak * ranks.world)}
 
 
 def log_to_file(path: Path) -> None:

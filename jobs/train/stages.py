@@ -16,6 +16,7 @@ from jobs.train.spec import CHECKPOINTS, MODEL, TrainSpec
 from jobs.version import code_version
 from jobs.workspace import Workspace
 from pipelines.dataset import TokenDataset
+from pipelines.errors import UserError
 from pipelines.files import write_atomically
 from pipelines.hashing import FileHashes
 from pipelines.integrity import check_manifest
@@ -43,8 +44,10 @@ def base_stage(workspace: Workspace, hashes: FileHashes) -> Stage:
 
     assert checkpoint is not None, "a recipe has one of the two"
     path = Path(checkpoint).expanduser().resolve()
+    if not path.is_dir():
+        raise UserError(f"base.checkpoint {path} is no directory: give a Hugging Face LLaMA directory")
+    config = read_llama_config(path, recipe.base.shape)
     files = directory_files(path, hashes)
-    config = read_llama_config(path)
 
     def bring(output: Path, inputs: Inputs) -> None:
         check_llama(path, config, recipe.finetune, load_tokenizer(inputs["tokenizer"]).vocab_size)
