@@ -21,6 +21,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from fot_model.gather import gather_rows
 from fot_model.layer import CrossBatch, FotAttention
 
+QUERIES_AT_ONCE = 256  # bounds the scores: [H, 256, M]
+
 
 @dataclass
 class Mass:
@@ -98,14 +100,14 @@ def _mass(
     cross_batch: CrossBatch,
     documents_RL: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Mass on positives and on all additional contexts, by head [H]; a row at a time."""
+    """Mass on positives and on all additional contexts, by head [H]; some queries of a row at a time."""
     unturned_q, unturned_k, _ = attention.project(hidden_RLC)
     q_RHLD, k_RHkLD = apply_rotary_pos_emb(unturned_q, unturned_k, *attention.angles(position_embeddings))
     far_k_FHkLD, documents_FL = unturned_k * attention.rope_scale, documents_RL
     if cross_batch.ranks is not None:
         far_k_FHkLD = gather_rows(far_k_FHkLD, cross_batch.ranks)
         documents_FL = gather_rows(documents_RL.to(hidden_RLC.device), cross_batch.ranks)
-    documents_RL, documents_FL = documents_RL.cpu(), documents_FL.cpu()
+    documents_RL, documents_FL = (each.to(hidden_RLC.device) for each in (documents_RL, documents_FL))
     L, group = q_RHLD.shape[2], q_RHLD.shape[1] // k_RHkLD.shape[1]
     causal_LL = torch.ones(L, L, dtype=torch.bool, device=q_RHLD.device).tril()
     positive_H = torch.zeros(q_RHLD.shape[1], dtype=torch.float64)
@@ -119,12 +121,15 @@ def _mass(
             ids_L = cross_batch.document_ids[row].to(q_RHLD.device)
             own_LL = causal_LL & (ids_L[:, None] == ids_L[None, :])
         keys_HkMD = torch.cat([k_RHkLD[row], *(far_k_FHkLD[other] for other in others)], dim=1)
-        scores_HLM = (q_RHLD[row] @ keys_HkMD.repeat_interleave(group, 0).transpose(-1, -2)).float() * attention.scaling
+        keys_HDM = keys_HkMD.repeat_interleave(group, 0).transpose(-1, -2)
         gated = attention.mem_gate is not None and cross_batch.objective == "memorizing"  # two softmaxes
-        scores_HLM[:, :, :L].masked_fill_(~own_LL | gated, -torch.inf)
-        weights_HLN = scores_HLM.softmax(-1)[:, :, L:].double().cpu()
         documents_N = torch.cat([documents_FL[other] for other in others])
-        same_LN = documents_RL[row][:, None] == documents_N[None, :]
-        positive_H += (weights_HLN * same_LN).sum((1, 2))
-        additional_H += weights_HLN.sum((1, 2))
+        for first in range(0, L, QUERIES_AT_ONCE):
+            some = slice(first, first + QUERIES_AT_ONCE)
+            scores_HQM = (q_RHLD[row, :, some] @ keys_HDM).float() * attention.scaling
+            scores_HQM[:, :, :L].masked_fill_(~own_LL[some] | gated, -torch.inf)
+            weights_HQN = scores_HQM.softmax(-1)[:, :, L:]
+            same_QN = documents_RL[row, some, None] == documents_N[None, :]
+            positive_H += (weights_HQN * same_QN).sum((1, 2), dtype=torch.float64).cpu()
+            additional_H += weights_HQN.sum((1, 2), dtype=torch.float64).cpu()
     return positive_H, additional_H

@@ -14,9 +14,9 @@ from jobs.tracking import tracking_uri
 from jobs.train.metrics import last_metrics
 from jobs.train.spec import METRICS, MODEL
 from jobs.workspace import Workspace, duration
-from pipelines.cluster import wait_for_workers
+from pipelines.cluster import WantedWorkers
 from pipelines.progress import console, say
-from pipelines.store import Output
+from pipelines.store import Output, Stage
 from pipelines.workflow import workflow_status
 
 
@@ -28,12 +28,16 @@ def run_recipe(path: Path, overrides: Sequence[str]) -> None:
     recipe = load_recipe(path, overrides)
     workspace = Workspace(recipe)
     with workspace.with_ray():
-        resources = recipe.resources
-        wait_for_workers(
-            resources.workers, resources.cpus_per_worker, resources.gpus_per_worker, 60 * resources.wait_minutes
-        )
-        outputs, seconds = workspace.run(recipe_stages)
+        outputs, seconds = workspace.run(_stages_with_workers)
     _closing_table(recipe, outputs, seconds)
+
+
+def _stages_with_workers(workspace: Workspace) -> list[Stage]:
+    """The recipe's stages, once the cluster has room for the workers that some of them need."""
+    stages, resources = recipe_stages(workspace), workspace.recipe.resources
+    patience = 60 * resources.wait_minutes
+    WantedWorkers(resources.workers, resources.cpus_per_worker, resources.gpus_per_worker, patience).wait()
+    return stages
 
 
 def show_status(path: Path, overrides: Sequence[str]) -> None:

@@ -14,8 +14,8 @@ from jobs.evaluate.perplexity import Scoring, perplexity
 from jobs.plot import plot_perplexity
 from jobs.recipe import Recipe
 from jobs.registry import Outcome, record
-from jobs.train.metrics import read_metrics
-from jobs.train.spec import METRICS, MODEL
+from jobs.train.estimate import tokens_per_step
+from jobs.train.spec import MODEL
 from jobs.train.stages import RUN, base_stage, finetune_stage
 from jobs.version import code_version
 from jobs.workspace import Workspace
@@ -125,7 +125,7 @@ def _outcome(recipe: Recipe, recipe_hash: str, inputs: Inputs, output: Path) -> 
             "fot.code": code_version(),
             "fot.manifest": manifest.hash,
             "fot.base": origin,
-            "fot.tokens_seen": str(int(read_metrics(inputs["finetune"] / METRICS)[-1]["tokens"])),
+            "fot.tokens_seen": str(tokens_per_step(recipe.finetune) * recipe.finetune.steps),
         },
         params={
             "recipe": recipe.name,

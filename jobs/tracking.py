@@ -4,6 +4,7 @@ The embedded default keeps everything under the work directory: `mlflow.db` (SQL
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from mlflow.entities import Metric, Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from jobs.train.metrics import read_metrics
+from jobs.train.metrics import MetricsReader
+from pipelines.errors import UserError
 from pipelines.progress import say
 
 BATCH = 1000  # MLflow's limit of metrics a call
-STEPS_AT_ONCE = 20
+STEPS_AT_ONCE = 5
 Point = tuple[str, float, int, float]  # name, value, step, seconds since 1970
 
 
@@ -57,34 +59,46 @@ class TrainingRun:
         self._client, run = open_run(work_dir, experiment, key, name, tags)
         self.run_id = str(run.info.run_id)
         self._client.update_run(self.run_id, status="RUNNING")
+        for tag, value in tags.items():
+            self._client.set_tag(self.run_id, tag, value)
         for param, value in params.items():
             self._client.log_param(self.run_id, param, value)
         history = self._client.get_metric_history(self.run_id, "loss")
         self._logged = max((point.step for point in history), default=0)
-        self._size = -1
+        self._read = MetricsReader()
+        self._pending: list[dict[str, float]] = []
         self._complained = False
 
     def update(self, metrics: Path) -> None:
         """Add what is new in the file."""
-        size = metrics.stat().st_size if metrics.exists() else 0
-        if size == self._size:
-            return
-        new = [entry for entry in read_metrics(metrics) if entry["step"] > self._logged]
+        self._pending += self._read.new(metrics)
         try:
-            for first in range(0, len(new), STEPS_AT_ONCE):  # a call has whole steps, so that none is half there
-                steps = new[first : first + STEPS_AT_ONCE]
+            while self._pending:  # a call has whole steps, so that none is half there
+                steps = [entry for entry in self._pending[:STEPS_AT_ONCE] if entry["step"] > self._logged]
                 log_points(self._client, self.run_id, [point for entry in steps for point in _points(entry)])
-                self._logged = int(steps[-1]["step"])
+                self._logged = max([self._logged, *(int(entry["step"]) for entry in steps)])
+                del self._pending[:STEPS_AT_ONCE]
         except MlflowException as error:
             if not self._complained:
                 say(f"MLflow cannot be written ({str(error).splitlines()[0]}): it is tried again, {metrics} has it all")
                 self._complained = True
             return
-        self._complained, self._size = False, size
+        self._complained = False
 
-    def end(self, status: str) -> None:
-        """FINISHED, FAILED or KILLED."""
-        self._client.set_terminated(self.run_id, status)
+    def finish(self, metrics: Path) -> None:
+        """The training is done. Raises UserError where MLflow still lacks some of it."""
+        self.update(metrics)
+        if self._pending:
+            raise UserError(
+                f"the training is done, but MLflow cannot be written: its last steps are in {metrics}; mend it and run "
+                f"the same command again"
+            )
+        self._client.set_terminated(self.run_id, "FINISHED")
+
+    def abandon(self, status: str) -> None:
+        """The training stopped: FAILED or KILLED."""
+        with suppress(MlflowException):  # what stopped it is what is to be told
+            self._client.set_terminated(self.run_id, status)
 
 
 def _points(entry: Mapping[str, float]) -> list[Point]:

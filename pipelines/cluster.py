@@ -4,7 +4,7 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -50,37 +50,49 @@ def ray_cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-def wait_for_workers(workers: int, cpus: int, gpus: int, patience: float) -> None:
-    """Wait until the cluster can hold this many training workers at once, at most `patience` seconds, and say so.
+class WantedWorkers:
+    """Training workers that the cluster should hold at once; where it does not, it may for `patience` seconds.
 
-    Raises UserError where it still cannot then; at once on a Ray of this machine alone, which does not grow.
+    A Ray of this machine alone does not grow: there is no waiting.
     """
-    grows = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
-    end, said = time.monotonic() + (patience if grows else 0), 0.0
-    while (lacking := _lacking(workers, cpus, gpus)) is not None:
-        if time.monotonic() >= end:
-            kind, each, there = lacking
-            fit = there // each
+
+    def __init__(self, workers: int, cpus: int, gpus: int, patience: float) -> None:
+        self._workers, self._each = workers, {"CPU": cpus, "GPU": gpus}
+        self._grows = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+        self._patience = patience if self._grows else 0.0
+        self._since: float | None = None
+        self._said = -SAY_EVERY
+
+    def check(self) -> bool:
+        """Whether there is room for all of them; where there is not, says so now and then. Raises UserError where that
+        has lasted too long."""
+        fit = sum(self._fitting(node["Resources"]) for node in ray.nodes() if node["Alive"])
+        if fit >= self._workers:
+            self._since = None
+            return True
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        want = " and ".join(f"{each} {kind}" for kind, each in self._each.items() if each)
+        if now - self._since >= self._patience:
+            waited = f" after {self._patience / 60:g} minutes" if self._grows else ""
             remedy = f"lower resources.workers (--set resources.workers={fit}) or " if fit else ""
-            waited = f" after {patience / 60:g} minutes" if grows else ""
             raise UserError(
-                f"resources: {workers} workers with {each} {kind} each need {workers * each}, Ray has {there}{waited}: "
-                f"{remedy}use a larger machine"
+                f"resources: {self._workers} workers with {want} each do not fit, Ray has room for {fit}{waited}: "
+                f"{remedy}use a larger machine or cluster"
             )
-        if time.monotonic() - said >= SAY_EVERY:
-            said = time.monotonic()
-            kind, each, there = lacking
-            say(f"waiting for {workers * each} {kind} in the cluster, it has {there}")
-        time.sleep(1)
+        if now - self._said >= SAY_EVERY:
+            self._said = now
+            say(f"waiting for room for {self._workers} workers with {want} each, the cluster has room for {fit}")
+        return False
 
+    def wait(self) -> None:
+        """Until there is room. Raises UserError as `check` does."""
+        while not self.check():
+            time.sleep(1)
 
-def _lacking(workers: int, cpus: int, gpus: int) -> tuple[str, int, int] | None:
-    """(kind, how many of it a worker takes, how many there are) of what the cluster has too few of."""
-    there = ray.cluster_resources()
-    for kind, each in (("CPU", cpus), ("GPU", gpus)):
-        if workers * each > int(there.get(kind, 0)):
-            return kind, each, int(there.get(kind, 0))
-    return None
+    def _fitting(self, there: Mapping[str, float]) -> int:
+        """How many fit on a node."""
+        return min((int(there.get(kind, 0)) // each for kind, each in self._each.items() if each), default=0)
 
 
 def run_tasks(

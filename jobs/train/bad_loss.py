@@ -1,9 +1,9 @@
-"""Losses that are no numbers, or spikes: found, and the steps that are left out because of them."""
+"""Losses and gradients that are no numbers, or spikes: found, and the steps that are left out because of them."""
 
 import json
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -14,20 +14,18 @@ from pipelines.files import write_atomically
 WINDOW = 100  # losses that a spike is measured against
 LEAST = 10  # of them, before anything is a spike
 SKIPPED = "skipped.json"
+REMEDY = "lower optimizer.learning_rate or lengthen schedule.warmup_steps; bad_loss.action=skip leaves such steps out"
 
 
 class BadLossError(UserError):
-    """The loss of `step` (from 0) is no number, or a spike."""
+    """The loss of `step` (from 0) is a spike, or it or its gradient is no number; `what` says so."""
 
-    def __init__(self, step: int, what: str) -> None:
-        super().__init__(
-            f"the loss of step {step + 1} is {what}: lower optimizer.learning_rate or lengthen schedule.warmup_steps; "
-            f"bad_loss.action=skip leaves such steps out"
-        )
-        self.step, self.what = step, what
+    def __init__(self, step: int, what: str, remedy: str) -> None:
+        super().__init__(f"step {step + 1}: {what}: {remedy}")
+        self.step, self.what, self.remedy = step, what, remedy
 
-    def __reduce__(self) -> tuple[type, tuple[int, str]]:
-        return type(self), (self.step, self.what)
+    def __reduce__(self) -> tuple[type, tuple[int, str, str]]:
+        return type(self), (self.step, self.what, self.remedy)
 
 
 class LossWatch:
@@ -37,14 +35,17 @@ class LossWatch:
         self._spike = settings.spike
         self._recent = deque(recent, maxlen=WINDOW)
 
-    def check(self, step: int, loss: float) -> None:
-        """Raises BadLossError."""
+    def check(self, step: int, loss: float, norm: float | None) -> None:
+        """Look at a step's loss and the norm of its gradient (None if unknown). Raises BadLossError."""
         if not math.isfinite(loss):
-            raise BadLossError(step, str(loss))
+            raise BadLossError(step, f"its loss is {loss}", REMEDY)
+        if norm is not None and not math.isfinite(norm):
+            raise BadLossError(step, f"the norm of its gradient is {norm}", REMEDY)
         if self._spike is not None and len(self._recent) >= LEAST:
             usual = median(self._recent)
             if loss > self._spike * usual:
-                raise BadLossError(step, f"{loss:.3f}, over {self._spike:g} times the median {usual:.3f} before it")
+                what = f"its loss is {loss:.3f}, over {self._spike:g} times the median {usual:.3f} before it"
+                raise BadLossError(step, what, REMEDY)
         self._recent.append(loss)
 
     @property
@@ -63,11 +64,18 @@ class SkippedSteps:
     def add(self, error: BadLossError, write: bool) -> None:
         """Leave the error's step out from now on; one rank writes it down. Raises the error where the recipe says stop,
         or enough were left out."""
-        if self._settings.action == "stop" or len(self.reasons) >= self._settings.most:
+        if self._settings.action == "stop":
             raise error
+        if len(self.reasons) >= self._settings.most:
+            remedy = f"{len(self.reasons)} steps are left out already, as many as bad_loss.most allows: lower the rate"
+            raise BadLossError(error.step, error.what, remedy) from error
         self.reasons[error.step] = error.what
         if write:
             write_atomically(self._path, json.dumps(self.reasons, indent=1).encode())
+
+    def remember(self, reasons: Mapping[str, str]) -> None:
+        """Add what a checkpoint says was left out before it."""
+        self.reasons |= {int(step): what for step, what in reasons.items()}
 
     def __contains__(self, step: int) -> bool:
         return step in self.reasons

@@ -28,6 +28,7 @@ from pipelines.storage import BLOCK, is_url
 
 MODEL_FILES = "model"  # directory of a checkpoint: configuration and tokenizer, without weights
 MANIFEST = "manifest"  # the key of an identity that names the data set
+OWNER = "owner"  # file that names the start of a training that writes
 HOUR = 3600.0
 Files = Mapping[str, Sequence[Any]]  # [sha256, size] by name
 
@@ -90,10 +91,10 @@ def superseded(checkpoints: Sequence[Checkpoint], keep: int, keep_hours: float |
 
 
 def difference(theirs: Any, ours: Any, key: str = "") -> tuple[str, Any, Any] | None:
-    """The first key, dotted, in which two JSON values differ, with both values; None if they are equal."""
+    """The first key in order, dotted, in which two JSON values differ, with both values; None if they are equal."""
     if not (isinstance(theirs, Mapping) and isinstance(ours, Mapping)):
         return None if theirs == ours else (key, theirs, ours)
-    for name in sorted({*theirs, *ours}):
+    for name in {**ours, **theirs}:
         found = difference(theirs.get(name), ours.get(name), f"{key}.{name}" if key else name)
         if found is not None:
             return found
@@ -179,7 +180,9 @@ class CheckpointStore:
 
     def write_record(self, record: Record) -> None:
         """Say that all of the rank's files are written."""
-        path, content = self._record_path(record), json.dumps(asdict(record)).encode()
+        self._put(self._record_path(record), json.dumps(asdict(record)).encode())
+
+    def _put(self, path: str, content: bytes) -> None:
         if self.local is not None:
             write_atomically(Path(path), content)
             return
@@ -214,11 +217,27 @@ class CheckpointStore:
         with ThreadPoolExecutor() as pool:
             return next((name for name, good in zip(files, pool.map(check, files), strict=True) if not good), None)
 
-    def remove(self, checkpoint: Checkpoint) -> None:
-        """The records first: what is left of an interrupted removal is not complete."""
+    def forget(self, checkpoint: Checkpoint) -> None:
+        """It is no longer complete; its files stay."""
         for record in checkpoint.records:
             self.drop_record(record)
+
+    def remove(self, checkpoint: Checkpoint) -> None:
+        """The records first: what is left of an interrupted removal is not complete."""
+        self.forget(checkpoint)
         self._fs.delete_dir(self._path(checkpoint.step))
+
+    def own(self, owner: str) -> None:
+        """Say which start of a training writes here from now on; an earlier one that still runs writes no more."""
+        self._put(f"{self._root}/{OWNER}", owner.encode())
+
+    def owner(self) -> str | None:
+        """Which start of a training writes here."""
+        try:
+            with self._fs.open_input_stream(f"{self._root}/{OWNER}") as stream:
+                return bytes(stream.read()).decode()
+        except FileNotFoundError:
+            return None
 
     def _path(self, step: int) -> str:
         return f"{self._root}/{step_name(step)}"
@@ -260,6 +279,15 @@ class CheckpointStore:
 def step_name(step: int) -> str:
     """A checkpoint's directory."""
     return f"step-{step:08d}"
+
+
+def place_of(where: str, name: str) -> str:
+    """The directory `name` under a path or URI. A path becomes absolute: workers have working directories of their
+    own."""
+    if not is_url(where):
+        return str(Path(where).expanduser().resolve() / name)
+    path, mark, options = where.partition("?")
+    return f"{path.rstrip('/')}/{name}{mark}{options}"
 
 
 def split_step(where: str) -> tuple[str, int | None]:

@@ -9,6 +9,7 @@ optimizer over.
 import copy
 import io
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -36,6 +37,7 @@ from jobs.train.checkpoint_store import (
     superseded,
 )
 from jobs.train.config import Checkpoints as Settings
+from pipelines.errors import UserError
 from pipelines.progress import say
 from pipelines.store import RECORD
 
@@ -48,8 +50,9 @@ class Checkpoints:
     """The checkpoints of a training under `where`, for one rank of an initialised process group.
 
     `identity`: JSON that says what training it is; another's checkpoints are refused. `settings`: how many are kept.
-    `tokenizer`: a directory whose files go into every checkpoint, so that it can be exported alone. Every method but
-    `timings` is called by all ranks.
+    `tokenizer`: a directory whose files go into every checkpoint, so that it can be exported alone. The last one made
+    for a place is the one that writes there. It is made, and every method but `timings` is called, by all ranks; raises
+    UserError where they do not share the place.
     """
 
     def __init__(self, where: str, identity: Mapping[str, Any], settings: Settings, tokenizer: Path) -> None:
@@ -60,6 +63,7 @@ class Checkpoints:
         self._writing: Future[None] | None = None
         self._timings: dict[str, float] = {}
         self._copies = _Copies()
+        self._owner = self._own()
 
     def save(self, engine: Any, step: int, state: Mapping[str, Any]) -> None:
         """Copy what DeepSpeed saves, and write it in the background. `state`: JSON that `restore` returns.
@@ -85,8 +89,8 @@ class Checkpoints:
     def restore(self, engine: Any) -> tuple[int, dict[str, Any]] | None:
         """Load the newest complete checkpoint that is not damaged. Returns its (step, state), None if there is none.
 
-        Newer ones, incomplete or damaged, are removed: their steps will be written anew. Raises UserError if the newest
-        is of another training.
+        Incomplete ones are removed, and newer, damaged ones count as such from now on: their steps will be written
+        anew. Raises UserError if the newest is of another training, and if there are complete ones but all are damaged.
         """
         self.wait()
         began = time.monotonic()
@@ -95,17 +99,37 @@ class Checkpoints:
         if complete:
             self._store.check_identity(complete[-1], self._identity)
         restored = next((checkpoint for checkpoint in reversed(complete) if self._load(engine, checkpoint)), None)
+        if complete and restored is None:
+            raise UserError(
+                f"{self._store.name}: none of the {len(complete)} checkpoints can be read whole: bring their files "
+                f"back, or remove them to train from the beginning"
+            )
         if self._rank == 0:
             for checkpoint in found:
-                if restored is None or checkpoint.step > restored.step:
-                    say(f"checkpoint {step_name(checkpoint.step)} is removed: it is incomplete or damaged")
+                if not checkpoint.complete:
                     self._store.remove(checkpoint)
+                elif restored is not None and checkpoint.step > restored.step:
+                    self._store.forget(checkpoint)
         distributed.barrier()
         if restored is None:
             return None
         self._timings["checkpoint_restore_seconds"] = seconds = time.monotonic() - began
         say(f"checkpoint {step_name(restored.step)} restored in {seconds:.1f} s")
         return restored.step, dict(restored.records[0].state)
+
+    def _own(self) -> str:
+        """From now on what an earlier start of this training may still be writing counts for nothing."""
+        owner = str(_of_rank_0(lambda: secrets.token_hex(8)))
+        if self._rank == 0:
+            self._store.make()
+            self._store.own(owner)
+        distributed.barrier()
+        if self._store.owner() != owner:
+            raise UserError(
+                f"{self._store.name}: rank {self._rank} does not see there what rank 0 writes: set checkpoints.path to "
+                f"storage that all nodes share"
+            )
+        return owner
 
     def timings(self) -> dict[str, float]:
         """Seconds that the last save paused the training, its writing and a restore took, each told once."""
@@ -129,6 +153,8 @@ class Checkpoints:
             files[name] = self._store.write(record.step, name, partial(_put, content))
         for name in list(states):
             files[name] = self._store.write(record.step, name, partial(torch.save, states.pop(name)))
+        if self._store.owner() != self._owner:
+            raise UserError(f"{self._store.name}: another start of this training writes its checkpoints there now")
         self._store.write_record(replace(record, files=files, time=time.time()))
         self._timings["checkpoint_write_seconds"] = seconds = time.monotonic() - began
         size = sum(size for _, size in files.values())

@@ -264,7 +264,7 @@ class Resources(Part):
 
     workers: Positive = 1
     cpus_per_worker: Positive = 1
-    gpus_per_worker: Count = 0
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
     ranks_per_micro_batch: Positive = 1
     wait_minutes: Annotated[float, Field(ge=0)] = 10
     restarts: Count = 3

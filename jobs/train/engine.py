@@ -47,6 +47,29 @@ def make_engine(model: torch.nn.Module, training: Training, accumulation: int) -
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
+def take_step(engine: Any) -> float | None:
+    """Apply the gradients, at the last micro-batch of a step. Returns their norm before clipping (of all ranks, without
+    the loss scale); None at other micro-batches, and where float16's loss scale was too large and is lowered.
+
+    Gradients that are no numbers are not applied.
+    """
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return None
+    if engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled():
+        overflows = engine.skipped_steps
+        engine.step()
+        overflowed = engine.fp16_enabled() and engine.skipped_steps > overflows
+        return None if overflowed else float(engine.get_global_grad_norm())
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients).item()
+    if not math.isfinite(norm):
+        for gradient in gradients:
+            gradient.zero_()
+    engine.step()
+    return norm
+
+
 def parameter_groups(model: torch.nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
     """The optimizer's groups: those of the recipe, each parameter in the first that its name matches, then the rest.
 

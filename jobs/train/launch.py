@@ -13,6 +13,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from jobs.train.checkpoint_store import check_identity
 from jobs.train.metrics import last_metrics
 from jobs.train.spec import METRICS, MODEL, TrainSpec
+from pipelines.cluster import WantedWorkers
 from pipelines.dataset import DamagedShardError
 from pipelines.errors import UserError
 from pipelines.files import write_atomically
@@ -21,6 +22,7 @@ from pipelines.progress import Progress, human
 RAY_DIRECTORY = "ray"
 FAILURE = "failure.pickle"  # what a worker raised that starting again would not mend
 POLL = 1.0  # seconds between looks at the metrics
+PATIENCE = 7200  # seconds that ranks wait for one that writes or converts a checkpoint; a dead one is seen at once
 
 
 def train(spec: TrainSpec, on_metrics: Callable[[Path], None] = lambda path: None) -> None:
@@ -30,9 +32,11 @@ def train(spec: TrainSpec, on_metrics: Callable[[Path], None] = lambda path: Non
     A lost worker or node restarts the training from the last checkpoint. `on_metrics` is called with the metrics' file
     every second or so, and at the end.
 
-    Raises UserError where the checkpoints there are of another training, and what a worker raised.
+    Raises UserError where the checkpoints there are of another training and where the cluster lacks the workers for too
+    long, and what a worker raised.
     """
     if (spec.output / MODEL).exists():  # all done but for marking the stage complete
+        on_metrics(spec.output / METRICS)
         return
     check_identity(spec.checkpoints, spec.identity)
     failure, ray_directory = spec.output / FAILURE, spec.output / RAY_DIRECTORY
@@ -45,7 +49,7 @@ def train(spec: TrainSpec, on_metrics: Callable[[Path], None] = lambda path: Non
     trainer = TorchTrainer(
         _worker,
         train_loop_config=spec,
-        torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
+        torch_config=TorchConfig("nccl" if resources.gpus_per_worker else "gloo", timeout_s=PATIENCE),
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
         ),
@@ -111,11 +115,15 @@ class _Fit(threading.Thread):
 
 def _follow(fit: _Fit, spec: TrainSpec, on_metrics: Callable[[Path], None]) -> None:
     """Show the metrics that rank 0 writes as a progress bar, until the training ends."""
-    begun = False
+    begun, resources = False, spec.resources
+    wanted = WantedWorkers(
+        resources.workers, resources.cpus_per_worker, resources.gpus_per_worker, 60 * resources.wait_minutes
+    )
     with Progress(spec.name, spec.training.steps, "steps") as progress:
         fit.start()
         while fit.is_alive():
             fit.join(POLL)
+            wanted.check()  # a node that was lost may not come back
             on_metrics(spec.output / METRICS)
             last = last_metrics(spec.output / METRICS)
             if last is not None:

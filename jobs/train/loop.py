@@ -22,7 +22,7 @@ from jobs.evaluate.perplexity import choose_windows
 from jobs.train.bad_loss import BadLossError, LossWatch, SkippedSteps
 from jobs.train.checkpoints import Checkpoints
 from jobs.train.config import FotObjective, Resources, Training
-from jobs.train.engine import make_engine, schedule_factor
+from jobs.train.engine import make_engine, schedule_factor, take_step
 from jobs.train.estimate import Shape, peak_flops, step_flops, tokens_per_step
 from jobs.train.export import export_checkpoint
 from jobs.train.machine import MachineWatch, memory_gigabytes
@@ -32,6 +32,7 @@ from jobs.train.model import build_model
 from jobs.train.objective import batch_loss, d_at
 from jobs.train.spec import METRICS, MODEL, TrainSpec
 from pipelines.dataset import TokenDataset
+from pipelines.errors import UserError
 from pipelines.loader import rank_batches
 from pipelines.progress import say
 from pipelines.sampler import CrossBatchSampler
@@ -59,12 +60,15 @@ def train_loop(spec: TrainSpec) -> None:
     machine = MachineWatch(ranks.device)
 
     while True:
-        done, state = checkpoints.restore(engine) or (0, {})
+        restored = checkpoints.restore(engine)
+        done, state = restored or (0, {})
+        check_done(done, training, spec.checkpoints)
+        skipped.remember(state.get("skipped", {}))
         watch = LossWatch(training.bad_loss, state.get("losses", []))
         metrics = MetricsFile(spec.output / METRICS, done)
         steps = [step for step in range(done, training.steps) if step not in skipped]
         batches = rank_batches(sampler, steps, ranks.rank, ranks.world, ranks.readers, ranks.team_size)
-        if done == 0 and training.bad_loss.action == "skip":
+        if restored is None and training.bad_loss.action == "skip":
             checkpoints.save(engine, 0, {})  # what there is to go back to
         try:
             for step in steps:
@@ -72,44 +76,39 @@ def train_loop(spec: TrainSpec) -> None:
                 factor = schedule_factor(training.schedule, step, training.steps)
                 for group, peak in zip(engine.optimizer.param_groups, peaks, strict=True):
                     group["lr"] = peak * factor
-                total = torch.zeros((), device=ranks.device)
+                total, norm = torch.zeros((), device=ranks.device), None
                 for _ in range(accumulation):
                     batch = next(batches).to(ranks.device)
                     loss = batch_loss(engine, batch, objective, step, seed, ranks.team)
                     engine.backward(loss)
-                    engine.step()  # applies the gradients at the last micro-batch of the step
+                    norm = take_step(engine)  # applies the gradients at the last micro-batch of the step
                     total += loss.detach() / accumulation
                 torch.distributed.all_reduce(total)
                 loss_of_step = total.item() / ranks.world
-                watch.check(step, loss_of_step)
-
-                values = {"loss": loss_of_step, "learning_rate": training.optimizer.learning_rate * factor}
+                watch.check(step, loss_of_step, norm)
                 seconds = time.monotonic() - began
-                values |= {"tokens_per_second": tokens_per_step(training) / seconds}
-                values |= {"tokens": (step + 1) * tokens_per_step(training), "skipped_steps": len(skipped)}
-                values |= {"memory_gb": memory_gigabytes(ranks.device), **machine.look()}
-                if (norm := engine.get_global_grad_norm()) is not None:
-                    values["gradient_norm"] = float(norm)
-                d = d_at(objective, step, seed) if isinstance(objective, FotObjective) and objective.d else None
-                values |= mfu(training, shape, seconds, d, ranks) | ({} if d is None else {"d": d})
+
+                measured = {}
                 if training.measure is not None and (step + 1) % training.measure.every == 0:
-                    values |= measure(engine.module, spec, dataset, sampler, step, ranks)
+                    measured = measure(engine.module, spec, dataset, sampler, step, ranks)
                 if ranks.rank == 0:
-                    metrics.write(step + 1, values | checkpoints.timings())
+                    values = {"loss": loss_of_step, "learning_rate": training.optimizer.learning_rate * factor}
+                    values |= progress_of(spec, shape, step, seconds, len(skipped), ranks)
+                    values |= {} if norm is None else {"gradient_norm": norm}
+                    values |= measured | checkpoints.timings() | machine.look()
+                    metrics.write(step + 1, values)
                 if (step + 1) % training.checkpoints.every == 0 and step + 1 < training.steps:
-                    checkpoints.save(engine, step + 1, {"losses": watch.recent})
+                    checkpoints.save(engine, step + 1, {"losses": watch.recent, "skipped": skipped.reasons})
             break
         except BadLossError as bad:
             skipped.add(bad, write=ranks.rank == 0)
-            say(f"step {bad.step + 1}: its loss is {bad.what}: back to the last checkpoint, and on without it")
+            say(f"step {bad.step + 1}: {bad.what}: back to the last checkpoint, and on without it")
 
     if done < training.steps:
-        checkpoints.save(engine, training.steps, {})
+        checkpoints.save(engine, training.steps, {"losses": watch.recent, "skipped": skipped.reasons})
     checkpoints.wait()
-    torch.distributed.barrier()
     if ranks.rank == 0 and not (spec.output / MODEL).exists():
         export_checkpoint(spec.checkpoints, spec.output / MODEL, training.deepspeed.dtype)
-    torch.distributed.barrier()
 
 
 @dataclass(frozen=True)
@@ -142,6 +141,15 @@ class Ranks:
         return int(self.device.type == "cuda")
 
 
+def check_done(done: int, training: Training, where: str) -> None:
+    """Raises UserError where the checkpoints are further than the training is to go."""
+    if done > training.steps:
+        raise UserError(
+            f"the checkpoints in {where} are at step {done}, the training is to end at {training.steps}: raise its "
+            f"steps to {done} or more, export an earlier checkpoint with `fot export`, or set another checkpoints.path"
+        )
+
+
 def measure(
     model: Any, spec: TrainSpec, dataset: TokenDataset, sampler: CrossBatchSampler, step: int, ranks: Ranks
 ) -> dict[str, float]:
@@ -158,14 +166,21 @@ def measure(
         return found | mass_on_positives(model, batch, objective, coming, spec.seed, ranks.team)
 
 
-def mfu(training: Training, shape: Shape, seconds: float, d: int | None, ranks: Ranks) -> dict[str, float]:
-    """Share of the devices' peak that a step with this d reached, where the peak is known."""
+def progress_of(
+    spec: TrainSpec, shape: Shape, step: int, seconds: float, skipped: int, ranks: Ranks
+) -> dict[str, float]:
+    """Tokens so far and a second (of all ranks), d, memory of rank 0; MFU where the device's peak is known."""
+    training, objective = spec.training, spec.training.objective
+    tokens = tokens_per_step(training)
+    values = {"tokens": (step + 1) * tokens, "tokens_per_second": tokens / seconds, "skipped_steps": skipped}
+    values["memory_gb"] = memory_gigabytes(ranks.device)
+    if isinstance(objective, FotObjective) and objective.d is not None:
+        values["d"] = d = d_at(objective, step, spec.seed)
+        training = training.model_copy(update={"objective": objective.model_copy(update={"d": d})})
     name = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "CPU"
-    if (peak := peak_flops(name, training.deepspeed.dtype)) is None:
-        return {}
-    if d is not None:
-        training = training.model_copy(update={"objective": training.objective.model_copy(update={"d": d})})
-    return {"mfu": step_flops(shape, training) / seconds / (peak * ranks.world)}
+    if (peak := peak_flops(name, training.deepspeed.dtype)) is not None:
+        values["mfu"] = step_flops(shape, training) / seconds / (peak * ranks.world)
+    return values
 
 
 def log_to_file(path: Path) -> None:

@@ -1,6 +1,7 @@
 """The log of a training: a JSON line a step, what everything that shows a training reads."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -23,7 +24,8 @@ class MetricsFile:
             kept = [entry for entry in read_metrics(self._path) if entry["step"] <= self._done]
             write_atomically(self._path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
             self._file = open(self._path, "a", buffering=1)  # noqa: SIM115 - open for the worker's life, a line at a time
-        self._file.write(json.dumps({"step": step, **values, "time": time.time()}) + "\n")
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._file.write(json.dumps({"step": step, **finite, "time": time.time()}) + "\n")
         os.fsync(self._file.fileno())  # a checkpoint must not know of steps that the log does not
 
 
@@ -32,6 +34,25 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+class MetricsReader:
+    """Reads on where it stopped; from the beginning in a file that was written anew."""
+
+    def __init__(self) -> None:
+        self._file, self._offset = 0, 0
+
+    def new(self, path: Path) -> list[dict[str, float]]:
+        """The complete lines that were not read yet."""
+        if not path.exists():
+            return []
+        with open(path, "rb") as file:
+            if self._file != (number := os.fstat(file.fileno()).st_ino):
+                self._file, self._offset = number, 0
+            file.seek(self._offset)
+            lines = [line for line in file.readlines() if line.endswith(b"\n")]
+        self._offset += sum(map(len, lines))
+        return [json.loads(line) for line in lines]
 
 
 def last_metrics(path: Path) -> dict[str, float] | None:

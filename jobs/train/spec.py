@@ -11,7 +11,7 @@ from pipelines.config import Data
 
 MODEL = "model"  # the exported Hugging Face directory
 METRICS = "metrics.jsonl"  # a line a step
-CHECKPOINTS = "checkpoints"  # where the recipe names no other place
+CHECKPOINTS = "checkpoints"  # of work_dir, where the recipe names no other place
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The stages that train: base (where there is none) and finetune."""
 
 import json
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from jobs.evaluate.passkey import check_lengths
 from jobs.evaluate.perplexity import choose_windows
 from jobs.recipe import ModelShape, Recipe
 from jobs.tracking import TrainingRun
+from jobs.train.checkpoint_store import place_of
 from jobs.train.config import Training
 from jobs.train.launch import train
-from jobs.train.spec import CHECKPOINTS, MODEL, TrainSpec
+from jobs.train.spec import CHECKPOINTS, METRICS, MODEL, TrainSpec
 from jobs.version import code_version
 from jobs.workspace import Workspace
 from pipelines.dataset import TokenDataset
@@ -21,7 +23,7 @@ from pipelines.files import write_atomically
 from pipelines.hashing import FileHashes
 from pipelines.integrity import check_manifest
 from pipelines.shards import Manifest
-from pipelines.store import Stage
+from pipelines.store import RECORD, Stage
 from pipelines.tokenize import Encoding
 from pipelines.tokenizer import load_tokenizer
 
@@ -78,13 +80,16 @@ def _run_training(
     recipe, manifest = workspace.recipe, Manifest.read(inputs[SHARDS])
     _check_data(recipe, training, inputs)
     key = f"{name}-{output.stem}"
-    lineage = {
-        "base": "a new model" if isinstance(base, ModelShape) else _origin(base),
+    where = training.checkpoints.path or str(workspace.directory / CHECKPOINTS)
+    read = {"base": "base", "held_out and duplicates": DOCUMENTS, "packing": f"{name}-groups"}
+    identity = {
         "manifest": manifest.hash,
+        **{what: _content(inputs[stage]) for what, stage in read.items() if stage in inputs},
+        "shape": _dump(base) if isinstance(base, ModelShape) else None,
         "seed": recipe.seed,
         "sources": _weights(recipe),
+        "training": _deciding(training, also={"steps"} if training.schedule.kind != "cosine" else set()),
     }
-    checkpoints = training.checkpoints.path
     spec = TrainSpec(
         name=name,
         training=training,
@@ -98,27 +103,24 @@ def _run_training(
         tokenizer=inputs["tokenizer"],
         output=output,
         logs=workspace.logs / key,
-        checkpoints=f"{checkpoints.rstrip('/')}/{name}" if checkpoints else str(output / CHECKPOINTS),
-        identity={**lineage, "training": {k: v for k, v in _deciding(training).items() if k != "steps"}},
+        checkpoints=place_of(where, name if training.checkpoints.path else key),
+        identity=identity,
     )
     tags = {
         "fot.stage": str(output.with_suffix("")),
         "fot.code": code_version(),
         "fot.manifest": manifest.hash,
-        "fot.base": str(lineage["base"]),
+        "fot.base": "a new model" if isinstance(base, ModelShape) else _origin(base),
         "fot.recipe": json.dumps(recipe.model_dump(mode="json")),
     }
     run = TrainingRun(workspace.directory, recipe.name, key, f"{recipe.name}: {name}", tags, _params(training, recipe))
     write_atomically(output / RUN, json.dumps({"run_id": run.run_id}).encode())
     try:
         train(spec, run.update)
-    except KeyboardInterrupt:
-        run.end("KILLED")
+    except BaseException as error:
+        run.abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
-    except BaseException:
-        run.end("FAILED")
-        raise
-    run.end("FINISHED")
+    run.finish(output / METRICS)
 
 
 def _check_data(recipe: Recipe, training: Training, inputs: Inputs) -> None:
@@ -146,12 +148,18 @@ def _what_else_decides(recipe: Recipe) -> dict[str, Any]:
     return {"seed": recipe.seed, "weights": _weights(recipe)}
 
 
-def _deciding(training: Training) -> dict[str, Any]:
-    return _dump(training, NOT_DECIDING)
+def _deciding(training: Training, also: Set[str] = frozenset()) -> dict[str, Any]:
+    """The settings that decide a training's numbers, less those that `also` do not."""
+    return _dump(training, NOT_DECIDING | also)
 
 
-def _dump(part: Any, without: set[str] | None = None) -> dict[str, Any]:
-    return dict(part.model_dump(mode="json", exclude=without))
+def _content(output: Path) -> str:
+    """The hash that names what a finished stage holds."""
+    return str(json.loads((output / RECORD).read_text())["hash"])
+
+
+def _dump(part: Any, without: Set[str] = frozenset()) -> dict[str, Any]:
+    return dict(part.model_dump(mode="json", exclude=set(without)))
 
 
 def _params(training: Training, recipe: Recipe) -> dict[str, Any]:

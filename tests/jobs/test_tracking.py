@@ -9,6 +9,7 @@ from mlflow.tracking import MlflowClient
 
 from jobs import tracking
 from jobs.tracking import TrainingRun, tracking_uri
+from pipelines.errors import UserError
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_a_crashed_training_continues_its_run_and_no_step_is_there_twice(follow,
     assert again.run_id == run.run_id
     again.update(write(file, range(1, 31)))  # gone back to a checkpoint
     again.update(write(file, range(1, 61)))
-    again.end("FINISHED")
+    again.finish(file)
     assert history(tmp_path, run) == [(step, 1 / step) for step in range(1, 61)]
     assert history(tmp_path, run, "mfu") == [(step, 0.5) for step in range(1, 61)]
     recorded = MlflowClient(tracking_uri(tmp_path)).get_run(run.run_id)
@@ -62,7 +63,9 @@ def test_what_mlflow_could_not_take_comes_later(follow, tmp_path: Path, monkeypa
         away.setattr(tracking, "log_points", refuse)
         run.update(file)
         run.update(file)
+        with pytest.raises(UserError, match=rf"its last steps are in {file}; mend it and run the same command again"):
+            run.finish(file)
     assert capsys.readouterr().err.count("MLflow cannot be written (the server is away): it is tried again") == 1
     assert history(tmp_path, run) == []
-    run.update(file)
+    run.finish(file)
     assert history(tmp_path, run) == [(step, 1 / step) for step in range(1, 6)]

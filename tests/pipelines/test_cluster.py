@@ -10,7 +10,7 @@ import psutil
 import pytest
 import ray
 
-from pipelines.cluster import run_tasks, wait_for_workers
+from pipelines.cluster import WantedWorkers, run_tasks
 from pipelines.errors import UserError
 
 
@@ -31,11 +31,13 @@ def test_a_ray_of_our_own_listens_on_loopback_only(local_ray) -> None:
 
 def test_too_many_workers_are_a_users_error_with_the_number_that_fits(local_ray) -> None:
     there = int(ray.cluster_resources()["CPU"])
-    wait_for_workers(there, 1, 0, 0)
-    with pytest.raises(UserError, match=rf"Ray has {there}: .*resources.workers={there}\b"):
-        wait_for_workers(there + 1, 1, 0, 0)
-    with pytest.raises(UserError, match=r"1 GPU each need 1000, Ray has 0"):
-        wait_for_workers(1000, 0, 1, 0)
+    WantedWorkers(there, 1, 0, 0).wait()
+    with pytest.raises(UserError, match=rf"Ray has room for {there}: .*resources.workers={there}\b"):
+        WantedWorkers(there + 1, 1, 0, 0).wait()
+    with pytest.raises(UserError, match=r"1000 workers with 1 GPU each do not fit, Ray has room for 0: use a larger"):
+        WantedWorkers(1000, 0, 1, 0).wait()
+    with pytest.raises(UserError, match=rf"1 workers with {there + 1} CPU each do not fit"):
+        WantedWorkers(1, there + 1, 0, 0).wait()
 
 
 # Running tasks. They are defined inside functions, as Ray sends those by value.
@@ -153,18 +155,19 @@ def test_a_cluster_that_may_grow_is_waited_for_with_a_message_and_a_limit(local_
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # what tells that this Ray is not ours alone
     there = int(ray.cluster_resources()["CPU"])
     began = time.monotonic()
-    with pytest.raises(UserError, match=rf"Ray has {there} after 0.05 minutes: .*resources.workers={there}\b"):
-        wait_for_workers(there + 1, 1, 0, 3)
+    with pytest.raises(UserError, match=rf"room for {there} after 0.05 minutes: .*resources.workers={there}\b"):
+        WantedWorkers(there + 1, 1, 0, 3).wait()
     assert time.monotonic() - began >= 3
-    assert f"waiting for {there + 1} CPU in the cluster, it has {there}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"waiting for room for {there + 1} workers with 1 CPU each, the cluster has room for {there}" in said
 
 
 WAITING = """
 import sys
 import ray
-from pipelines.cluster import wait_for_workers
+from pipelines.cluster import WantedWorkers
 ray.init(address=sys.argv[1], log_to_driver=False)
-wait_for_workers(2, 1, 0, 120)
+WantedWorkers(2, 1, 0, 120).wait()
 print("there")
 """
 
@@ -179,7 +182,7 @@ def test_workers_that_come_are_taken() -> None:
         environment = {**os.environ, "RAY_ADDRESS": cluster.address}
         waiting = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         line = next(line for line in waiting.stderr if "waiting for" in line)
-        assert "waiting for 2 CPU in the cluster, it has 1" in line
+        assert "waiting for room for 2 workers with 1 CPU each, the cluster has room for 1" in line
         cluster.add_node(**node)
         assert waiting.communicate(timeout=60)[0] == "there\n"
     finally:

@@ -75,7 +75,7 @@ def test_batches_that_do_not_fit_the_workers_or_what_is_seen(fot_here, own) -> N
 def test_more_workers_than_there_are(fot_here, own) -> None:
     recipe, _ = own
     many = ["--set", "resources.workers=64", "--set", "finetune.batch.micro_batches=64"]
-    refused(fot_here("run", recipe, *many), "resources: 64 workers with 1 CPU each need 64, Ray has")
+    refused(fot_here("run", recipe, *many), "resources: 64 workers with 1 CPU each do not fit, Ray has room for")
 
 
 @pytest.mark.slow
@@ -83,13 +83,25 @@ def test_more_workers_than_there_are(fot_here, own) -> None:
 def test_checkpoints_of_another_training_are_not_gone_on_from(fot_here, own, corpus: Path, tmp_path: Path) -> None:
     recipe, _ = own
     kept = tmp_path / "kept"
-    place = ["--set", f"finetune.checkpoints.path={kept}"]
+    place = ["--set", "finetune.checkpoints.path=kept"]  # workers have working directories of their own
     assert fot_here("run", recipe, *place).returncode == 0
     steps = sorted(path.name for path in (kept / "finetune").iterdir())
     assert steps[-1] == "step-00000006"
 
-    changed = fot_here("run", recipe, *place, "--set", "finetune.optimizer.learning_rate=0.5")
-    refused(changed, str(kept / "finetune"), "training.optimizer.learning_rate", "0.5", "checkpoints.path")
+    for setting, key in (
+        ("finetune.optimizer.learning_rate=0.5", "training.optimizer.learning_rate"),
+        ("data.sources.0.held_out=0.4", "held_out and duplicates"),
+        ("finetune.schedule.kind=cosine", "training.s"),  # now the number of steps decides, too
+    ):
+        changed = fot_here("run", recipe, *place, "--set", setting)
+        refused(changed, str(kept / "finetune"), f"was trained with {key}", "set another checkpoints.path")
+    fewer = fot_here("run", recipe, *place, "--set", "finetune.steps=4")
+    refused(fewer, "are at step 6, the training is to end at 4: raise its steps to 6 or more")
+    exported = fot_here("export", kept / "finetune" / "step-00000004", tmp_path / "exported")
+    assert exported.stdout == f"exported to {tmp_path / 'exported'}\n"
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "exported").config.vocab_size == 300
+    again = fot_here("export", kept / "finetune", tmp_path / "exported")
+    refused(again, f"{tmp_path / 'exported'} exists: remove it")
     with open(corpus, "a") as file:
         file.write(json.dumps({"id": "new", "text": "a new document " * 50}) + "\n")
     refused(

@@ -47,7 +47,7 @@ def test_steps_without_a_number_are_left_out_and_the_others_are_as_if_they_had_n
     entries = read_metrics(spec.output / METRICS)
     assert [entry["step"] for entry in entries] == [step + 1 for step in range(30) if step not in bad]
     assert entries[-1]["skipped_steps"] == len(bad)
-    assert json.loads((spec.output / SKIPPED).read_text()) == {str(step): "nan" for step in bad}
+    assert json.loads((spec.output / SKIPPED).read_text()) == {str(step): "its loss is nan" for step in bad}
     expected = plain_torch_losses(spec, without=bad)
     assert [entry["loss"] for entry in entries] == pytest.approx(expected, abs=1e-4)
 
@@ -58,6 +58,6 @@ def test_a_loss_that_is_no_number_stops_a_training_that_is_to_stop(poisoned) -> 
     stopping = spec.training.model_copy(
         update={"bad_loss": spec.training.bad_loss.model_copy(update={"action": "stop"})}
     )
-    with pytest.raises(BadLossError, match=rf"the loss of step {min(bad) + 1} is nan: lower optimizer.learning_rate"):
+    with pytest.raises(BadLossError, match=rf"step {min(bad) + 1}: its loss is nan: lower optimizer.learning_rate"):
         train(replace(spec, training=stopping))
     assert len(read_metrics(spec.output / METRICS)) == min(bad)
