@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 
 from jobs.recipe import CheckpointShape
 from jobs.train.config import FotObjective, MemorizingObjective, Training
 from pipelines.errors import UserError
+from pipelines.tokenizer import TextTokenizer
 
 SIZES = ("vocab_size", "num_hidden_layers", "max_position_embeddings", "hidden_size")
 
@@ -85,6 +87,20 @@ def check_llama(path: Path, config: Mapping[str, Any], training: Training, vocab
     if bad := [layer for layer in asked_mem_layers(training) or () if layer >= layers]:
         raise UserError(
             f"finetune.objective.mem_layers {bad}: the model in {path} has {layers} layers, 0 to {layers - 1}"
+        )
+
+
+def check_tokens(path: Path, tokenizer: TextTokenizer) -> None:
+    """Raises UserError where the data's tokenizer has other tokens than the one beside the model, if there is one."""
+    own = path / "tokenizer.json"
+    if not own.exists():
+        return
+    theirs = Tokenizer.from_file(str(own)).get_vocab()
+    ours = tokenizer.tokenizer.get_vocab()
+    if other := next((token for token, number in ours.items() if theirs.get(token) != number), None):
+        raise UserError(
+            f"tokenizer.path: token {ours[other]} is {other!r} there, but not in the tokenizer of the model in {path}: "
+            f"unset tokenizer.path, so that the data are made with the model's own"
         )
 
 

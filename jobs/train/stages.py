@@ -5,7 +5,7 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from jobs.base import asked_mem_layers, check_llama, read_llama_config
+from jobs.base import asked_mem_layers, check_llama, check_tokens, read_llama_config
 from jobs.data.stages import DOCUMENTS, SHARDS, Inputs, directory_files
 from jobs.evaluate.passkey import check_lengths
 from jobs.evaluate.perplexity import choose_windows
@@ -52,7 +52,10 @@ def base_stage(workspace: Workspace, hashes: FileHashes) -> Stage:
     files = directory_files(path, hashes)
 
     def bring(output: Path, inputs: Inputs) -> None:
-        check_llama(path, config, recipe.finetune, load_tokenizer(inputs["tokenizer"]).vocab_size)
+        tokenizer = load_tokenizer(inputs["tokenizer"])
+        check_llama(path, config, recipe.finetune, tokenizer.vocab_size)
+        if recipe.tokenizer.path is not None:
+            check_tokens(path, tokenizer)
         write_atomically(output / "base.json", json.dumps(files, indent=1).encode())
         (output / MODEL).unlink(missing_ok=True)
         (output / MODEL).symlink_to(path, target_is_directory=True)

@@ -44,6 +44,14 @@ def test_a_base_that_cannot_be_fine_tuned(fot_here, own, tmp_path: Path) -> None
         "the tokenizer has 320 tokens, the model in",
         "only 300: set tokenizer.path to the model's own tokenizer",
     )
+    other = tmp_path / "other"
+    other.mkdir()
+    train_tokenizer(["other words altogether " * 9], 280, other)
+    refused(
+        fot_here("run", recipe, "--set", f"tokenizer.path={other}"),
+        "there, but not in the tokenizer of the model in",
+        "unset tokenizer.path",
+    )
     layers = fot_here("run", recipe, "--set", "finetune.objective.mem_layers=[0, 1, 2, 3]")
     refused(layers, "mem_layers [2, 3]: the model in", "has 2 layers, 0 to 1")
 

@@ -1,12 +1,10 @@
 """Real Ray Train workers with real DeepSpeed."""
 
-import json
 import os
 import shutil
 import signal
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pyarrow as pa
@@ -17,7 +15,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from fot_model import FotLlamaForCausalLM
 from jobs.train.launch import train
-from jobs.train.metrics import last_metrics, read_metrics
+from jobs.train.metrics import last_metrics
 from jobs.train.spec import CHECKPOINTS, METRICS, MODEL, TrainSpec
 from pipelines.dataset import DamagedShardError
 from pipelines.documents import BATCHES
@@ -68,14 +66,6 @@ def test_a_workers_error_reaches_the_driver(spec: TrainSpec) -> None:
     with pytest.raises(FileNotFoundError, match=r"manifest\.json"):
         train(spec)
     assert not (spec.output / MODEL).exists()
-
-
-def test_a_half_written_line_of_metrics_is_not_read(tmp_path: Path) -> None:
-    path = tmp_path / METRICS
-    assert last_metrics(path) is None
-    path.write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n" + '{"step": 2, "lo')
-    assert last_metrics(path) == {"step": 1, "loss": 2.0}
-    assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
 
 
 @pytest.mark.slow
