@@ -3,12 +3,12 @@
     python -m benchmarks.training            # CPU: one thread a process, two processes for ZeRO
     python -m benchmarks.training --gpu      # one GPU: tokens/s and MFU of a 1B LLaMA in bfloat16
 
-What runs is the training loop's own code: `make_engine`, `batch_loss`, `Checkpoints`; data are random tokens. Every
-objective takes the same tokens a step, and configurations take turns within one process, so that all meet the same
-state of the machine; figures are medians. On CPU: 4 layers, d_model 256, 8 heads, vocabulary 512, memory layer 2, a
-step of 16 rows of 512 tokens. On a GPU: 16 layers, d_model 2048, 32 heads, 8 key/value heads, vocabulary 32000, memory
-layers 4, 8, 12, activation checkpointing, rows of 2048 tokens; a micro-batch of 8 (4 contexts a document), for d = 64
-of 128 rows with 2 contexts a document. MFU counts no recomputation (`jobs/train/estimate.py`).
+What runs is the training loop's own code (`make_engine`, `batch_loss`, `take_step`, `Checkpoints`) on random tokens:
+whole steps with clipping and AdamW. Configurations of the same tokens take turns within one process, so that all meet the
+same state of the machine; figures are medians. On CPU: 4 layers, d_model 256, 8 heads, vocabulary 512, memory layer 2,
+float32, a step of 16 rows of 512 tokens. On a GPU: 16 layers, d_model 2048, 32 heads, 8 key/value heads, vocabulary
+32000, memory layers 4, 8, 12, ZeRO 1, activation checkpointing; a step of 16 rows of 2048 tokens (4 documents), and for
+d = 64, which takes 64 documents at once, of 128 rows of 512. MFU counts no recomputation (`jobs/train/estimate.py`).
 """
 
 import argparse
@@ -37,20 +37,27 @@ CPU_SHAPE |= {"vocab_size": 512, "mem_layers": [2], "num_key_value_heads": 8}
 GPU_SHAPE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 16, "num_attention_heads": 32}
 GPU_SHAPE |= {"vocab_size": 32000, "mem_layers": [4, 8, 12], "num_key_value_heads": 8, "tie_word_embeddings": False}
 TABLE = [[0, 0], [1, 1], [2, 1], [3, 0]]
-CPU = {
-    "standard": ({"kind": "standard"}, 16),
-    "fot, LongLLaMA 3B's table": ({"kind": "fot", "segments": TABLE}, 4),
-    "fot, d = 4": ({"kind": "fot", "d": 4, "contexts": 4}, 4),
-    "fot, d = 8": ({"kind": "fot", "d": 8, "contexts": 2}, 8),
-    "memorizing": ({"kind": "memorizing", "contexts": 4}, 4),
-    "transformer_xl": ({"kind": "transformer_xl", "contexts": 4}, 4),
+FOT_TABLE = ({"kind": "fot", "segments": TABLE}, 4)
+CPU = {  # configurations by tokens of a context: objective, groups
+    512: {
+        "standard": ({"kind": "standard"}, 16),
+        "fot, LongLLaMA 3B's table": FOT_TABLE,
+        "fot, d = 4": ({"kind": "fot", "d": 4, "contexts": 4}, 4),
+        "fot, d = 8": ({"kind": "fot", "d": 8, "contexts": 2}, 8),
+        "memorizing": ({"kind": "memorizing", "contexts": 4}, 4),
+        "transformer_xl": ({"kind": "transformer_xl", "contexts": 4}, 4),
+    }
 }
 GPU = {
-    "standard": ({"kind": "standard"}, 8),
-    "fot, LongLLaMA 3B's table": ({"kind": "fot", "segments": TABLE}, 2),
-    "fot, d = 3": ({"kind": "fot", "d": 3, "contexts": 2}, 4),
-    "standard, 128 rows": ({"kind": "standard"}, 128),
-    "fot, d = 64": ({"kind": "fot", "d": 64, "contexts": 2}, 64),
+    2048: {
+        "standard": ({"kind": "standard"}, 16),
+        "fot, LongLLaMA 3B's table": FOT_TABLE,
+        "fot, d = 3": ({"kind": "fot", "d": 3, "contexts": 4}, 4),
+    },
+    512: {
+        "standard": ({"kind": "standard"}, 128),
+        "fot, d = 64": ({"kind": "fot", "d": 64, "contexts": 2}, 64),
+    },
 }
 STAGES = ({"zero_stage": 0}, {"zero_stage": 1}, {"zero_stage": 2}, {"zero_stage": 3})
 STAGES += ({"zero_stage": 2, "offload_optimizer": True}, {"zero_stage": 2, "activation_checkpointing": True})
@@ -68,9 +75,9 @@ def training(objective: dict[str, Any], groups: int, context: int, **deepspeed: 
     )
 
 
-def random_batch(objective: Objective, groups: int, vocabulary: int) -> TensorBatch:
+def random_batch(objective: Objective, groups: int, shape: dict[str, Any]) -> TensorBatch:
     contexts = objective.contexts
-    ids = torch.randint(0, vocabulary, (groups * contexts, objective.context))
+    ids = torch.randint(0, shape["vocab_size"], (groups * contexts, objective.context))
     return TensorBatch(
         input_ids=ids,
         labels=ids.roll(-1, 1),
@@ -87,46 +94,61 @@ def llama(shape: dict[str, Any], context: int, dtype: torch.dtype, device: torch
     return FotLlamaForCausalLM(FotLlamaConfig(max_position_embeddings=context, **shape)).to(device, dtype).train()
 
 
-def step_seconds(model: FotLlamaForCausalLM, settings: Training, batch: TensorBatch) -> float:
-    """Forward and backward of one micro-batch."""
-    cuda = model.device.type == "cuda"
-    batch = batch.to(model.device)
-    model.zero_grad()
+def step_seconds(engine: Any, settings: Training, batch: TensorBatch) -> float:
+    """A whole step: forward, backward, clipping, optimizer."""
+    from jobs.train.engine import take_step
+
+    batch = batch.to(engine.device)
     began = time.perf_counter()
-    batch_loss(model, batch, settings.objective, 0, 0).backward()
-    if cuda:
+    engine.backward(batch_loss(engine, batch, settings.objective, 0, 0))
+    take_step(engine)
+    if engine.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
 def objectives(gpu: bool, rounds: int) -> None:
-    """Forward and backward of the same tokens under every objective, in turns."""
-    device = torch.device("cuda") if gpu else torch.device("cpu")
-    shape, context = (GPU_SHAPE, 2048) if gpu else (CPU_SHAPE, 512)
-    dtype = torch.bfloat16 if gpu else torch.float32
-    model = llama(shape, context, dtype, device)
-    if gpu:
-        model.gradient_checkpointing_enable()
-    made = {name: training(objective, groups, context) for name, (objective, groups) in (GPU if gpu else CPU).items()}
-    batches = {name: random_batch(one.objective, one.batch.groups, shape["vocab_size"]) for name, one in made.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in made}
-    for turn in range(rounds + 1):
-        for name, settings in made.items():
-            spent = step_seconds(model, settings, batches[name])
-            if turn:  # the first warms up
-                seconds[name].append(spent)
-    peak = peak_flops(torch.cuda.get_device_name(), "bfloat16") if gpu else None
-    print("| objective | rows | s a step | tokens/s | of standard's tokens/s | MFU |")
-    print("|---|---|---|---|---|---|")
-    standard = 0.0
-    for name, settings in made.items():
-        rows = len(batches[name].input_ids)
-        median = statistics.median(seconds[name])
-        rate = rows * context / median
-        standard = rate if name.startswith("standard") else standard
-        flops = step_flops(Shape.of(model.config.to_dict()), settings)
-        mfu = f"{flops / median / peak:.1%}" if peak else "-"
-        print(f"| {name} | {rows} | {median:.3f} | {rate:,.0f} | {rate / standard:.2f} | {mfu} |")
+    """Steps of the same tokens under every objective, in turns; those of another number of tokens have a standard of
+    their own."""
+    import deepspeed
+
+    from jobs.train.engine import make_engine
+
+    shape = GPU_SHAPE if gpu else CPU_SHAPE
+    print("| objective | rows x tokens | s a step | tokens/s | of standard's tokens/s | MFU |")
+    print("|---|---|---|---|---|---|", flush=True)
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
+    with tempfile.TemporaryDirectory() as directory:
+        meeting = f"file://{directory}/meet"
+        torch.distributed.init_process_group("nccl" if gpu else "gloo", init_method=meeting, rank=0, world_size=1)
+        for context, configurations in (GPU if gpu else CPU).items():
+            made = {name: training(objective, groups, context) for name, (objective, groups) in configurations.items()}
+            dtype = "bfloat16" if gpu else "float32"
+            first = training({"kind": "standard"}, 1, context, zero_stage=1 if gpu else 0, dtype=dtype)
+            model = llama(shape, context, getattr(torch, dtype), torch.device("cuda" if gpu else "cpu"))
+            if gpu:
+                model.gradient_checkpointing_enable()
+            engine = make_engine(model, first, 1)
+            batches = {name: random_batch(one.objective, one.batch.groups, shape) for name, one in made.items()}
+            seconds: dict[str, list[float]] = {name: [] for name in made}
+            for turn in range(rounds + 1):
+                for name, settings in made.items():
+                    spent = step_seconds(engine, settings, batches[name])
+                    if turn:  # the first warms up
+                        seconds[name].append(spent)
+            standard = statistics.median(seconds["standard"])
+            peak = peak_flops(torch.cuda.get_device_name(), dtype) if gpu else None
+            for name, settings in made.items():
+                median, tokens = statistics.median(seconds[name]), batches[name].input_ids.numel()
+                flops = step_flops(Shape.of(model.config.to_dict()), settings)
+                mfu = f"{flops / median / peak:.1%}" if peak else "-"
+                rows = f"{tokens // context} x {context}"
+                ratio = standard / median
+                print(f"| {name} | {rows} | {median:.3f} | {tokens / median:,.0f} | {ratio:.2f} | {mfu} |", flush=True)
+            engine.destroy()
+            del engine, model
+            deepspeed.get_accelerator().empty_cache()
+        torch.distributed.destroy_process_group()
 
 
 def stages(rounds: int) -> None:
@@ -162,7 +184,7 @@ def stages(rounds: int) -> None:
 def rank(directory: Path, settings: dict[str, Any]) -> None:
     """One of the two processes."""
     from jobs.train.checkpoints import Checkpoints
-    from jobs.train.engine import make_engine
+    from jobs.train.engine import make_engine, take_step
 
     torch.set_num_threads(1)
     number = int(os.environ["RANK"])
@@ -175,14 +197,14 @@ def rank(directory: Path, settings: dict[str, Any]) -> None:
     if made.deepspeed.activation_checkpointing:
         model.gradient_checkpointing_enable()
     engine = make_engine(model, made, 1)
-    batch = random_batch(made.objective, made.batch.groups, CPU_SHAPE["vocab_size"])
+    batch = random_batch(made.objective, made.batch.groups, CPU_SHAPE)
     checkpoints = Checkpoints(str(directory / "checkpoints"), {}, CheckpointSettings(), directory)
     seconds, pauses, writes = [], [], []
     for turn in range(int(os.environ["ROUNDS"]) + 1):
         torch.distributed.barrier()
         began = time.perf_counter()
         engine.backward(batch_loss(engine, batch, made.objective, 0, 0))
-        engine.step()
+        take_step(engine)
         seconds.append(time.perf_counter() - began)
         checkpoints.save(engine, turn + 1, {})
         checkpoints.wait()
