@@ -4,9 +4,9 @@
     python -m benchmarks.training --gpu      # one GPU: tokens/s and MFU of a 1B LLaMA in bfloat16
 
 What runs is the training loop's own code (`make_engine`, `batch_loss`, `take_step`, `Checkpoints`) on random tokens:
-whole steps with clipping and AdamW. Configurations of the same tokens take turns within one process, so that all meet the
-same state of the machine; figures are medians. On CPU: 4 layers, d_model 256, 8 heads, vocabulary 512, memory layer 2,
-float32, a step of 16 rows of 512 tokens. On a GPU: 16 layers, d_model 2048, 32 heads, 8 key/value heads, vocabulary
+whole steps with clipping and AdamW. Configurations of the same tokens take turns within one process, so that all meet
+the same state of the machine; figures are medians. On CPU: 4 layers, d_model 256, 8 heads, vocabulary 512, memory layer
+2, float32, a step of 16 rows of 512 tokens. On a GPU: 16 layers, d_model 2048, 32 heads, 8 key/value heads, vocabulary
 32000, memory layers 4, 8, 12, ZeRO 1, activation checkpointing; a step of 16 rows of 2048 tokens (4 documents), and for
 d = 64, which takes 64 documents at once, of 128 rows of 512. MFU counts no recomputation (`jobs/train/estimate.py`).
 """

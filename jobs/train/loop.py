@@ -98,14 +98,14 @@ def train_loop(spec: TrainSpec) -> None:
                     values |= measured | checkpoints.timings() | machine.look()
                     metrics.write(step + 1, values)
                 if (step + 1) % training.checkpoints.every == 0 and step + 1 < training.steps:
-                    checkpoints.save(engine, step + 1, {"losses": watch.recent, "skipped": skipped.reasons})
+                    checkpoints.save(engine, step + 1, {"losses": watch.recent, "skipped": dict(skipped.reasons)})
             break
         except BadLossError as bad:
             skipped.add(bad, write=ranks.rank == 0)
             say(f"step {bad.step + 1}: {bad.what}: back to the last checkpoint, and on without it")
 
     if done < training.steps:
-        checkpoints.save(engine, training.steps, {"losses": watch.recent, "skipped": skipped.reasons})
+        checkpoints.save(engine, training.steps, {"losses": watch.recent, "skipped": dict(skipped.reasons)})
     checkpoints.wait()
     if ranks.rank == 0 and not (spec.output / MODEL).exists():
         export_checkpoint(spec.checkpoints, spec.output / MODEL, training.deepspeed.dtype)
