@@ -25,4 +25,5 @@ def prepare_environment() -> None:
     """Set them for this process and those it starts. To be called before any of these libraries is imported."""
     os.environ.update(WORKERS)
     if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
-        os.environ.update(OWN_RAY, RAY_AUTH_TOKEN=secrets.token_hex(32))
+        os.environ.update(OWN_RAY)
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
