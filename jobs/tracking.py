@@ -74,9 +74,10 @@ class TrainingRun:
         self._pending += self._read.new(metrics)
         try:
             while self._pending:  # a call has whole steps, so that none is half there
-                steps = [entry for entry in self._pending[:STEPS_AT_ONCE] if entry["step"] > self._logged]
+                new = {int(entry["step"]): entry for entry in self._pending[:STEPS_AT_ONCE]}
+                steps = [entry for step, entry in new.items() if step > self._logged]
                 log_points(self._client, self.run_id, [point for entry in steps for point in _points(entry)])
-                self._logged = max([self._logged, *(int(entry["step"]) for entry in steps)])
+                self._logged = max(self._logged, *new)
                 del self._pending[:STEPS_AT_ONCE]
         except MlflowException as error:
             if not self._complained:

@@ -51,15 +51,15 @@ def ray_cluster() -> Iterator[None]:
 
 
 class WantedWorkers:
-    """Training workers that the cluster should hold at once; where it does not, it may for `patience` seconds.
+    """Training workers that the cluster should be large enough for; where it is not, it has `patience` seconds to grow.
 
-    A Ray of this machine alone does not grow: there is no waiting.
+    `grows`: a Ray of this machine alone does not: there is no waiting.
     """
 
     def __init__(self, workers: int, cpus: int, gpus: int, patience: float) -> None:
         self._workers, self._each = workers, {"CPU": cpus, "GPU": gpus}
-        self._grows = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
-        self._patience = patience if self._grows else 0.0
+        self.grows = os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+        self._patience = patience if self.grows else 0.0
         self._since: float | None = None
         self._said = -SAY_EVERY
 
@@ -74,7 +74,7 @@ class WantedWorkers:
         self._since = now if self._since is None else self._since
         want = " and ".join(f"{each} {kind}" for kind, each in self._each.items() if each)
         if now - self._since >= self._patience:
-            waited = f" after {self._patience / 60:g} minutes" if self._grows else ""
+            waited = f" after {self._patience / 60:g} minutes" if self.grows else ""
             remedy = f"lower resources.workers (--set resources.workers={fit}) or " if fit else ""
             raise UserError(
                 f"resources: {self._workers} workers with {want} each do not fit, Ray has room for {fit}{waited}: "

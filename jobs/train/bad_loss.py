@@ -71,14 +71,23 @@ class SkippedSteps:
             raise BadLossError(error.step, error.what, remedy) from error
         self.reasons[error.step] = error.what
         if write:
-            write_atomically(self._path, json.dumps(self.reasons, indent=1).encode())
+            self._write()
 
-    def remember(self, reasons: Mapping[str, str]) -> None:
-        """Add what a checkpoint says was left out before it."""
+    def remember(self, reasons: Mapping[str, str], write: bool) -> None:
+        """Add what a checkpoint says was left out before it; one rank writes it down."""
         self.reasons |= {int(step): what for step, what in reasons.items()}
+        if reasons and write:
+            self._write()
+
+    def _write(self) -> None:
+        write_atomically(self._path, json.dumps(self.reasons, indent=1).encode())
 
     def __contains__(self, step: int) -> bool:
         return step in self.reasons
+
+    def before(self, step: int) -> int:
+        """How many of the steps before were left out."""
+        return sum(other < step for other in self.reasons)
 
     def __len__(self) -> int:
         return len(self.reasons)

@@ -57,6 +57,7 @@ class Checkpoint:
 
     step: int
     records: tuple[Record, ...]
+    unreadable: int = 0  # records that are there, but damaged: a kill leaves none
 
     @property
     def missing(self) -> list[int]:
@@ -140,7 +141,7 @@ class CheckpointStore:
             steps = [
                 int(found[1]) for name in self._names(self._root) if (found := re.fullmatch(r"step-(\d{8,})", name))
             ]
-            return [Checkpoint(step, self._records(step)) for step in sorted(steps)]
+            return [self._checkpoint(step) for step in sorted(steps)]
 
     def check_identity(self, checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
         """Raise UserError if the checkpoint is of another training."""
@@ -217,19 +218,16 @@ class CheckpointStore:
         with ThreadPoolExecutor() as pool:
             return next((name for name, good in zip(files, pool.map(check, files), strict=True) if not good), None)
 
-    def forget(self, checkpoint: Checkpoint) -> None:
-        """It is no longer complete; its files stay."""
-        for record in checkpoint.records:
-            self.drop_record(record)
-
     def remove(self, checkpoint: Checkpoint) -> None:
         """The records first: what is left of an interrupted removal is not complete."""
-        self.forget(checkpoint)
+        for record in checkpoint.records:
+            self.drop_record(record)
         self._fs.delete_dir(self._path(checkpoint.step))
 
     def own(self, owner: str) -> None:
         """Say which start of a training writes here from now on; an earlier one that still runs writes no more."""
-        self._put(f"{self._root}/{OWNER}", owner.encode())
+        with self._answering("written to"):
+            self._put(f"{self._root}/{OWNER}", owner.encode())
 
     def owner(self) -> str | None:
         """Which start of a training writes here."""
@@ -250,11 +248,12 @@ class CheckpointStore:
         selector = fs.FileSelector(path, allow_not_found=True)
         return [info.base_name for info in self._fs.get_file_info(selector)]
 
-    def _records(self, step: int) -> tuple[Record, ...]:
+    def _checkpoint(self, step: int) -> Checkpoint:
         path = self._path(step)
         names = sorted(name for name in self._names(path) if re.fullmatch(r"rank-\d+\.json", name))
         read = [self._read_record(f"{path}/{name}") for name in names]
-        return tuple(sorted((record for record in read if record is not None), key=lambda record: record.rank))
+        records = sorted((record for record in read if record is not None), key=lambda record: record.rank)
+        return Checkpoint(step, tuple(records), len(read) - len(records))
 
     def _read_record(self, path: str) -> Record | None:
         """None for a file that is not what `write_record` writes, or was removed just now."""

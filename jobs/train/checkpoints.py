@@ -89,8 +89,8 @@ class Checkpoints:
     def restore(self, engine: Any) -> tuple[int, dict[str, Any]] | None:
         """Load the newest complete checkpoint that is not damaged. Returns its (step, state), None if there is none.
 
-        Incomplete ones are removed, and newer, damaged ones count as such from now on: their steps will be written
-        anew. Raises UserError if the newest is of another training, and if there are complete ones but all are damaged.
+        Incomplete ones and newer, damaged ones are removed: their steps will be written anew. Raises UserError if the
+        newest is of another training, and if there are some but all are damaged.
         """
         self.wait()
         began = time.monotonic()
@@ -99,17 +99,16 @@ class Checkpoints:
         if complete:
             self._store.check_identity(complete[-1], self._identity)
         restored = next((checkpoint for checkpoint in reversed(complete) if self._load(engine, checkpoint)), None)
-        if complete and restored is None:
+        if restored is None and (complete or any(checkpoint.unreadable for checkpoint in found)):
             raise UserError(
-                f"{self._store.name}: none of the {len(complete)} checkpoints can be read whole: bring their files "
+                f"{self._store.name}: none of the {len(found)} checkpoints can be read whole: bring their files "
                 f"back, or remove them to train from the beginning"
             )
+        self._check_owner()
         if self._rank == 0:
             for checkpoint in found:
-                if not checkpoint.complete:
+                if not checkpoint.complete or (restored is not None and checkpoint.step > restored.step):
                     self._store.remove(checkpoint)
-                elif restored is not None and checkpoint.step > restored.step:
-                    self._store.forget(checkpoint)
         distributed.barrier()
         if restored is None:
             return None
@@ -131,6 +130,12 @@ class Checkpoints:
             )
         return owner
 
+    def _check_owner(self) -> None:
+        """Raises UserError where a later start of this training has taken the place over."""
+        if (owner := self._store.owner()) != self._owner:
+            why = "was removed" if owner is None else "is written to by another start of this training now"
+            raise UserError(f"checkpoints.path {self._store.name} {why}: this one stops")
+
     def timings(self) -> dict[str, float]:
         """Seconds that the last save paused the training, its writing and a restore took, each told once."""
         return {name: self._timings.pop(name) for name in list(self._timings)}
@@ -148,13 +153,13 @@ class Checkpoints:
 
     def _write(self, record: Record, states: dict[str, Any], model: dict[str, bytes]) -> None:
         began, files = time.monotonic(), {}
+        self._check_owner()
         self._store.drop_record(record)
         for name, content in model.items():
             files[name] = self._store.write(record.step, name, partial(_put, content))
         for name in list(states):
             files[name] = self._store.write(record.step, name, partial(torch.save, states.pop(name)))
-        if self._store.owner() != self._owner:
-            raise UserError(f"{self._store.name}: another start of this training writes its checkpoints there now")
+        self._check_owner()
         self._store.write_record(replace(record, files=files, time=time.time()))
         self._timings["checkpoint_write_seconds"] = seconds = time.monotonic() - began
         size = sum(size for _, size in files.values())
@@ -162,7 +167,7 @@ class Checkpoints:
         self._remove_superseded()
 
     def _remove_superseded(self) -> None:
-        if self._rank == 0:
+        if self._rank == 0 and self._store.owner() == self._owner:
             keep, keep_hours = self._settings.keep, self._settings.keep_hours
             for checkpoint in superseded(self._store.all(), keep, keep_hours, time.time()):
                 self._store.remove(checkpoint)

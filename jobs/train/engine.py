@@ -51,21 +51,20 @@ def take_step(engine: Any) -> float | None:
     """Apply the gradients, at the last micro-batch of a step. Returns their norm before clipping (of all ranks, without
     the loss scale); None at other micro-batches, and where float16's loss scale was too large and is lowered.
 
-    Gradients that are no numbers are not applied.
+    Where the norm is no number the weights may be none afterwards: go back to a checkpoint.
     """
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
         return None
     if engine.zero_optimization() or engine.bfloat16_enabled() or engine.fp16_enabled():
         overflows = engine.skipped_steps
+        scaled = engine.fp16_enabled() and not engine.zero_optimization()  # its norm is with the loss scale
+        scale = engine.optimizer.cur_scale if scaled else 1.0
         engine.step()
         overflowed = engine.fp16_enabled() and engine.skipped_steps > overflows
-        return None if overflowed else float(engine.get_global_grad_norm())
+        return None if overflowed else float(engine.get_global_grad_norm()) / scale
     gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients).item()
-    if not math.isfinite(norm):
-        for gradient in gradients:
-            gradient.zero_()
     engine.step()
     return norm
 

@@ -1,10 +1,12 @@
 """Starts a training on Ray and follows it: the driver's side."""
 
 import pickle
+import secrets
 import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.train
@@ -20,7 +22,6 @@ from pipelines.files import write_atomically
 from pipelines.progress import Progress, human
 
 RAY_DIRECTORY = "ray"
-FAILURE = "failure.pickle"  # what a worker raised that starting again would not mend
 POLL = 1.0  # seconds between looks at the metrics
 PATIENCE = 7200  # seconds that ranks wait for one that writes or converts a checkpoint; a dead one is seen at once
 
@@ -28,7 +29,7 @@ PATIENCE = 7200  # seconds that ranks wait for one that writes or converts a che
 def train(spec: TrainSpec, on_metrics: Callable[[Path], None] = lambda path: None) -> None:
     """Run a training to its end, from the newest checkpoint of an earlier run with the same settings, if there is one.
 
-    Afterwards `spec.output` holds the exported model, the metrics and, unless they lie elsewhere, the last checkpoints.
+    Afterwards `spec.output` holds the exported model and the metrics, and `spec.checkpoints` the last checkpoints.
     A lost worker or node restarts the training from the last checkpoint. `on_metrics` is called with the metrics' file
     every second or so, and at the end.
 
@@ -39,8 +40,8 @@ def train(spec: TrainSpec, on_metrics: Callable[[Path], None] = lambda path: Non
         on_metrics(spec.output / METRICS)
         return
     check_identity(spec.checkpoints, spec.identity)
-    failure, ray_directory = spec.output / FAILURE, spec.output / RAY_DIRECTORY
-    failure.unlink(missing_ok=True)
+    # What a worker raises that starting again would not mend; of this start alone.
+    failure, ray_directory = spec.output / f".failure-{secrets.token_hex(8)}.tmp", spec.output / RAY_DIRECTORY
     shutil.rmtree(ray_directory, ignore_errors=True)
     resources = spec.resources
     per_worker = {"CPU": resources.cpus_per_worker}
@@ -48,7 +49,7 @@ def train(spec: TrainSpec, on_metrics: Callable[[Path], None] = lambda path: Non
         per_worker["GPU"] = resources.gpus_per_worker
     trainer = TorchTrainer(
         _worker,
-        train_loop_config=spec,
+        train_loop_config={"spec": spec, "failure": failure},
         torch_config=TorchConfig("nccl" if resources.gpus_per_worker else "gloo", timeout_s=PATIENCE),
         scaling_config=ray.train.ScalingConfig(
             num_workers=resources.workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
@@ -73,16 +74,16 @@ def train(spec: TrainSpec, on_metrics: Callable[[Path], None] = lambda path: Non
     shutil.rmtree(ray_directory)
 
 
-def _worker(spec: TrainSpec) -> None:
+def _worker(config: dict[str, Any]) -> None:
     """What Ray Train runs, and starts again after any error. One that comes of the data or the settings would come
     again: it is left for the driver, and a worker that finds one returns at once."""
     from jobs.train.loop import train_loop  # DeepSpeed: seconds and hundreds of megabytes the driver can do without
 
-    failure = spec.output / FAILURE
+    failure: Path = config["failure"]
     if failure.exists():
         return
     try:
-        train_loop(spec)
+        train_loop(config["spec"])
     except (UserError, DamagedShardError) as error:
         write_atomically(failure, pickle.dumps(error))
         raise
@@ -123,7 +124,8 @@ def _follow(fit: _Fit, spec: TrainSpec, on_metrics: Callable[[Path], None]) -> N
         fit.start()
         while fit.is_alive():
             fit.join(POLL)
-            wanted.check()  # a node that was lost may not come back
+            if wanted.grows and fit.is_alive():
+                wanted.check()  # a node that was lost may not come back
             on_metrics(spec.output / METRICS)
             last = last_metrics(spec.output / METRICS)
             if last is not None:

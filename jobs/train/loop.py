@@ -48,6 +48,7 @@ def train_loop(spec: TrainSpec) -> None:
     log_to_file(spec.logs / f"rank{ranks.rank}.log")
     torch.manual_seed(seed)
 
+    checkpoints = Checkpoints(spec.checkpoints, spec.identity, training.checkpoints, spec.tokenizer)
     model = build_model(spec)
     shape = Shape.of(model.config.to_dict())
     accumulation = training.batch.micro_batches // ranks.teams
@@ -55,7 +56,6 @@ def train_loop(spec: TrainSpec) -> None:
     peaks = [group["lr"] for group in engine.optimizer.param_groups]
     dataset = TokenDataset(spec.shards, spec.documents)
     sampler = make_sampler(dataset, spec.groups, training, spec.data, seed)
-    checkpoints = Checkpoints(spec.checkpoints, spec.identity, training.checkpoints, spec.tokenizer)
     skipped = SkippedSteps(spec.output, training.bad_loss)
     machine = MachineWatch(ranks.device)
 
@@ -63,7 +63,7 @@ def train_loop(spec: TrainSpec) -> None:
         restored = checkpoints.restore(engine)
         done, state = restored or (0, {})
         check_done(done, training, spec.checkpoints)
-        skipped.remember(state.get("skipped", {}))
+        skipped.remember(state.get("skipped", {}), write=ranks.rank == 0)
         watch = LossWatch(training.bad_loss, state.get("losses", []))
         metrics = MetricsFile(spec.output / METRICS, done)
         steps = [step for step in range(done, training.steps) if step not in skipped]
@@ -93,7 +93,7 @@ def train_loop(spec: TrainSpec) -> None:
                     measured = measure(engine.module, spec, dataset, sampler, step, ranks)
                 if ranks.rank == 0:
                     values = {"loss": loss_of_step, "learning_rate": training.optimizer.learning_rate * factor}
-                    values |= progress_of(spec, shape, step, seconds, len(skipped), ranks)
+                    values |= progress_of(spec, shape, step, seconds, skipped.before(step), ranks)
                     values |= {} if norm is None else {"gradient_norm": norm}
                     values |= measured | checkpoints.timings() | machine.look()
                     metrics.write(step + 1, values)
@@ -172,7 +172,7 @@ def progress_of(
     """Tokens so far and a second (of all ranks), d, memory of rank 0; MFU where the device's peak is known."""
     training, objective = spec.training, spec.training.objective
     tokens = tokens_per_step(training)
-    values = {"tokens": (step + 1) * tokens, "tokens_per_second": tokens / seconds, "skipped_steps": skipped}
+    values = {"tokens": (step + 1 - skipped) * tokens, "tokens_per_second": tokens / seconds, "skipped_steps": skipped}
     values["memory_gb"] = memory_gigabytes(ranks.device)
     if isinstance(objective, FotObjective) and objective.d is not None:
         values["d"] = d = d_at(objective, step, spec.seed)

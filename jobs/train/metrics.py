@@ -40,17 +40,19 @@ class MetricsReader:
     """Reads on where it stopped; from the beginning in a file that was written anew."""
 
     def __init__(self) -> None:
-        self._file, self._offset = 0, 0
+        self._file: IO[bytes] | None = None  # open between the calls: no other file can have its number meanwhile
+        self._offset = 0
 
     def new(self, path: Path) -> list[dict[str, float]]:
         """The complete lines that were not read yet."""
         if not path.exists():
             return []
-        with open(path, "rb") as file:
-            if self._file != (number := os.fstat(file.fileno()).st_ino):
-                self._file, self._offset = number, 0
-            file.seek(self._offset)
-            lines = [line for line in file.readlines() if line.endswith(b"\n")]
+        if self._file is None or not os.path.samestat(os.fstat(self._file.fileno()), os.stat(path)):
+            if self._file is not None:
+                self._file.close()
+            self._file, self._offset = open(path, "rb"), 0  # noqa: SIM115 - see above
+        self._file.seek(self._offset)
+        lines = [line for line in self._file.readlines() if line.endswith(b"\n")]
         self._offset += sum(map(len, lines))
         return [json.loads(line) for line in lines]
 

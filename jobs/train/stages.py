@@ -28,7 +28,7 @@ from pipelines.tokenize import Encoding
 from pipelines.tokenizer import load_tokenizer
 
 RUN = "run.json"  # {"run_id": the training's MLflow run}
-NOT_DECIDING = {"checkpoints", "measure"}  # settings of a training that its numbers do not depend on
+NOT_DECIDING = {"checkpoints", "measure", "bad_loss"}  # settings that may change while a training goes on
 
 
 def base_stage(workspace: Workspace, hashes: FileHashes) -> Stage:

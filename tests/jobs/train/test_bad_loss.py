@@ -53,8 +53,9 @@ def test_skipped_steps_outlive_the_process(tmp_path) -> None:
     with pytest.raises(BadLossError, match=r"step 13: its loss is nan: 2 steps are left out already, as many as"):
         again.add(bad(12), write=True)
     elsewhere = SkippedSteps(tmp_path / "elsewhere", BadLoss(action="skip"))
-    elsewhere.remember({"9": "its loss is nan"})  # of a checkpoint
+    elsewhere.remember({"9": "its loss is nan"}, write=True)  # of a checkpoint
     assert (9 in elsewhere, len(elsewhere)) == (True, 1)
+    assert 9 in SkippedSteps(tmp_path / "elsewhere", BadLoss())
 
 
 def test_a_rank_that_does_not_write_leaves_no_file(tmp_path) -> None:
