@@ -90,7 +90,7 @@ def train_loop(spec: TrainSpec) -> None:
 
                 measured = {}
                 if training.measure is not None and (step + 1) % training.measure.every == 0:
-                    measured = measure(engine.module, spec, dataset, sampler, step, ranks)
+                    measured = measure(engine.module, spec, dataset, sampler, ranks)
                 if ranks.rank == 0:
                     values = {"loss": loss_of_step, "learning_rate": training.optimizer.learning_rate * factor}
                     values |= progress_of(spec, shape, step, seconds, skipped.before(step), ranks)
@@ -151,19 +151,20 @@ def check_done(done: int, training: Training, where: str) -> None:
 
 
 def measure(
-    model: Any, spec: TrainSpec, dataset: TokenDataset, sampler: CrossBatchSampler, step: int, ranks: Ranks
+    model: Any, spec: TrainSpec, dataset: TokenDataset, sampler: CrossBatchSampler, ranks: Ranks
 ) -> dict[str, float]:
-    """Perplexity on held-out windows, and the attention mass on positives in the next step's first micro-batches."""
+    """Perplexity on held-out windows, and the attention mass on positives in the first micro-batches after the
+    training's end: the same every time, so that values compare."""
     settings, objective = spec.training.measure, spec.training.objective
     assert settings is not None
     windows = choose_windows(dataset, objective.context, max(settings.contexts), settings.windows)
-    coming = step + 1  # not trained on yet
-    batch = next(rank_batches(sampler, [coming], ranks.rank, ranks.world, spread=ranks.team_size)).to(ranks.device)
+    beyond = spec.training.steps
+    batch = next(rank_batches(sampler, [beyond], ranks.rank, ranks.world, spread=ranks.team_size)).to(ranks.device)
     with evaluating(model):
         found = held_out_perplexity(
             model, dataset, windows, settings.contexts, objective.context, ranks.rank, ranks.world, ranks.device
         )
-        return found | mass_on_positives(model, batch, objective, coming, spec.seed, ranks.team)
+        return found | mass_on_positives(model, batch, objective, beyond, spec.seed, ranks.team)
 
 
 def progress_of(
