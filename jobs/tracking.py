@@ -69,6 +69,10 @@ class TrainingRun:
         self._pending: list[dict[str, float]] = []
         self._complained = False
 
+    def attach(self, name: str, content: Mapping[str, Any]) -> None:
+        """Keep JSON with the run."""
+        self._client.log_dict(self.run_id, dict(content), name)
+
     def update(self, metrics: Path) -> None:
         """Add what is new in the file."""
         self._pending += self._read.new(metrics)

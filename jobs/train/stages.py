@@ -11,7 +11,7 @@ from jobs.evaluate.passkey import check_lengths
 from jobs.evaluate.perplexity import choose_windows
 from jobs.recipe import ModelShape, Recipe
 from jobs.tracking import TrainingRun
-from jobs.train.checkpoint_store import place_of
+from jobs.train.checkpoint_store import CheckpointStore, place_of
 from jobs.train.config import Training
 from jobs.train.launch import train
 from jobs.train.spec import CHECKPOINTS, METRICS, MODEL, TrainSpec
@@ -20,7 +20,7 @@ from jobs.workspace import Workspace
 from pipelines.dataset import TokenDataset
 from pipelines.errors import UserError
 from pipelines.files import write_atomically
-from pipelines.hashing import FileHashes
+from pipelines.hashing import FileHashes, hash_json
 from pipelines.integrity import check_manifest
 from pipelines.shards import Manifest
 from pipelines.store import RECORD, Stage
@@ -109,14 +109,17 @@ def _run_training(
         checkpoints=place_of(where, name if training.checkpoints.path else key),
         identity=identity,
     )
+    described = recipe.model_dump(mode="json", exclude={"work_dir"})
     tags = {
         "fot.stage": str(output.with_suffix("")),
+        "fot.checkpoints": CheckpointStore(spec.checkpoints).name,
+        "fot.recipe": hash_json(described),
         "fot.code": code_version(),
         "fot.manifest": manifest.hash,
         "fot.base": "a new model" if isinstance(base, ModelShape) else _origin(base),
-        "fot.recipe": json.dumps(recipe.model_dump(mode="json")),
     }
     run = TrainingRun(workspace.directory, recipe.name, key, f"{recipe.name}: {name}", tags, _params(training, recipe))
+    run.attach("recipe.json", described)
     write_atomically(output / RUN, json.dumps({"run_id": run.run_id}).encode())
     try:
         train(spec, run.update)

@@ -65,6 +65,10 @@ def test_a_run_makes_all_it_promises_and_a_second_one_finds_it(fot, path: Path, 
         training = client.get_run(json.loads((made[stage] / RUN).read_text())["run_id"])
         assert training.data.tags["mlflow.parentRunId"] == run["run_id"]
         assert training.info.status == "FINISHED"
+        place = Path(training.data.tags["fot.checkpoints"])
+        assert [path.name for path in sorted(place.glob("step-*"))] == ["step-00000180", "step-00000200"]
+        kept = mlflow.artifacts.load_dict(f"{training.info.artifact_uri}/recipe.json")
+        assert kept["finetune"]["steps"] == 200
         written = [(entry["step"], entry["loss"]) for entry in read_metrics(made[stage] / METRICS)]
         history = client.get_metric_history(training.info.run_id, "loss")
         assert [(point.step, point.value) for point in history] == written
