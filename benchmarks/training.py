@@ -190,7 +190,7 @@ def rank(directory: Path, settings: dict[str, Any]) -> None:
     number = int(os.environ["RANK"])
     meeting = f"file://{directory}/meet"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=number, world_size=2)
-    objective, groups = CPU["fot, LongLLaMA 3B's table"]
+    objective, groups = FOT_TABLE
     made = training(objective, groups // 2, 512, **settings)
     dtype = getattr(torch, made.deepspeed.dtype)
     model = llama(CPU_SHAPE, 512, dtype, torch.device("cpu"))
