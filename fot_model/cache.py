@@ -31,7 +31,7 @@ FORMAT = "fot-cache-1"
 # What, beside the parameters, decides on keys and values.
 SHAPE = (
     "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act", "rope_parameters",
-    "mem_layers", "mem_positionals", "mem_gate",
+    "mem_layers", "mem_positionals", "mem_gate", "mem_qk_norm",
 )  # fmt: skip
 
 

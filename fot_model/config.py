@@ -37,6 +37,8 @@ class FotLlamaConfig(LlamaConfig):
       models).
     - `mem_dtype`: number type of keys and values in memory ("float32", "bfloat16", "float16"); None is the model's.
     - `mem_gate`: memory joins through a learnt gate a head, as in the Memorizing Transformer; adds parameters.
+    - `mem_qk_norm`: memory layers score by cosine times a learnt temperature a head instead of by inner product over
+      sqrt(D); adds parameters.
     - `local_context`: tokens of the local context (the window); None is `max_position_embeddings`. With
       longrope and dynamic RoPE choose at most the original length: beyond it transformers' frequencies change with
       the length of a call, and so does what was read.
@@ -53,6 +55,7 @@ class FotLlamaConfig(LlamaConfig):
     mem_positionals: bool = True
     mem_dtype: str | None = None
     mem_gate: bool = False
+    mem_qk_norm: bool = False
     local_context: int | None = None
     last_context_length: int | None = None
 
@@ -100,8 +103,12 @@ class FotLlamaConfig(LlamaConfig):
         return {**config, "model_type": cls.model_type}, kwargs
 
 
-# Where a released configuration's defaults are others than ours, and what in it belongs to its own code.
+# Where a released configuration's defaults are others than ours, what it leaves out, and what in it belongs to its own
+# code.
 LONGLLAMA_DEFAULTS = ("mem_dtype", "last_context_length", "mem_attention_grouping", "pad_token_id")
+UNSAID = (
+    "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "mem_gate", "mem_qk_norm", "local_context",
+)  # fmt: skip
 LONGLLAMA_CODE = ("auto_map", "architectures", "torch_attention", "gradient_checkpoint_every_ith")
 
 
@@ -135,6 +142,7 @@ class LongLlamaConfig(FotLlamaConfig):
             "mlp_bias": (self.mlp_bias, False),
             "rope_type": (self.rope_parameters["rope_type"], "default"),
             "mem_gate": (self.mem_gate, False),
+            "mem_qk_norm": (self.mem_qk_norm, False),
         }
         for name, (value, only) in said.items():
             if value != only:
@@ -144,7 +152,7 @@ class LongLlamaConfig(FotLlamaConfig):
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
         rope = values.pop("rope_parameters", None) or {}
-        for name in ("num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "mem_gate", "local_context"):
+        for name in UNSAID:
             values.pop(name, None)
         return {
             **values,

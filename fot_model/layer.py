@@ -10,13 +10,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn import functional
 from transformers import Cache
-from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
 
 from fot_model.attention import MASKED, Partial, attend, merge
 from fot_model.cache import FotCache
 from fot_model.cross_batch import cross_batch_attention
 from fot_model.rope import turn_back
+
+TEMPERATURE = 10.0  # what a head's starts with
 
 Objective = Literal["fot", "memorizing", "transformer_xl"]
 
@@ -35,8 +43,9 @@ class CrossBatch:
 
 
 class FotAttention(LlamaAttention):
-    """Attention of a layer. Same parameters as a LLaMA's, so checkpoints go both ways; but for `mem_gate`, one number
-    a head, where the configuration asks for the Memorizing Transformer's gate.
+    """Attention of a layer. Same parameters as a LLaMA's, so checkpoints go both ways; but for what the
+    configuration may ask for: `mem_gate`, the Memorizing Transformer's gate, and `mem_temperature`, by which cosines of
+    queries and keys are multiplied (`mem_qk_norm`), one number a head each.
 
     `rope_scale`: what the kind of RoPE multiplies rotated queries and keys with (YaRN, longrope), 1 otherwise.
     """
@@ -44,6 +53,7 @@ class FotAttention(LlamaAttention):
     is_memory_layer: bool
     rope_scale: float
     mem_gate: nn.Parameter | None
+    mem_temperature: nn.Parameter | None
 
     @classmethod
     def adopt(cls, attention: LlamaAttention, rope_scale: float) -> None:
@@ -55,6 +65,10 @@ class FotAttention(LlamaAttention):
         gated = attention.is_memory_layer and config.mem_gate
         attention.register_parameter(
             "mem_gate", nn.Parameter(torch.zeros(config.num_attention_heads)) if gated else None
+        )
+        normed = attention.is_memory_layer and config.mem_qk_norm
+        attention.register_parameter(
+            "mem_temperature", nn.Parameter(torch.full((config.num_attention_heads,), TEMPERATURE)) if normed else None
         )
 
     def forward(
@@ -72,6 +86,8 @@ class FotAttention(LlamaAttention):
             out_BHLD = self._train(hidden_states, cos, sin, cross_batch)
         elif self.is_memory_layer and isinstance(past_key_values, FotCache) and len(past_key_values.memory):
             out_BHLD = self._read(hidden_states, cos, sin, past_key_values)
+        elif self.mem_temperature is not None:
+            return self._plain(hidden_states, cos, sin, attention_mask, past_key_values, **kwargs)
         else:
             return super().forward(hidden_states, (cos, sin), attention_mask, past_key_values, **kwargs)
         return self.o_proj(out_BHLD.transpose(1, 2).flatten(2)), None
@@ -84,12 +100,37 @@ class FotAttention(LlamaAttention):
         return cos, sin
 
     def project(self, hidden_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, H, L, D], keys and values [B, Hk, L, D], without positions."""
+        """Queries [B, H, L, D], keys and values [B, Hk, L, D], without positions. With `mem_qk_norm` keys are of unit
+        length, and queries as long as makes their scores temperature x cosine."""
         B, L, _ = hidden_BLC.shape
         q, k, v = (
             proj(hidden_BLC).reshape(B, L, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.mem_temperature is not None:
+            length_H1 = (self.mem_temperature / self.scaling)[:, None].to(q.dtype)
+            q, k = unit(q) * length_H1, unit(k)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _plain(
+        self,
+        hidden_BLC: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As a LLaMA's forward pass, with normalised queries and keys."""
+        q_BHLD, keys, values = self.project(hidden_BLC)
+        q_BHLD, keys = apply_rotary_pos_emb(q_BHLD, keys, cos, sin)
+        if cache is not None:
+            keys, values = cache.update(keys, values, self.layer_idx)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.attention_dropout if self.training else 0.0
+        out_BLHD, weights = attention(
+            self, q_BHLD, keys, values, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(out_BLHD.flatten(2)), weights
 
     def _train(self, hidden_RLC: Tensor, cos: Tensor, sin: Tensor, cross_batch: CrossBatch) -> Tensor:
         """CrossBatch attention [R, H, L, D]."""
@@ -150,3 +191,8 @@ class FotAttention(LlamaAttention):
         assert self.mem_gate is not None
         gate = (self.mem_gate.float().sigmoid()[:, None, None] * has_memory).to(local_BHLD.dtype)
         return gate * far_BHLD.to(local_BHLD.dtype) + (1 - gate) * local_BHLD
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors of length 1, along the last dimension."""
+    return functional.normalize(x.float() if x.dtype.itemsize < 4 else x, dim=-1).to(x.dtype)

@@ -23,7 +23,7 @@ from transformers.utils.generic import can_return_tuple
 from fot_model.cache import FotCache
 from fot_model.config import FotLlamaConfig, LongLlamaConfig
 from fot_model.cross_batch import same_document
-from fot_model.layer import CrossBatch, FotAttention, Objective
+from fot_model.layer import TEMPERATURE, CrossBatch, FotAttention, Objective
 from fot_model.plan import check_plan
 from fot_model.reading import check_cache, check_positions, check_rows, check_unpadded, new_padding, read
 from fot_model.rope import rotation
@@ -68,12 +68,15 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         return self
 
     def initialize_weights(self) -> None:
-        """As transformers does; gates that no checkpoint brought start half open."""
+        """As transformers does; gates that no checkpoint brought start half open, temperatures at `TEMPERATURE`."""
         super().initialize_weights()
         for layer in self.model.layers:
             gate = getattr(layer.self_attn, "mem_gate", None)  # not there yet at a LLaMA's own initialisation
             if gate is not None and not getattr(gate, "_is_hf_initialized", False):
                 nn.init.zeros_(gate)
+            temperature = getattr(layer.self_attn, "mem_temperature", None)
+            if temperature is not None and not getattr(temperature, "_is_hf_initialized", False):
+                nn.init.constant_(temperature, TEMPERATURE)
 
     @can_return_tuple
     def forward(

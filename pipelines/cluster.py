@@ -96,21 +96,26 @@ class WantedWorkers:
 
 
 def run_tasks(
-    function: Callable[..., Result], arguments: Sequence[tuple[Any, ...]]
+    function: Callable[..., Result],
+    arguments: Sequence[tuple[Any, ...]],
+    gpus: int = 0,
+    memory: Sequence[int] | None = None,
 ) -> Generator[tuple[int, Result], None, None]:
     """Run `function(*arguments[i])` for every i as Ray tasks of one CPU; yields (i, result) as done.
 
-    Few are handed to Ray at a time, so there may be millions. A task whose worker or node died is run again. Raises
-    what a task raised; those still running are then stopped.
+    `gpus`: for each; `memory[i]`: bytes that Ray reserves for it. Few are handed to Ray at a time, so there may be
+    millions. A task whose worker or node died is run again. Raises what a task raised; those still running are then
+    stopped.
     """
-    task = ray.remote(num_cpus=1, max_retries=5)(function)
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=5)(function)
     at_once = 2 * int(ray.cluster_resources().get("CPU", 1))
     running: dict[ray.ObjectRef, int] = {}
     pending = iter(range(len(arguments)))
     try:
         for _ in arguments:
             for number in itertools.islice(pending, at_once - len(running)):
-                running[task.remote(*arguments[number])] = number
+                asked = task if memory is None else task.options(memory=memory[number])
+                running[asked.remote(*arguments[number])] = number
             (done,), _ = ray.wait(list(running), num_returns=1)
             yield running.pop(done), ray.get(done)
     finally:

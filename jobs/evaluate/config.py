@@ -1,0 +1,96 @@
+"""The recipe's evaluation parts. Lengths are multiples of the local context; results say tokens."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from jobs.train.config import Positive
+from pipelines.config import Part
+
+Lengths = Annotated[tuple[Positive, ...], Field(min_length=1)]
+
+
+class Memory(Part):
+    """How what was read is attended to: exactly (`top_k: null`), or the `top_k` keys of largest inner product with each
+    query. `dtype`: number type of keys and values held, by default the model's."""
+
+    top_k: Positive | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+class Perplexity(Part):
+    """Perplexity and bits per byte of held-out documents by context length, in all and by source.
+
+    `mode`: `last_window` scores the same windows of one local context at every length; `whole_document` scores the
+    first tokens of the documents, as many as the length says. `windows`: how many windows of one local context are
+    scored, spread over the documents long enough. `others`: beside the longest context the memory also holds so many
+    local contexts of other documents (the paper's multi-document setting); every number is measured.
+    """
+
+    contexts: Lengths = (1, 2, 4, 16)
+    windows: Positive = 96
+    mode: Literal["last_window", "whole_document"] = "last_window"
+    others: tuple[Positive, ...] = ()
+
+
+class Passkey(Part):
+    """Passkey retrieval: a random number is hidden in filler text, at random depths.
+
+    `prompt`: `text` (Landmark Attention's, as LongLLaMA uses it) or `digits`, of digits and line breaks alone, for
+    models too small to read. `trials`: a length; `at_once`: prompts read together.
+    """
+
+    lengths: Lengths = (1, 4, 16)
+    trials: Positive = 20
+    digits: Annotated[int, Field(ge=2, le=9)] = 5
+    prompt: Literal["text", "digits"] = "text"
+    at_once: Positive = 20
+
+
+class AttentionMass(Part):
+    """r_d, the attention mass on positives among d additional contexts. `samples`: held-out windows that are asked."""
+
+    d: Lengths = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    samples: Positive = 16
+
+
+class FewShot(Part):
+    """Questions with as many demonstrations in context as fit each length.
+
+    `train`, `test`: files or URLs (hf://datasets/...) of JSON lines or Parquet. `draws`: how often demonstrations are
+    drawn, `questions`: asked for each draw.
+    """
+
+    train: str
+    test: str
+    lengths: Lengths = (1, 2, 3, 4)
+    draws: Positive = 20
+    questions: Positive = 25
+
+
+class LmEval(Part):
+    """Tasks of the lm-evaluation-harness by name, the base beside the model. `limit`: examples a task, all by default;
+    `include`: a directory with tasks of one's own."""
+
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    few_shot: Annotated[int, Field(ge=0)] = 0
+    limit: Positive | None = None
+    include: str | None = None
+
+
+class Evaluation(Part):
+    """What is measured after training; a task that is null is left out."""
+
+    memory: Memory = Memory()
+    perplexity: Perplexity | None = Perplexity()
+    passkey: Passkey | None = Passkey()
+    attention_mass: AttentionMass | None = None
+    trec: FewShot | None = None
+    webquestions: FewShot | None = None
+    lm_eval: LmEval | None = None
+
+    @property
+    def tasks(self) -> dict[str, Part]:
+        """What is asked for, by the task's name."""
+        parts = {name: getattr(self, name) for name in type(self).model_fields if name != "memory"}
+        return {name: part for name, part in parts.items() if part is not None}

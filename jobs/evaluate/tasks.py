@@ -1,0 +1,44 @@
+"""The evaluations by name. Each is a module with two functions: `cells(subject, settings)`, what is to be measured,
+which raises UserError at once for what cannot be; and `summarize(subject, settings, results, output)`, which makes the
+Result of the cells' results and draws its plots into `output`."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from jobs.evaluate.cells import Cell, Json, run_cells
+from jobs.evaluate.result import Result
+from jobs.evaluate.subject import Subject
+
+MODULES = {
+    "perplexity": "perplexity",
+    "passkey": "passkey",
+    "attention_mass": "attention_mass",
+    "trec": "few_shot",
+    "webquestions": "few_shot",
+    "lm_eval": "lm_eval_tasks",
+}
+READ_DOCUMENTS = frozenset({"perplexity", "attention_mass"})  # of the data set
+SEE_BASE = frozenset({"perplexity", "lm_eval"})  # beside the model
+
+
+@dataclass(frozen=True)
+class Task:
+    cells: Callable[[Subject, Any], list[Cell]]
+    summarize: Callable[[Subject, Any, Mapping[str, Json], Path], Result]
+
+
+def find_task(name: str) -> Task:
+    module = import_module(f"jobs.evaluate.{MODULES[name]}")
+    return Task(module.cells, module.summarize)
+
+
+def evaluate(name: str, subject: Subject, settings: Any, output: Path) -> Result:
+    """Measure, and write the result and its plots into `output`. Raises UserError for what cannot be measured."""
+    task = find_task(name)
+    results = run_cells(name, task.cells(subject, settings), output)
+    result = task.summarize(subject, settings, results, output)
+    result.write(output)
+    return result
