@@ -2,13 +2,14 @@
 
 In a memory layer, r_d is the attention mass on additional contexts of the own document divided by the mass on all of
 them; a model that does not tell documents apart gives each of d equal contexts 1/d. The layers' inputs are caught by
-hooks while the context manager is open, so it costs nothing when it is not.
+hooks while the context manager is open, so it costs nothing when it is not. `attention_mass` measures in training, on
+rows and their plan; `memory_mass` in reading, on what is in memory.
 
-Shapes: R rows, F rows of all ranks (R on one), L tokens a context, H query heads, Hk key/value heads, D head size, C
-hidden size.
+Shapes: B batch, R rows, F rows of all ranks (R on one), L tokens a context, M tokens in memory, H query heads, Hk
+key/value heads, D head size, C hidden size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,10 +19,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from fot_model.attention import attend, wide_dtype
+from fot_model.cache import FotCache
 from fot_model.gather import gather_rows
 from fot_model.layer import CrossBatch, FotAttention
 
 QUERIES_AT_ONCE = 256  # bounds the scores: [H, 256, M]
+KEYS_AT_ONCE = 4096  # of memory
 
 
 @dataclass
@@ -63,10 +67,7 @@ def attention_mass(
     Where the rows are spread over ranks, all of them open it, each with its own rows' documents, and each finds the
     mass of its own rows.
     """
-    chosen = list(model.config.mem_layers) if layers is None else list(layers)
-    if wrong := [layer for layer in chosen if layer not in model.config.mem_layers]:
-        raise ValueError(f"layers {wrong} are no memory layers: those are {model.config.mem_layers}")
-    found = AttentionMass({layer: Mass() for layer in chosen})
+    found = AttentionMass({layer: Mass() for layer in _chosen(model, layers)})
 
     def add(attention: nn.Module, _args: Any, inputs: dict[str, Any]) -> None:
         assert isinstance(attention, FotAttention)
@@ -85,11 +86,93 @@ def attention_mass(
             )
             mass.positive, mass.additional = mass.positive + positive_H, mass.additional + additional_H
 
+    with _hooked(model, found.layers, add):
+        yield found
+
+
+@contextmanager
+def memory_mass(
+    model: PreTrainedModel, positive: range, layers: Sequence[int] | None = None
+) -> Iterator[AttentionMass]:
+    """While open, every pass that reads with a memory adds what its tokens give to it.
+
+    `positive`: which tokens of the memory are of the query's own document, one after another. `layers`: by default all
+    memory layers. All of memory counts, as a `DenseMemory` attends to it, also where a top-k memory is read with. The
+    softmax is the layer's: one over local context and memory; with a gate, memory's own. Keys are taken a block at a
+    time, so there are no weights of all of memory at once.
+
+    Raises ValueError for a layer that is no memory layer, and for padding.
+    """
+    found = AttentionMass({layer: Mass() for layer in _chosen(model, layers)})
+
+    def add(attention: nn.Module, _args: Any, inputs: dict[str, Any]) -> None:
+        assert isinstance(attention, FotAttention)
+        cache = inputs.get("past_key_values")
+        if isinstance(cache, FotCache) and len(cache.memory):
+            mass = found.layers[attention.layer_idx]
+            positive_H, memory_H = _memory_mass(
+                attention, inputs["hidden_states"], inputs["position_embeddings"], cache, positive
+            )
+            mass.positive, mass.additional = mass.positive + positive_H, mass.additional + memory_H
+
+    with _hooked(model, found.layers, add):
+        yield found
+
+
+def _chosen(model: PreTrainedModel, layers: Sequence[int] | None) -> list[int]:
+    chosen = list(model.config.mem_layers) if layers is None else list(layers)
+    if wrong := [layer for layer in chosen if layer not in model.config.mem_layers]:
+        raise ValueError(f"layers {wrong} are no memory layers: those are {model.config.mem_layers}")
+    return chosen
+
+
+@contextmanager
+def _hooked(model: PreTrainedModel, layers: Iterable[int], add: Callable[..., None]) -> Iterator[None]:
+    """`add` is called before each of these layers' attentions."""
     with ExitStack() as hooks:
-        for layer in chosen:
+        for layer in layers:
             attention = model.model.layers[layer].self_attn
             hooks.callback(attention.register_forward_pre_hook(add, with_kwargs=True).remove)
-        yield found
+        yield
+
+
+@torch.no_grad()
+def _memory_mass(
+    attention: FotAttention,
+    hidden_BLC: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    cache: FotCache,
+    positive: range,
+) -> tuple[Tensor, Tensor]:
+    """Mass on the positive tokens and on all of memory, by head [H]: exp of differences of log-sum-exps."""
+    state, layer = cache.memory.state_dict(), attention.layer_idx
+    if cache.seen_BL is not None or f"{layer}.seen" in state:
+        raise ValueError("memory_mass with padding: read rows of equal length")
+    unturned_q, unturned_k, v_BHkLD = attention.project(hidden_BLC)
+    turned = apply_rotary_pos_emb(unturned_q, unturned_k, *attention.angles(position_embeddings))
+    q_BHLD, k_BHkLD = (x.to(v_BHkLD.dtype) for x in turned)
+    memory_BHkMD = state[f"{layer}.keys"]
+    own_BHL = _log_sum_exp(attention, q_BHLD, memory_BHkMD[:, :, positive.start : positive.stop])
+    others_BHL = torch.logaddexp(
+        _log_sum_exp(attention, q_BHLD, memory_BHkMD[:, :, : positive.start]),
+        _log_sum_exp(attention, q_BHLD, memory_BHkMD[:, :, positive.stop :]),
+    )
+    memory_BHL = total_BHL = torch.logaddexp(own_BHL, others_BHL)
+    if attention.mem_gate is None:
+        total_BHL = torch.logaddexp(total_BHL, attend(q_BHLD, k_BHkLD, k_BHkLD, attention.scaling, causal=True)[1])
+        if cache.layers[layer].get_seq_length():
+            total_BHL = torch.logaddexp(total_BHL, _log_sum_exp(attention, q_BHLD, cache.layers[layer].keys))
+    positive_H, memory_H = ((lse - total_BHL).double().exp().sum((0, 2)).cpu() for lse in (own_BHL, memory_BHL))
+    return positive_H, memory_H
+
+
+def _log_sum_exp(attention: FotAttention, q_BHLD: Tensor, k_BHkMD: Tensor) -> Tensor:
+    """Of the scores with these keys, [B, H, L]; -inf where there are none."""
+    lse_BHL = q_BHLD.new_full(q_BHLD.shape[:3], -torch.inf, dtype=wide_dtype(q_BHLD))
+    for start in range(0, k_BHkMD.shape[2], KEYS_AT_ONCE):
+        keys = k_BHkMD[:, :, start : start + KEYS_AT_ONCE].to(q_BHLD.dtype)
+        lse_BHL = torch.logaddexp(lse_BHL, attend(q_BHLD, keys, keys, attention.scaling)[1])
+    return lse_BHL
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -97,6 +98,26 @@ def export(checkpoint: str, directory: Path, dtype: str | None) -> None:
     print(f"exported to {directory}")
 
 
+@fot.command()
+@click.argument("checkpoint")
+@click.option("--task", "tasks", multiple=True, required=True, metavar="NAME", help="perplexity, passkey... (repeat)")
+@click.option("--data", "texts", multiple=True, metavar="FILES", help="Text to measure on: a source's path (repeat).")
+@click.option("--base", metavar="CHECKPOINT", help="Measure this one beside it.")
+@click.option("--local", type=click.IntRange(min=2), help="Tokens of the local context; the model's own by default.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Settings: passkey.lengths=[4,16], memory.top_k=128."
+)
+@click.option("--name", default="evaluation", show_default=True, help="The experiment's name.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--work-dir", default="runs", show_default=True, metavar="DIR", help="Holds all that is made.")
+def evaluate(checkpoint: str, tasks: tuple[str, ...], texts: tuple[str, ...], **settings: Any) -> None:
+    """Measure CHECKPOINT (a Hugging Face directory, or models:/fot/NAME@ALIAS) and record what came out."""
+    with goes_on_later():
+        from jobs.evaluate.commands import Request, evaluate_checkpoint
+
+        evaluate_checkpoint(Request(checkpoint=checkpoint, tasks=tasks, texts=texts, **settings))
+
+
 @fot.group()
 def data() -> None:
     """Make, check, mend and look at a recipe's data."""
@@ -164,6 +185,76 @@ def inspect(recipe: Path, overrides: tuple[str, ...], training: str) -> None:
     from jobs.data import commands
 
     commands.inspect(recipe, overrides, training)
+
+
+@fot.group()
+def registry() -> None:
+    """List, show and compare what was run; upload what waited for MLflow."""
+
+
+registry_work_dir = click.option(
+    "--work-dir", default="runs", show_default=True, type=click.Path(path_type=Path), help="A recipe's work_dir."
+)
+registry_uri = click.option("--uri", metavar="URI", help="A tracking server or database instead.")
+
+
+@registry.command("list")
+@click.option("--name", metavar="NAME", help="Of this experiment, which is a recipe's name.")
+@click.option("--filter", "asked", metavar="TEXT", help='"metric passkey/exact@65536 >= 0.9", or as MLflow has them.')
+@registry_work_dir
+@registry_uri
+def list_(name: str | None, asked: str | None, work_dir: Path, uri: str | None) -> None:
+    """List runs, the newest first."""
+    from jobs.registry import commands
+
+    commands.show_list(work_dir, uri, name, asked)
+
+
+@registry.command("show")
+@click.argument("run")
+@registry_work_dir
+@registry_uri
+def show_run(run: str, work_dir: Path, uri: str | None) -> None:
+    """Show a RUN (how its id begins, or NAME[@ALIAS|/VERSION] of a model) and all that led to it."""
+    from jobs.registry import commands
+
+    commands.show_run(work_dir, uri, run)
+
+
+@registry.command()
+@click.argument("runs", nargs=-1, required=True)
+@registry_work_dir
+@registry_uri
+def compare(runs: tuple[str, ...], work_dir: Path, uri: str | None) -> None:
+    """Put RUNS side by side: settings that differ, metrics, curves."""
+    from jobs.registry import commands
+
+    commands.compare(work_dir, uri, runs)
+
+
+@registry.command()
+@click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535))
+@registry_work_dir
+@registry_uri
+def ui(port: int, work_dir: Path, uri: str | None) -> None:
+    """Open MLflow's pages, for this machine alone."""
+    from jobs.registry import commands
+
+    commands.open_pages(work_dir, uri, port)
+
+
+@registry.command()
+@click.argument("recipe", required=False, type=click.Path(path_type=Path))
+@registry_work_dir
+def sync(recipe: Path | None, work_dir: Path) -> None:
+    """Upload what MLflow could not be told, of RECIPE or of a work_dir."""
+    with goes_on_later():
+        from jobs.registry import commands
+
+        if recipe is None:
+            commands.sync_all(work_dir, None)
+        else:
+            commands.sync_recipe(recipe)
 
 
 def main() -> None:

@@ -1,26 +1,125 @@
-"""The plot of a run: perplexity by context length."""
+"""Plots of evaluations, as PNGs: curves by context length, attention mass by d, a heat map.
 
-from collections.abc import Mapping
+The same values give the same bytes. Tokens stand on a logarithmic axis and are written short: 512, 2k, 1M.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.files import complete_or_invisible
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0b6e99", "#d1605e", "#5f9e6e", "#8172b2", "#c48a2c", "#64748b", "#b55d9b", "#3f3f46")
+MARKERS = "osD^vPX*"
+Curve = Mapping[int, float]
 
 
-def plot_perplexity(base: Mapping[int, float], fot: Mapping[int, float], local: int, target: Path) -> None:
-    """Perplexity against tokens of context, the fine-tuned model's curve beside the base, as a PNG."""
+def plot_curves(curves: Mapping[str, Curve], steps_are: str, values_are: str, target: Path) -> None:
+    """Values by step, a line for each name; a step of 0 stands left of the logarithmic axis."""
+    with _drawing(target) as axes:
+        _lines(axes, curves)
+        _tokens_axis(axes, {step for curve in curves.values() for step in curve})
+        axes.set_xlabel(steps_are)
+        axes.set_ylabel(values_are)
+        if len(curves) > 1:
+            axes.legend(frameon=False)
+
+
+def plot_mass(curves: Mapping[str, Curve], target: Path) -> None:
+    """r_d by d beside 1/d, what a model has that does not tell documents apart."""
+    with _drawing(target) as axes:
+        steps = sorted({step for curve in curves.values() for step in curve})
+        axes.plot(steps, [1 / step for step in steps], "--", color="#9ca3af", label="1/d: all contexts alike")
+        _lines(axes, curves)
+        _tokens_axis(axes, steps)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda share, _: f"{share:g}")
+        axes.set_xlabel("d, contexts in memory (one of them of the own document)")
+        axes.set_ylabel("r_d, attention mass on the own document")
+        axes.legend(frameon=False)
+
+
+def plot_heat_maps(
+    shares: Mapping[str, Sequence[Sequence[float | None]]], lengths: Sequence[int], depths: Sequence[str], target: Path
+) -> None:
+    """For each title a map of shares (0 to 1) with a row for each depth and a column for each length in tokens; None is
+    left white."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 4), dpi=150)
-    for label, values, style in (("base, memory layers untrained", base, "s--"), ("FoT", fot, "o-")):
-        axes.plot([context * local for context in values], list(values.values()), style, label=label)
-    axes.set_xscale("log", base=2)
-    ticks = [context * local for context in fot]
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set_xlabel(f"context in tokens (local context: {local})")
-    axes.set_ylabel("perplexity per token, held-out documents")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(target, metadata={"Software": None})
+    width = 2.2 + max(2.4, 0.62 * len(lengths)) * len(shares)
+    figure, all_axes = pyplot.subplots(
+        1, len(shares), figsize=(width, 3.4), dpi=150, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, (title, rows) in zip(all_axes[0], shares.items(), strict=True):
+        values = [[float("nan") if share is None else share for share in row] for row in rows]
+        image = axes.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        for y, row in enumerate(rows):
+            for x, share in enumerate(row):
+                if share is not None:
+                    colour = "white" if share < 0.6 else "black"
+                    axes.text(x, y, f"{share:.0%}", ha="center", va="center", color=colour, fontsize=8)
+        axes.set_xticks(range(len(lengths)), [short(length) for length in lengths])
+        axes.set_yticks(range(len(depths)), depths)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("tokens of context")
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+    all_axes[0][0].set_ylabel("depth of the key")
+    figure.colorbar(image, ax=all_axes[0], format=lambda share, _: f"{share:.0%}", pad=0.02)
+    _save(figure, target)
+
+
+def short(tokens: int) -> str:
+    """512, 1.5k, 64k, 1M: k is 1024, for lengths that are such multiples to one place; others in full."""
+    for size, unit in ((1 << 20, "M"), (1 << 10, "k")):
+        if tokens and 10 * tokens % size == 0 and tokens >= size:
+            return f"{tokens / size:g}{unit}"
+    return str(tokens)
+
+
+@contextmanager
+def _drawing(target: Path) -> Iterator["Axes"]:
+    """Empty axes, to be drawn on; then they are saved."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4), dpi=150, layout="constrained")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    yield axes
+    _save(figure, target)
+
+
+def _save(figure: "Figure", target: Path) -> None:
+    from matplotlib import pyplot
+
+    with complete_or_invisible(target) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
     pyplot.close(figure)
+
+
+def _lines(axes: "Axes", curves: Mapping[str, Curve]) -> None:
+    for number, (name, curve) in enumerate(curves.items()):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        steps = sorted(curve)
+        axes.plot(steps, [curve[step] for step in steps], label=name, color=colour, marker=marker, markersize=5)
+
+
+def _tokens_axis(axes: "Axes", steps: Iterable[int]) -> None:
+    ticks = sorted(steps)
+    if ticks[0] > 0:
+        axes.set_xscale("log", base=2)
+    else:
+        axes.set_xscale("symlog", base=2, linthresh=min((step for step in ticks if step), default=1), linscale=0.5)
+    axes.set_xticks(ticks, [short(step) for step in ticks])
+    axes.set_xticks([], minor=True)

@@ -1,17 +1,17 @@
 """The recipe: one strict, frozen model of everything a run needs, read from YAML with `--set key=value` on top."""
 
-import difflib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from jobs.evaluate.config import Evaluation
+from jobs.registry.config import Registry
+from jobs.settings import override, read_yaml, validated
 from jobs.train.config import FotObjective, MemorizingObjective, Positive, Resources, Training
 from pipelines.config import Data, Part, TokenizerPart
-from pipelines.errors import UserError
 
 
 class ModelShape(Part):
@@ -77,33 +77,9 @@ class Base(Part):
         return self
 
 
-class Perplexity(Part):
-    """Perplexity of the same held-out tokens with 1x, 2x, ... the local context.
-
-    `windows`: how many windows of one local context are scored, spread over the held-out documents long enough.
-    """
-
-    contexts: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 2, 4, 16)
-    windows: Positive = 96
-
-
-class Passkey(Part):
-    """Passkey retrieval: a random number is hidden in filler text. `lengths` in multiples of the local context."""
-
-    lengths: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1, 4, 16)
-    trials: Positive = 20
-    digits: Annotated[int, Field(ge=2, le=9)] = 5
-
-
-class Evaluation(Part):
-    """What is measured after training."""
-
-    perplexity: Perplexity = Perplexity()
-    passkey: Passkey = Passkey()
-
-
-class Recipe(Part):
-    """A whole run. `name` becomes the registered model's name; `work_dir` holds all that is made."""
+class Texts(Part):
+    """What every job on text says: whose name it has, the corpus and how it is tokenized, the model it is about.
+    `work_dir` holds all that is made."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
     seed: int = 0
@@ -111,14 +87,20 @@ class Recipe(Part):
     data: Data
     tokenizer: TokenizerPart = TokenizerPart()
     base: Base
-    finetune: Training
-    evaluation: Evaluation = Evaluation()
-    resources: Resources = Resources()
 
     @field_validator("work_dir")
     @classmethod
     def _expand(cls, work_dir: str) -> str:
         return os.path.expanduser(work_dir)
+
+
+class Recipe(Texts):
+    """A whole run. `name` becomes the registered model's name."""
+
+    finetune: Training
+    evaluation: Evaluation = Evaluation()
+    resources: Resources = Resources()
+    registry: Registry = Registry()
 
     @model_validator(mode="after")
     def _finetune_fits_the_base(self) -> "Recipe":
@@ -141,6 +123,10 @@ class Recipe(Part):
                 f"finetune.objective.mem_layers {list(asked or ())}: the base has {layers} layers, 0 to {layers - 1}"
             )
         return self
+
+    def described(self) -> dict[str, Any]:
+        """All that decides what comes of it, as JSON: not where it is kept."""
+        return dict(self.model_dump(mode="json", exclude={"work_dir": True, "registry": {"tracking_uri"}}))
 
     @property
     def trainings(self) -> dict[str, Training]:
@@ -169,92 +155,12 @@ class Recipe(Part):
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and validate a recipe. `overrides`: "key.path=value", values in YAML.
+    """Read and validate a recipe, without its variants. `overrides`: "key.path=value", values in YAML.
 
     Raises UserError, one line, for whatever is wrong.
     """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"recipe {path} cannot be read ({error.strerror}): check the path") from None
-    except UnicodeDecodeError:
-        raise UserError(f"recipe {path} is not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"recipe {path} holds no keys: see recipes/quickstart.yaml")
-    for override in overrides:
-        _override(content, override)
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"recipe {path}: {_first_error(error)}") from None
-
-
-def _override(content: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {override}: write it as key=value, for example --set finetune.steps=200")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
-    at: Any = content
-    names = key.split(".")
-    for place, name in enumerate(names):
-        last = place == len(names) - 1
-        if isinstance(at, list):
-            if not name.isdigit() or int(name) > len(at):
-                raise UserError(
-                    f"--set {key}: {'.'.join(names[:place])} is a list of {len(at)}, not indexed by {name!r}"
-                )
-            if int(name) == len(at):
-                at.append({})
-            index: Any = int(name)
-        else:
-            if not isinstance(at.get(name), dict | list) and not last:
-                at[name] = {}
-            index = name
-        if last:
-            at[index] = value
-        else:
-            at = at[index]
-            if not isinstance(at, dict | list):
-                raise UserError(f"--set {key}: {'.'.join(names[: place + 1])} is a value and has no keys")
-
-
-def _first_error(error: ValidationError) -> str:
-    """The first error as one line that names the key and the nearest right one."""
-    first = min(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
-    names = [str(name) for name in first["loc"]]
-    if "objective" in names[:-1]:  # pydantic puts the kind of objective behind its name
-        del names[names.index("objective") + 1]
-    where = ".".join(names)
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(names[-1], set(_keys(Recipe, names[:-1])), 1, 0.5)
-        hint = f": did you mean {'.'.join([*names[:-1], near[0]])}?" if near else ": remove it"
-        return f"unknown key {where}{hint}"
-    if first["type"] == "missing":
-        return f"{where} is missing: give it in the file or with --set {where}=VALUE"
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    if not where or first["type"] == "value_error":
-        return message
-    return f"{where} = {first['input']!r}: {message}"
-
-
-def _keys(model: Any, path: Iterable[str]) -> list[str]:
-    """Names of the keys a recipe takes at a path."""
-    models = [model]
-    for name in path:
-        if not name.isdigit():
-            found = [child.model_fields[name].annotation for child in models if name in child.model_fields]
-            models = [child for annotation in found for child in _models_in(annotation)]
-    return [name for child in models for name in child.model_fields]
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The models a type annotation speaks of, inside unions, tuples and Annotated."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]
+    content = read_yaml(path)
+    for text in overrides:
+        override(content, text)
+    content.pop("variants", None)
+    return validated(Recipe, content, f"recipe {path}")

@@ -1,23 +1,35 @@
 """`fot run` and `fot status`: a recipe's workflow in this process, with Ray beside it."""
 
-import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
-
+from jobs.comparison import TASK as COMPARISON
+from jobs.comparison import comparison_stages
+from jobs.evaluate.stages import read_results
+from jobs.outcome import REPORT, make_outcome, recipe_outcome
 from jobs.recipe import Recipe, load_recipe
-from jobs.registry import ALIAS
+from jobs.registry.record import register
 from jobs.stages import recipe_stages
-from jobs.tracking import tracking_uri
 from jobs.train.metrics import last_metrics
 from jobs.train.spec import METRICS, MODEL
-from jobs.workspace import Workspace, duration
+from jobs.variants import Comparison, load_comparison
+from jobs.views import print_results
+from jobs.workspace import WorkDir, Workspace, duration
 from pipelines.cluster import WantedWorkers
 from pipelines.progress import console, say
 from pipelines.store import Output, Stage
-from pipelines.workflow import workflow_status
+from pipelines.workflow import finished_outputs, workflow_status
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a recipe came to: its stages' outputs, where they lie, what MLflow has of it, and how long it took."""
+
+    outputs: Mapping[str, Output]
+    paths: Mapping[str, Path]
+    recorded: Mapping[str, str | None]
+    seconds: float
 
 
 def run_recipe(path: Path, overrides: Sequence[str]) -> None:
@@ -25,11 +37,43 @@ def run_recipe(path: Path, overrides: Sequence[str]) -> None:
 
     Raises UserError for a mistake in recipe, corpus, checkpoint or machine.
     """
-    recipe = load_recipe(path, overrides)
-    workspace = Workspace(recipe)
+    if (comparison := load_comparison(path, overrides)) is not None:
+        _run_comparison(comparison)
+        return
+    workspace = Workspace(load_recipe(path, overrides))
     with workspace.with_ray():
-        outputs, seconds = workspace.run(_stages_with_workers)
-    _closing_table(recipe, outputs, seconds)
+        made = _run_and_register(workspace)
+    print_results(read_results(list(workspace.recipe.evaluation.tasks), made.paths))
+    _say_done(workspace.recipe, made)
+
+
+def _run_comparison(comparison: Comparison) -> None:
+    """The variants one after the other, then side by side."""
+    work = WorkDir(comparison.common.name, comparison.common.work_dir)
+    made: dict[str, Made] = {}
+    with work.with_ray():
+        for name, variant in comparison.variants.items():
+            base = None if variant.after is None else made[variant.after].paths["finetune"] / MODEL
+            workspace = Workspace(comparison.recipe(name, base))
+            made[name] = _run_and_register(workspace)
+            _say_done(workspace.recipe, made[name])
+        stages, outputs = comparison_stages(comparison, {name: each.outputs for name, each in made.items()})
+        for stage in stages:
+            outputs[stage.name] = work.store.build(stage, outputs, say)
+        paths = {stage.name: outputs[stage.name].path for stage in stages}
+        outcome = make_outcome(comparison.common.name, [COMPARISON], paths, {"fot.kind": "comparison"})
+        recorded = register(outcome, work.directory, comparison.common.registry)
+    print_results(read_results([COMPARISON], paths))
+    say(f"  report      {paths['report'] / REPORT}")
+    say(f"  MLflow run  {recorded['run_id'] or 'kept for `fot registry sync`'}")
+
+
+def _run_and_register(workspace: Workspace) -> Made:
+    """The recipe's stages, and what came of them in MLflow."""
+    outputs, seconds = workspace.run(lambda: _stages_with_workers(workspace))
+    recipe, paths = workspace.recipe, {name: output.path for name, output in outputs.items()}
+    recorded = register(recipe_outcome(recipe, paths), workspace.directory, recipe.registry)
+    return Made(outputs, paths, recorded, seconds)
 
 
 def _stages_with_workers(workspace: Workspace) -> list[Stage]:
@@ -41,48 +85,50 @@ def _stages_with_workers(workspace: Workspace) -> list[Stage]:
 
 
 def show_status(path: Path, overrides: Sequence[str]) -> None:
-    """Print the stages with state, duration and output."""
-    workspace = Workspace(load_recipe(path, overrides))
+    """Print the stages with state, duration and output; those of every variant, where there are any."""
     print(f"{'stage':>15}  {'state':<24}  {'duration':>8}  output")
-    for stage, state, seconds, where in workflow_status(recipe_stages(workspace), workspace.store):
-        detail = ""
-        if state in ("running", "interrupted") and (last := last_metrics(Path(where) / METRICS)):
-            detail = f" at step {last['step']}"
-        print(f"{stage.name:>15}  {state + detail:<24}  {duration(seconds) if seconds else '':>8}  {where}")
+    for title, workspace in _workspaces(path, overrides):
+        if title:
+            print(title)
+        if workspace is None:
+            continue
+        for stage, state, seconds, where in workflow_status(recipe_stages(workspace), workspace.store):
+            detail = ""
+            if state in ("running", "interrupted") and (last := last_metrics(Path(where) / METRICS)):
+                detail = f" at step {last['step']}"
+            print(f"{stage.name:>15}  {state + detail:<24}  {duration(seconds) if seconds else '':>8}  {where}")
 
 
-def _closing_table(recipe: Recipe, outputs: Mapping[str, Output], seconds: float) -> None:
+def _workspaces(path: Path, overrides: Sequence[str]) -> Iterator[tuple[str, Workspace | None]]:
+    """(title, workspace) of a recipe, or of each of its variants; None for one whose base is not made yet."""
+    comparison = load_comparison(path, overrides)
+    if comparison is None:
+        yield "", Workspace(load_recipe(path, overrides))
+        return
+    models: dict[str, Path | None] = {}
+    for name, variant in comparison.variants.items():
+        base = models.get(variant.after or "")
+        if variant.after is not None and base is None:
+            models[name] = None
+            yield f"{name}: waits for {variant.after}", None
+            continue
+        workspace = Workspace(comparison.recipe(name, base))
+        trained = finished_outputs(recipe_stages(workspace), workspace.store).get("finetune")
+        models[name] = None if trained is None else trained.path / MODEL
+        yield name, workspace
+
+
+def _say_done(recipe: Recipe, made: Made) -> None:
     """What was made, where it lies, how to look at it."""
-    results = json.loads((outputs["perplexity"].path / "perplexity.json").read_text())
-    keys = json.loads((outputs["passkey"].path / "passkey.json").read_text())
-    run = json.loads((outputs["register"].path / "run.json").read_text())
-    local = results["local_context"]
-
-    table = Table(
-        "context",
-        "tokens",
-        "perplexity base",
-        "perplexity FoT",
-        title="held-out documents (base: same memory layers, untrained)",
-    )
-    for context, value in results["fot"].items():
-        table.add_row(f"{context}x", str(int(context) * local), f"{results['base'][context]:.3f}", f"{value:.3f}")
-    console.print(table)
-    table = Table("context", "tokens", "exact", "1 of 10", title="passkey")
-    for length, scores in keys.items():
-        if length != "local_context":
-            table.add_row(f"{length}x", str(int(length) * local), f"{scores['exact']:.0%}", f"{scores['choice']:.0%}")
-    console.print(table)
-
-    mlflow = Path(sys.executable).with_name("mlflow")
-    made = {
-        "FoT model (Hugging Face directory)": outputs["finetune"].path / MODEL,
-        "token shards and manifest": outputs["shards"].path,
-        "plot": outputs["perplexity"].path / "perplexity.png",
-        "MLflow run": run["run_id"],
-        "registered model": f"models:/{run['model']}/{run['version']} (alias {ALIAS})",
-        "look at runs, plots and models": f"{mlflow} ui --backend-store-uri {tracking_uri(Path(recipe.work_dir))}",
+    lines = {
+        "model (Hugging Face directory)": made.paths["finetune"] / MODEL,
+        "token shards and manifest": made.paths["shards"],
+        "report": made.paths["report"] / REPORT,
+        "MLflow run": made.recorded["run_id"] or "kept for `fot registry sync`",
     }
-    console.print(f"[bold]{recipe.name}: done in {duration(seconds)}[/bold]")
-    for what, where in made.items():  # a line each, never folded, so that paths can be copied
-        say(f"  {what:<{max(map(len, made))}}  {where}")
+    if made.recorded["version"] is not None:
+        lines["registered model"] = f"models:/fot/{recipe.name}/{made.recorded['version']} ({made.recorded['gate']})"
+        lines["runs, plots and models"] = f"fot registry ui --work-dir {recipe.work_dir}"
+    console.print(f"[bold]{recipe.name}: done in {duration(made.seconds)}[/bold]")
+    for what, where in lines.items():  # a line each, never folded, so that paths can be copied
+        say(f"  {what:<{max(map(len, lines))}}  {where}")

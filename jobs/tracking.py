@@ -1,112 +1,186 @@
-"""MLflow runs that can be continued: found again by key, and points written once.
+"""A training as an MLflow run, live, that can be continued: found again by key, and every step written once.
 
-The embedded default keeps everything under the work directory: `mlflow.db` (SQLite) and `mlartifacts/`.
+The files are the truth and MLflow follows. A training writes `training.json` (what its run is called and tagged) and
+`metrics.jsonl`; from these alone its run can be made, now or later. While MLflow is down the training goes on, and an
+entry in the outbox says that something is missing there.
 """
 
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import mlflow
-from mlflow.entities import Metric, Run
-from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from jobs.train.metrics import MetricsReader
-from pipelines.errors import UserError
+from jobs.registry.config import hide_credentials
+from jobs.registry.outbox import Entry, Outbox, within
+from jobs.registry.server import (
+    KIND,
+    METRICS_AT_ONCE,
+    Point,
+    TrackingDownError,
+    connect,
+    embedded_uri,
+    locked,
+    log_facts,
+    log_points,
+    open_run,
+    talking_to,
+    tracking_uri,
+)
+from jobs.train.metrics import MetricsReader, read_metrics
+from jobs.train.spec import METRICS
+from pipelines.files import write_atomically
 from pipelines.progress import say
 
-BATCH = 1000  # MLflow's limit of metrics a call
-STEPS_AT_ONCE = 5
-Point = tuple[str, float, int, float]  # name, value, step, seconds since 1970
+__all__ = ["TrainingFacts", "TrainingRun", "tracking_uri", "upload_training"]
+
+RUN = "training.json"
+RETRY = 30.0  # seconds until a server that was down is asked again
+SYNC = "`fot registry sync` uploads it"
 
 
-def tracking_uri(work_dir: Path) -> str:
-    """Where the embedded MLflow keeps its runs."""
-    return f"sqlite:///{work_dir.resolve() / 'mlflow.db'}"
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What a training's run says besides metrics. `key` names it; `recipe` is kept with it as recipe.json."""
 
+    key: str
+    experiment: str
+    name: str
+    tags: Mapping[str, str]
+    params: Mapping[str, Any]
+    recipe: Mapping[str, Any]
 
-def open_run(work_dir: Path, experiment: str, key: str, name: str, tags: Mapping[str, str]) -> tuple[MlflowClient, Run]:
-    """The run with this key, or a new one with these tags."""
-    mlflow.set_tracking_uri(tracking_uri(work_dir))
-    client = MlflowClient()
-    found = client.get_experiment_by_name(experiment)
-    location = (work_dir / "mlartifacts").resolve().as_uri()
-    experiment_id = found.experiment_id if found else client.create_experiment(experiment, location)
-    runs = client.search_runs([experiment_id], f"tags.`fot.key` = '{key}'", max_results=1)
-    run = runs[0] if runs else client.create_run(experiment_id, run_name=name, tags={**tags, "fot.key": key})
-    return client, run
+    def write(self, output: Path) -> None:
+        write_atomically(output / RUN, json.dumps(asdict(self), indent=1).encode())
 
-
-def log_points(client: MlflowClient, run_id: str, points: Iterable[Point]) -> None:
-    """Write metric points, in as few calls as may be."""
-    made = [Metric(name, value, int(seconds * 1000), step) for name, value, step, seconds in points]
-    for first in range(0, len(made), BATCH):
-        client.log_batch(run_id, metrics=made[first : first + BATCH])
+    @classmethod
+    def read(cls, output: Path) -> "TrainingFacts":
+        return cls(**json.loads((output / RUN).read_text()))
 
 
 class TrainingRun:
-    """A training as an MLflow run, live: `update` adds the steps of its metrics file that are not there yet.
+    """The run of a training that writes into `output`. `update` adds the steps that MLflow does not have yet.
 
-    The file is the truth, and MLflow follows: while it cannot be written the training goes on, and what is missing is
-    added later. A training that is continued after a crash continues its run; steps done again are not written again.
+    A training that is continued after a crash continues its run; steps done again are not written again. Nothing here
+    fails because of MLflow: what it could not be told, `fot registry sync` tells it.
     """
 
-    def __init__(
-        self, work_dir: Path, experiment: str, key: str, name: str, tags: Mapping[str, str], params: Mapping[str, Any]
-    ) -> None:
-        self._client, run = open_run(work_dir, experiment, key, name, tags)
-        self.run_id = str(run.info.run_id)
-        self._client.update_run(self.run_id, status="RUNNING")
-        for tag, value in tags.items():
-            self._client.set_tag(self.run_id, tag, value)
-        for param, value in params.items():
-            self._client.log_param(self.run_id, param, value)
-        history = self._client.get_metric_history(self.run_id, "loss")
-        self._logged = max((point.step for point in history), default=0)
+    def __init__(self, work_dir: Path, uri: str, facts: TrainingFacts, output: Path) -> None:
+        self._work_dir, self._uri, self._facts, self._output = work_dir, uri, facts, output
+        self._outbox = Outbox(work_dir)
+        self._client: MlflowClient | None = None
+        self._run_id, self._logged = "", 0
         self._read = MetricsReader()
         self._pending: list[dict[str, float]] = []
+        self._ask_again = 0.0
         self._complained = False
-
-    def attach(self, name: str, content: Mapping[str, Any]) -> None:
-        """Keep JSON with the run."""
-        self._client.log_dict(self.run_id, dict(content), name)
+        facts.write(output)
+        self._alive = ExitStack()  # sync leaves a training alone that still tells MLflow itself
+        self._alive.enter_context(locked(self._outbox.lock_of(facts.key)))
+        self._tell("RUNNING")
 
     def update(self, metrics: Path) -> None:
         """Add what is new in the file."""
         self._pending += self._read.new(metrics)
-        try:
-            while self._pending:  # a call has whole steps, so that none is half there
-                new = {int(entry["step"]): entry for entry in self._pending[:STEPS_AT_ONCE]}
-                steps = [entry for step, entry in new.items() if step > self._logged]
-                log_points(self._client, self.run_id, [point for entry in steps for point in _points(entry)])
-                self._logged = max(self._logged, *new)
-                del self._pending[:STEPS_AT_ONCE]
-        except MlflowException as error:
-            if not self._complained:
-                say(f"MLflow cannot be written ({str(error).splitlines()[0]}): it is tried again, {metrics} has it all")
-                self._complained = True
-            return
-        self._complained = False
+        if time.monotonic() >= self._ask_again:
+            self._tell("RUNNING")
 
     def finish(self, metrics: Path) -> None:
-        """The training is done. Raises UserError where MLflow still lacks some of it."""
-        self.update(metrics)
-        if self._pending:
-            raise UserError(
-                f"the training is done, but MLflow cannot be written: its last steps are in {metrics}; mend it and run "
-                f"the same command again"
-            )
-        self._client.set_terminated(self.run_id, "FINISHED")
+        """The training is done."""
+        self._pending += self._read.new(metrics)
+        self._tell("FINISHED")
+        self._alive.close()
 
     def abandon(self, status: str) -> None:
         """The training stopped: FAILED or KILLED."""
-        with suppress(MlflowException):  # what stopped it is what is to be told
-            self._client.set_terminated(self.run_id, status)
+        self._tell(status)
+        self._alive.close()
+
+    def _tell(self, status: str) -> None:
+        """Write what MLflow lacks, or leave an entry in the outbox that says so."""
+        key = self._facts.key
+        try:
+            with talking_to(self._uri):
+                if self._client is None:
+                    client = connect(self._uri)
+                    self._run_id, self._logged = _open(client, self._work_dir, self._facts)
+                    self._client = client
+                while self._pending:
+                    steps = _whole_steps(self._pending)
+                    self._logged = _log_steps(self._client, self._run_id, steps, self._logged)
+                    del self._pending[: len(steps)]
+                if status != "RUNNING":
+                    self._client.set_terminated(self._run_id, status)
+        except TrackingDownError as error:
+            self._client = None  # what it has by then is looked up
+            self._ask_again = time.monotonic() + RETRY
+            self._outbox.keep(key, training_entry(self._work_dir, self._uri, self._output, status))
+            if not self._complained or status == "FINISHED":
+                later = SYNC if status == "FINISHED" else "the training goes on and tries again"
+                say(f"{error}: {self._facts.name} is in {self._output / METRICS}; {later}")
+            self._complained = True
+        else:
+            self._outbox.remove(key)  # an earlier start's, too
+            self._complained = False
 
 
-def _points(entry: Mapping[str, float]) -> list[Point]:
-    """A line of a metrics file."""
-    step, seconds = int(entry["step"]), entry["time"]
-    return [(name, value, step, seconds) for name, value in entry.items() if name not in ("step", "time")]
+def training_entry(work_dir: Path, uri: str, output: Path, status: str) -> Entry:
+    """The outbox's word for a training that MLflow does not wholly have."""
+    kept = None if uri == embedded_uri(work_dir) else hide_credentials(uri)
+    return {"kind": "training", "output": within(output, work_dir), "status": status, "uri": kept}
+
+
+def upload_training(work_dir: Path, uri: str, output: Path, status: str) -> str:
+    """Make or complete the run of a training that wrote `output`. Returns the run's id.
+
+    Raises TrackingDownError.
+    """
+    with talking_to(uri):
+        client = connect(uri)
+        run_id, logged = _open(client, work_dir, TrainingFacts.read(output))
+        entries = read_metrics(output / METRICS)
+        while entries:
+            steps = _whole_steps(entries)
+            logged = _log_steps(client, run_id, steps, logged)
+            del entries[: len(steps)]
+        client.set_terminated(run_id, status)
+    return run_id
+
+
+def _open(client: MlflowClient, work_dir: Path, facts: TrainingFacts) -> tuple[str, int]:
+    """The training's run, marked as running, and the last step that it has."""
+    run = open_run(client, work_dir, facts.experiment, facts.key, facts.name)
+    run_id = str(run.info.run_id)
+    client.update_run(run_id, status="RUNNING")
+    log_facts(client, run_id, facts.params, {KIND: "training", **facts.tags})
+    client.log_dict(run_id, dict(facts.recipe), "recipe.json")
+    history = client.get_metric_history(run_id, "loss")
+    return run_id, max((point.step for point in history), default=0)
+
+
+def _log_steps(client: MlflowClient, run_id: str, entries: Sequence[Mapping[str, float]], logged: int) -> int:
+    """Write the steps after `logged`, of those done twice the last. Returns the last step that is there now."""
+    new = {int(entry["step"]): entry for entry in entries}
+    log_points(client, run_id, _points(entry for step, entry in new.items() if step > logged))
+    return max(logged, *new)
+
+
+def _whole_steps(entries: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """The first entries that fit a call, so that of no step half is written."""
+    taken, points = 0, 0
+    while taken < len(entries) and (taken == 0 or points + len(entries[taken]) <= METRICS_AT_ONCE):
+        points += len(entries[taken])
+        taken += 1
+    return list(entries[:taken])
+
+
+def _points(entries: Iterable[Mapping[str, float]]) -> Iterator[Point]:
+    """Lines of a metrics file."""
+    for entry in entries:
+        for name, value in entry.items():
+            if name not in ("step", "time"):
+                yield name, value, int(entry["step"]), entry["time"]

@@ -1,4 +1,4 @@
-"""A recipe's work_dir: its store and logs, and running stages in it with what a person sees of that."""
+"""A work_dir: its store and logs, and running stages in it with what a person sees of that."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,15 +15,14 @@ from pipelines.progress import console, quiet, say
 from pipelines.store import Output, Stage, Store
 from pipelines.workflow import run_workflow
 
-MakeStages = Callable[["Workspace"], Sequence[Stage]]
 
+class WorkDir:
+    """The directories of a work_dir, by absolute path: workers have working directories of their own. `name`: of what
+    is run in it."""
 
-class Workspace:
-    """The directories of a recipe's work_dir, by absolute path: workers have working directories of their own."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
-        self.directory = Path(recipe.work_dir).resolve()
+    def __init__(self, name: str, work_dir: str) -> None:
+        self.name = name
+        self.directory = Path(work_dir).resolve()
         self.store = Store(self.directory / "store")
         self.logs = self.directory / "logs"
 
@@ -43,17 +42,25 @@ class Workspace:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"work_dir {self.directory} cannot be made ({error.strerror}): set another one") from None
-        with quiet(self.logs / f"{self.recipe.name}.log"), ray_cluster():
+        with quiet(self.logs / f"{self.name}.log"), ray_cluster():
             yield
 
-    def run(self, make_stages: MakeStages) -> tuple[dict[str, Output], float]:
+    def run(self, make_stages: Callable[[], Sequence[Stage]]) -> tuple[dict[str, Output], float]:
         """Build the stages that are not built yet. Returns all outputs by stage name, and the seconds it took."""
         began = time.monotonic()
-        stages = make_stages(self)
-        log = escape(str(self.logs / f"{self.recipe.name}.log"))
-        console.print(f"[bold]{self.recipe.name}[/bold]: {len(stages)} stages; library output goes to {log}")
+        stages = make_stages()
+        log = escape(str(self.logs / f"{self.name}.log"))
+        console.print(f"[bold]{self.name}[/bold]: {len(stages)} stages; library output goes to {log}")
         outputs = run_workflow(stages, self.store, report=_report, warn=say)
         return outputs, time.monotonic() - began
+
+
+class Workspace(WorkDir):
+    """A recipe's."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe.name, recipe.work_dir)
+        self.recipe = recipe
 
 
 def _report(output: Output) -> None:

@@ -14,6 +14,15 @@ WORKERS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 
+# What a person may set differently: a tracking server that is down is found so in seconds, not minutes; a database that
+# was deleted is not written to through a connection left open; MLflow's remarks stay out of what people read.
+UNLESS_SET = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
 
 OWN_RAY = {
     "RAY_AUTH_MODE": "token",  # with a token of its own: Ray's choice depends on what an earlier one left in the home
@@ -24,6 +33,8 @@ OWN_RAY = {
 def prepare_environment() -> None:
     """Set them for this process and those it starts. To be called before any of these libraries is imported."""
     os.environ.update(WORKERS)
+    for name, value in UNLESS_SET.items():
+        os.environ.setdefault(name, value)
     if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
         os.environ.update(OWN_RAY)
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -36,7 +36,7 @@ def prepare(path: Path, overrides: Sequence[str]) -> None:
     """Build everything that the recipe's trainings read, and nothing more."""
     workspace = Workspace(load_recipe(path, overrides))
     with workspace.with_ray():
-        outputs, _ = workspace.run(lambda workspace: data_stages(workspace.recipe, _corpus(workspace)))
+        outputs, _ = workspace.run(lambda: data_stages(workspace.recipe, _corpus(workspace)))
     print(f"manifest {Manifest.read(outputs[SHARDS].path).hash} in {outputs[SHARDS].path}")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.data.batches import batch_shape, make_sampler
-from jobs.recipe import Recipe
+from jobs.recipe import Recipe, Texts
 from jobs.train.config import Training
 from pipelines.config import Data
 from pipelines.corpus import Document, Entry, Unit
@@ -44,7 +44,7 @@ class Corpus:
     tokenizer: Stage
 
 
-def look_at_corpus(recipe: Recipe, store: Store, hashes: FileHashes) -> Corpus:
+def look_at_corpus(recipe: Texts, store: Store, hashes: FileHashes) -> Corpus:
     """List the sources and find the data set that they continue, if there is one.
 
     Raises UserError for what is missing or unusable in a source or tokenizer.
@@ -90,7 +90,7 @@ def finished_data_sets(store: Store) -> Iterator[tuple[Path, Manifest, Output]]:
 
 
 def _tokenizer_stage(
-    recipe: Recipe, entries: list[Entry], identities: list[dict[str, Any]], hashes: FileHashes
+    recipe: Texts, entries: list[Entry], identities: list[dict[str, Any]], hashes: FileHashes
 ) -> Stage:
     """The tokenizer that is given, or one learned from the corpus: its first generation, so that growth keeps it."""
     given = recipe.tokenizer.path or recipe.base.checkpoint
@@ -132,7 +132,7 @@ def _training_texts(units: list[Unit], data: Data, progress: Progress) -> Iterat
         progress.advance(1)
 
 
-def shards_stage(recipe: Recipe, corpus: Corpus) -> Stage:
+def shards_stage(recipe: Texts, corpus: Corpus) -> Stage:
     """The tokens. Of a damaged data set the damaged shards alone are made again."""
     generation, backend = corpus.generation, recipe.tokenizer.backend
 
@@ -155,7 +155,7 @@ def shards_stage(recipe: Recipe, corpus: Corpus) -> Stage:
     return Stage(SHARDS, run, params, inputs=("tokenizer",), content=MANIFEST, mends=True)
 
 
-def _choose_backend(recipe: Recipe, corpus: Corpus, tokenizer: Path) -> str:
+def _choose_backend(recipe: Texts, corpus: Corpus, tokenizer: Path) -> str:
     """The backend asked for, if it proves itself on a sample of the corpus; a grown data set keeps its parent's."""
     if corpus.generation.parent is not None:
         return Manifest.read(corpus.generation.parent).tokenizer["backend"]
@@ -209,7 +209,7 @@ def _say(*lines: str) -> None:
         say(f"{'':>15} {line}")
 
 
-def documents_stage(recipe: Recipe) -> Stage:
+def documents_stage(recipe: Texts) -> Stage:
     """The index: what each document is used for."""
 
     def run(output: Path, inputs: Inputs) -> None:
@@ -229,7 +229,7 @@ def documents_stage(recipe: Recipe) -> Stage:
     return Stage(DOCUMENTS, run, params, inputs=(SHARDS,))
 
 
-def groups_stage(recipe: Recipe, name: str, training: Training) -> Stage:
+def groups_stage(recipe: Texts, name: str, training: Training) -> Stage:
     """The documents packed into groups, for one shape of training."""
     shape = batch_shape(training)
 
@@ -259,7 +259,7 @@ def groups_stage(recipe: Recipe, name: str, training: Training) -> Stage:
     return Stage(name, run, params, inputs=(SHARDS, DOCUMENTS))
 
 
-def held_out(recipe: Recipe) -> dict[str, float]:
+def held_out(recipe: Texts) -> dict[str, float]:
     """The share of each source that is kept for evaluation."""
     return {source.name: source.held_out for source in recipe.data.sources}
 

@@ -93,4 +93,3 @@ def _read(file: Path) -> Json:
         return json.loads(file.read_text())
     except (OSError, ValueError):
         return None
-

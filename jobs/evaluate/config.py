@@ -58,7 +58,8 @@ class FewShot(Part):
     """Questions with as many demonstrations in context as fit each length.
 
     `train`, `test`: files or URLs (hf://datasets/...) of JSON lines or Parquet. `draws`: how often demonstrations are
-    drawn, `questions`: asked for each draw.
+    drawn, `questions`: asked for each draw, `at_once`: of them together. `choice`: also have the model choose among all
+    classes, for models too small to spell one (trec alone; many times the work).
     """
 
     train: str
@@ -66,16 +67,22 @@ class FewShot(Part):
     lengths: Lengths = (1, 2, 3, 4)
     draws: Positive = 20
     questions: Positive = 25
+    at_once: Positive = 8
+    choice: bool = False
 
 
 class LmEval(Part):
-    """Tasks of the lm-evaluation-harness by name, the base beside the model. `limit`: examples a task, all by default;
-    `include`: a directory with tasks of one's own."""
+    """Tasks of the lm-evaluation-harness by name, the base beside the model.
+
+    `few_shot`: examples before each question, by default as many as the task says; `limit`: examples a task, all by
+    default; `include`: a directory with tasks of one's own; `lengths`: tokens of the prompts that RULER's tasks make.
+    """
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
-    few_shot: Annotated[int, Field(ge=0)] = 0
+    few_shot: Annotated[int, Field(ge=0)] | None = None
     limit: Positive | None = None
     include: str | None = None
+    lengths: Annotated[tuple[Literal[4096, 8192, 16384, 32768, 65536, 131072], ...], Field(min_length=1)] = (4096,)
 
 
 class Evaluation(Part):

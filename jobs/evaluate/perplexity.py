@@ -1,138 +1,365 @@
-"""Perplexity by context length, on the same tokens for every length.
+"""Perplexity by context length, and bits per byte, of held-out documents.
 
-A window is `L` consecutive tokens of a held-out document (the local context). At context c x L the c - 1 windows before
-it are read into an empty memory, one after the other, and then the window is scored. Only windows with enough of the
-document before them for the longest context are taken, so that the lengths differ in context alone.
+A window is L consecutive tokens (the local context). Two modes:
 
-Shapes: B windows, L tokens a window.
+- `last_window`: at context c x L the c - 1 windows before it are read into an empty memory, one after the other, and
+  then the window is scored: the same tokens at every length, so that lengths differ in context alone.
+- `whole_document`: the first c x L tokens of a document are scored, window by window, with all before in memory, which
+  is emptied for the next document.
+
+`others` adds the paper's multi-document setting: before the longest context of a window's own document, whole windows
+of other documents are read into the same memory. All sums are over tokens, so long documents weigh more. Logits are
+made of scored windows alone.
 """
 
-import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
-from torch.nn import functional
 
-from fot_model import FotCache, FotLlamaForCausalLM
-from pipelines.cluster import run_tasks
+from jobs.evaluate.cells import Cell, Json
+from jobs.evaluate.config import Perplexity
+from jobs.evaluate.result import Cell as Value
+from jobs.evaluate.result import Point, Result, Table
+from jobs.evaluate.scoring import score, score_chain
+from jobs.evaluate.subject import (
+    Subject,
+    check_tokenizer,
+    load_model,
+    memory_bytes,
+    new_cache,
+    open_documents,
+    read_config,
+    read_into,
+    read_tokenizer,
+    weights_bytes,
+)
+from jobs.evaluate.text_bytes import prefix_bytes, token_bytes
+from jobs.evaluate.windows import (
+    Window,
+    choose_documents,
+    choose_windows,
+    fewest_others,
+    one_after_another,
+    other_documents,
+    read_windows,
+    source_names,
+)
+from jobs.plot import plot_curves
 from pipelines.dataset import TokenDataset
 from pipelines.errors import UserError
-from pipelines.progress import Progress
 
-WINDOWS_AT_ONCE = 8
+TOKENS_AT_ONCE = 4096  # scored together: bounds the logits
+TOKENS_A_CELL = 2**16  # read by a cell, where a single window does not need more
+CONTEXTS = "evaluation.perplexity.contexts"
+DISTRACTED = "model/distracted"
+TOKENS, PERPLEXITY = "tokens of context", "perplexity a token"
+Item = TypeVar("Item")
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """What is scored: a model with its memory layers' settings (`mem_layers`, `mem_positionals`; for a plain LLaMA
-    too), on a data set (`shards`, their index `documents`), at multiples (`contexts`) of the local context (`local`,
-    tokens)."""
+class Batch(NamedTuple):
+    """Windows that end `context` windows of reading, the last `scored` of which are scored."""
 
-    model: Path
-    memory: Mapping[str, Any]
-    shards: Path
-    documents: Path
-    local: int
-    contexts: Sequence[int]
+    context: int
+    windows: list[Window]
+    scored: int
 
 
 @dataclass(frozen=True)
-class Window:
-    """Tokens [start, start + L] of a document are scored: L predictions from `start` on."""
+class Sums:
+    """Over scored windows: loss (nats), tokens, bytes of their text."""
 
-    document: int
-    start: int
+    nats: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+
+    @classmethod
+    def of(cls, parts: Iterable["Sums"]) -> "Sums":
+        all_parts = list(parts)
+        nats = math.fsum(part.nats for part in all_parts)
+        return cls(nats, sum(part.tokens for part in all_parts), sum(part.bytes for part in all_parts))
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nats / self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.bytes
 
 
-def choose_windows(dataset: TokenDataset, local: int, longest: int, count: int) -> list[Window]:
-    """Up to `count` windows of held-out documents, spread evenly over the documents and within each.
+class Scored(NamedTuple):
+    """One window at one length: `name` of the model, or `DISTRACTED`; `step` in tokens."""
 
-    Raises UserError where no document is long enough.
+    name: str
+    source: str
+    step: int
+    sums: Sums
+
+
+Part = tuple[list[Point], list[Table], list[str]]  # of a Result
+
+
+def cells(subject: Subject, settings: Perplexity) -> list[Cell]:
+    """Batches of windows by model and context; then those of the multi-document setting, the model's alone.
+
+    Raises UserError where documents are too short or too few, or of another tokenizer than the model's.
     """
-    needed = longest * local + 1  # one more token: the last label
-    documents = dataset.held_out
-    long_enough = documents[dataset.length[documents] >= needed].tolist()
-    if not long_enough:
-        longest_document = int(dataset.length[documents].max()) if len(documents) else 0
-        raise UserError(
-            f"no held-out document has the {needed} tokens that perplexity at {longest} x {local} tokens needs (the "
-            f"longest of {len(documents)} has {longest_document}): hold out longer documents "
-            f"(data.sources.N.held_out) or lower evaluation.perplexity.contexts"
+    dataset, local = open_documents(subject), subject.local
+    if subject.chained and (settings.others or settings.mode == "whole_document"):
+        raise UserError("evaluation.perplexity: a Transformer-XL has no memory: set mode: last_window and others: []")
+    check_tokenizer(subject, dataset)
+    check_documents(dataset, local, settings)
+    batches, made = _batches(dataset, local, settings), []
+    for name in subject.models:
+        for batch in batches:
+            tokens = batch.context * local
+            cell = Cell(
+                key=_key(name, batch),
+                function=score_batch,
+                arguments=(subject, name, batch),
+                tokens=len(batch.windows) * tokens,
+                bytes=_bytes(subject, name, min(len(batch.windows), _at_once(local)), tokens),
+                what=f"perplexity with {tokens} tokens of context",
+            )
+            made.append(cell)
+    longest = max(settings.contexts)
+    for amount, windows in _distracted(dataset, subject.local, settings):
+        cell = Cell(
+            key=_distracted_key(amount, windows),
+            function=score_distracted,
+            arguments=(subject, windows, longest, amount),
+            tokens=(amount + len(windows) * longest) * local,
+            bytes=_bytes(subject, "model", 1, (amount + longest) * local),
+            what=f"perplexity with {(amount + longest) * local} tokens in memory",
         )
-    # Round after round every document gives a window; documents in an order without meaning, sources mixed.
-    long_enough.sort(key=lambda number: hashlib.sha256(dataset.id(number).encode()).digest())
-    offered = {number: (int(dataset.length[number]) - 1) // local - longest + 1 for number in long_enough}
-    quota = dict.fromkeys(long_enough, 0)
-    left = count
-    while left and (open_ones := [number for number in long_enough if quota[number] < offered[number]]):
-        for number in open_ones[:left]:
-            quota[number] += 1
-        left -= len(open_ones[:left])
-    return [
-        Window(number, (longest - 1 + turn * offered[number] // quota[number]) * local)
-        for number in long_enough
-        for turn in range(quota[number])
-    ]
+        made.append(cell)
+    return made
 
 
-def perplexity(scoring: Scoring, count: int, name: str) -> dict[int, float]:
-    """{multiple of the local context: perplexity per token} on `count` windows of held-out documents, as Ray tasks.
+def check_documents(dataset: TokenDataset, local: int, settings: Perplexity) -> None:
+    """Raises UserError where held-out documents are too short or too few."""
+    windows = choose_windows(dataset, local, max(settings.contexts), settings.windows, CONTEXTS)
+    wanted = max(settings.others, default=0)
+    if wanted and (there := fewest_others(dataset, windows, local)) < wanted:
+        raise UserError(
+            f"evaluation.perplexity.others: {wanted} local contexts of other held-out documents are asked for, there "
+            f"are {there} of {local} tokens: lower it to at most {there}, or hold out more documents"
+        )
 
-    Raises UserError where no document is long enough.
+
+def score_batch(subject: Subject, name: str, batch: Batch) -> Json:
+    """A cell: loss (nats) of every scored window, a list for each of the batch's; memory is empty before each."""
+    model, dataset = load_model(subject.models[name], subject.model), open_documents(subject)
+    if subject.chained and name == "model":
+        return score_chain(model, dataset, batch.windows, batch.context, subject.local, model.device).tolist()
+    found = []
+    for windows in _split(batch.windows, _at_once(subject.local)):
+        cache = new_cache(model, subject.memory)
+        found += score(
+            model, dataset, windows, batch.context, subject.local, model.device, cache, batch.scored
+        ).tolist()
+    return found
+
+
+def score_distracted(subject: Subject, windows: list[Window], context: int, amount: int) -> Json:
+    """A cell: loss (nats) of windows of one document, with `amount` local contexts of others before its own `context`.
+
+    The others are read once; each window goes on from there.
     """
-    dataset = TokenDataset(scoring.shards, scoring.documents)
-    windows = choose_windows(dataset, scoring.local, max(scoring.contexts), count)
-    batches = [windows[first : first + WINDOWS_AT_ONCE] for first in range(0, len(windows), WINDOWS_AT_ONCE)]
-    results: list[dict[int, float]] = [{} for _ in batches]
-    tasks = run_tasks(window_losses, [(scoring, batch) for batch in batches])
-    with Progress(name, len(windows), "windows") as progress, closing(tasks):
-        for number, losses in tasks:
-            results[number] = losses
-            progress.advance(len(batches[number]))
-    return {
-        context: math.exp(math.fsum(result[context] for result in results) / (len(windows) * scoring.local))
-        for context in scoring.contexts
-    }
+    model, dataset, local = load_model(subject.model, subject.model), open_documents(subject), subject.local
+    own, cache = windows[0].document, new_cache(model, subject.memory)
+    seed = f"{subject.seed}/others/{dataset.id(own)}"
+    for other in islice(one_after_another(dataset, other_documents(dataset, own, local), local, seed), amount):
+        read_into(model, cache, torch.from_numpy(read_windows(dataset, [other], local)), local)
+    found = []
+    for window in windows:
+        cache.truncate(amount * local)
+        found.append(score(model, dataset, [window], context, local, model.device, cache).item())
+    return found
 
 
-@torch.inference_mode()
-def window_losses(scoring: Scoring, windows: list[Window]) -> dict[int, float]:
-    """One task: summed loss (nats) of the windows at each context."""
-    tokens, local = TokenDataset(scoring.shards, scoring.documents), scoring.local
-    model = FotLlamaForCausalLM.from_pretrained(scoring.model, **scoring.memory).eval()
-    cpu = torch.device("cpu")
-    return {context: score(model, tokens, windows, context, local, cpu).sum().item() for context in scoring.contexts}
+def summarize(subject: Subject, settings: Perplexity, results: Mapping[str, Json], output: Path) -> Result:
+    """Perplexity and bits a byte in all and by source, and what other documents in memory cost."""
+    dataset = open_documents(subject)
+    scored = _scored(dataset, subject, settings, results)
+    names = [name for name in ("base", "model") if name in subject.models]
+    parts = [_in_all(names, scored, _what(dataset, subject, settings), output)]
+    sources = [source for source in source_names(dataset.manifest) if any(one.source == source for one in scored)]
+    if len(sources) > 1:
+        parts.append(_by_source(names, sources, scored, output))
+    if settings.others:
+        parts.append(_beside_others(scored, output))
+    points, tables, plots = zip(*parts, strict=True)
+    joined = (list(chain(*each)) for each in (points, tables, plots))
+    return Result("perplexity", settings.model_dump(mode="json"), *joined)
 
 
-def score(
-    model: FotLlamaForCausalLM,
-    tokens: TokenDataset,
-    windows: list[Window],
-    context: int,
-    local: int,
-    device: torch.device,
-) -> torch.Tensor:
-    """Loss (nats) of each window [B] at `context` times the local context; to be called without gradients. `device`:
-    where the model computes, though its parameters may lie elsewhere."""
-    cache = FotCache(model.config)
-    for back in range(context - 1, -1, -1):
-        inputs_BL, labels_BL = _read(tokens, windows, back * local, local)
-        logits_BLV = model(inputs_BL.to(device), past_key_values=cache, last_context_length=local).logits
-        cache.flush()
-    losses_BL = functional.cross_entropy(logits_BLV.double().transpose(1, 2), labels_BL.to(device), reduction="none")
-    return losses_BL.sum(1)
+def _scored(dataset: TokenDataset, subject: Subject, settings: Perplexity, results: Mapping[str, Json]) -> list[Scored]:
+    """Every scored window at every length."""
+    tokenizer, sources, local = read_tokenizer(subject.model), source_names(dataset.manifest), subject.local
+    sizes, prefix = token_bytes(tokenizer), prefix_bytes(tokenizer)
+
+    def one(name: str, context: int, window: Window, nats: float) -> Scored:
+        labels = dataset.tokens(window.document, window.start + 1, window.start + local + 1)
+        text = int(sizes[labels].sum()) - (prefix if window.start == 0 else 0)
+        source = sources[int(dataset.source[window.document])]
+        return Scored(name, source, context * local, Sums(nats, local, text))
+
+    found = []
+    for batch in _batches(dataset, local, settings):
+        for name in subject.models:
+            for window, losses in zip(batch.windows, results[_key(name, batch)], strict=True):
+                if settings.mode == "last_window":
+                    found.append(one(name, batch.context, window, losses[0]))
+                    continue
+                for place, nats in enumerate(losses):
+                    here = Window(window.document, place * local)
+                    found += [one(name, context, here, nats) for context in set(settings.contexts) if place < context]
+    for amount, windows in _distracted(dataset, subject.local, settings):
+        for window, nats in zip(windows, results[_distracted_key(amount, windows)], strict=True):
+            found.append(one(DISTRACTED, amount, window, nats))
+    return found
 
 
-def _read(tokens: TokenDataset, windows: list[Window], back: int, local: int) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = [
-        tokens.tokens(window.document, window.start - back, window.start - back + local + 1).astype(np.int64)
-        for window in windows
+def _curve(scored: Iterable[Scored], name: str, source: str | None = None) -> dict[int, Sums]:
+    """By step, of one source or of all."""
+    parts: dict[int, list[Sums]] = {}
+    for one in scored:
+        if one.name == name and source in (None, one.source):
+            parts.setdefault(one.step, []).append(one.sums)
+    return {step: Sums.of(parts[step]) for step in sorted(parts)}
+
+
+def _in_all(names: Sequence[str], scored: list[Scored], what: str, output: Path) -> Part:
+    curves = {name: _curve(scored, name) for name in names}
+    rows: list[list[Value]] = []
+    for step in curves["model"]:
+        row: list[Value] = [step]
+        row += [curves[name][step].perplexity for name in names]
+        row += [curves[name][step].bits_per_byte for name in names]
+        rows.append(row)
+    columns = [
+        "tokens of context",
+        *(f"perplexity, {name}" for name in names),
+        *(f"bits a byte, {name}" for name in names),
     ]
-    batch = torch.from_numpy(np.stack(rows))
-    return batch[:, :-1], batch[:, 1:]
+    points = _points(curves) + [
+        Point(f"bits_per_byte/{name}", step, sums.bits_per_byte)
+        for name in names
+        for step, sums in curves[name].items()
+    ]
+    plot_curves(_perplexities(curves), TOKENS, f"{PERPLEXITY}, held-out documents", output / "perplexity.png")
+    return points, [Table("Perplexity by context length", columns, rows, what)], ["perplexity.png"]
+
+
+def _by_source(names: Sequence[str], sources: Sequence[str], scored: list[Scored], output: Path) -> Part:
+    curves = {f"{name}/{source}": _curve(scored, name, source) for name in names for source in sources}
+    steps = list(_curve(scored, "model"))
+    rows: list[list[Value]] = []
+    for label, curve in curves.items():
+        name, source = label.split("/", 1)
+        rows.append([source, name, curve[steps[0]].tokens, *(curve[step].perplexity for step in steps)])
+    columns = ["source", "model", f"tokens scored at {steps[0]:,}", *(f"{step:,}" for step in steps)]
+    models = _perplexities({source: curves[f"model/{source}"] for source in sources})
+    gains = {
+        source: {step: value / curve[steps[0]] for step, value in curve.items()} for source, curve in models.items()
+    }
+    plot_curves(gains, TOKENS, f"{PERPLEXITY}, of that at {steps[0]:,} tokens", output / "perplexity-sources.png")
+    return _points(curves), [Table("Perplexity by source", columns, rows)], ["perplexity-sources.png"]
+
+
+def _beside_others(scored: list[Scored], output: Path) -> Part:
+    curve, own = _curve(scored, DISTRACTED), max(_curve(scored, "model"))
+    alone = curve[0].perplexity
+    rows = [[step, sums.perplexity, sums.perplexity / alone, sums.bits_per_byte] for step, sums in curve.items()]
+    columns = ["tokens of other documents", "perplexity", "of that without", "bits a byte"]
+    note = f"Read before {own:,} tokens of the own document, whose last window is scored."
+    across = f"tokens of other documents in memory, before {own:,} of the own"
+    plot_curves(_perplexities({"model": curve}), across, PERPLEXITY, output / "perplexity-distracted.png")
+    table = Table("Perplexity beside other documents", columns, rows, note)
+    return _points({DISTRACTED: curve}), [table], ["perplexity-distracted.png"]
+
+
+def _points(curves: Mapping[str, Mapping[int, Sums]]) -> list[Point]:
+    return [
+        Point(f"perplexity/{name}", step, sums.perplexity)
+        for name, curve in curves.items()
+        for step, sums in curve.items()
+    ]
+
+
+def _perplexities(curves: Mapping[str, Mapping[int, Sums]]) -> dict[str, dict[int, float]]:
+    return {name: {step: sums.perplexity for step, sums in curve.items()} for name, curve in curves.items()}
+
+
+def _what(dataset: TokenDataset, subject: Subject, settings: Perplexity) -> str:
+    """What was scored, in a sentence."""
+    first, *_ = batches = _batches(dataset, subject.local, settings)
+    same = [window for batch in batches if batch.context == first.context for window in batch.windows]
+    documents = len({window.document for window in same})
+    if settings.mode == "whole_document":
+        return (
+            f"The first tokens of {documents} held-out documents, as many as the length says, each with all before it."
+        )
+    return (
+        f"The same {len(same)} windows of {subject.local:,} tokens at every length, of {documents} held-out documents."
+    )
+
+
+def _batches(dataset: TokenDataset, local: int, settings: Perplexity) -> list[Batch]:
+    """What is scored, in cells of about `TOKENS_A_CELL` or one window."""
+    longest = max(settings.contexts)
+    if settings.mode == "whole_document":
+        documents = choose_documents(dataset, local, longest, CONTEXTS)[: -(-settings.windows // longest)]
+        ends = [Window(document, (longest - 1) * local) for document in documents]
+        return [Batch(longest, some, longest) for some in _split(ends, TOKENS_A_CELL // (longest * local))]
+    windows = choose_windows(dataset, local, longest, settings.windows, CONTEXTS)
+    return [
+        Batch(context, some, 1)
+        for context in dict.fromkeys(settings.contexts)
+        for some in _split(windows, TOKENS_A_CELL // (context * local))
+    ]
+
+
+def _distracted(dataset: TokenDataset, local: int, settings: Perplexity) -> list[tuple[int, list[Window]]]:
+    """(local contexts of others, windows of one document) of each cell; without others, too, for comparison."""
+    if not settings.others:
+        return []
+    longest = max(settings.contexts)
+    windows = choose_windows(dataset, local, longest, settings.windows, CONTEXTS)
+    return [
+        (amount, some)
+        for amount in (0, *dict.fromkeys(settings.others))
+        for _, own in groupby(windows, lambda window: window.document)
+        for some in _split(list(own), max(TOKENS_A_CELL, amount * local) // (longest * local))
+    ]
+
+
+def _split(items: Sequence[Item], size: int) -> list[list[Item]]:
+    """Lists of up to `size`, at least one."""
+    size = max(1, size)
+    return [list(items[first : first + size]) for first in range(0, len(items), size)]
+
+
+def _at_once(local: int) -> int:
+    """Rows read together."""
+    return max(1, TOKENS_AT_ONCE // local)
+
+
+def _key(name: str, batch: Batch) -> str:
+    return f"{name}-{batch.context}-{batch.windows[0].document}-{batch.windows[0].start}"
+
+
+def _distracted_key(amount: int, windows: list[Window]) -> str:
+    return f"others-{amount}-{windows[0].document}-{windows[0].start}"
+
+
+def _bytes(subject: Subject, name: str, rows: int, tokens: int) -> int:
+    """Weights, memory, and logits of scored windows: of all rows as the model gives them, of one in float32 twice."""
+    logits = read_config(subject.models[name])["vocab_size"] * subject.local * (4 * rows + 8)
+    return weights_bytes(subject.models[name]) + memory_bytes(subject.model, subject.memory, tokens, rows) + logits

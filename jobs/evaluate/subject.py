@@ -8,9 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from jobs.evaluate.config import Memory
+from pipelines.dataset import TokenDataset
+from pipelines.errors import UserError
+from pipelines.tokenizer import TextTokenizer, import_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,14 +28,16 @@ MEMORY_SETTINGS = ("mem_layers", "mem_positionals")
 class Subject:
     """`models`: Hugging Face directories with their tokenizer: "model", and "base" where there is one to compare with.
     The base reads with the model's memory layers, so that both see the same. `local`: tokens of the local context.
-    `shards`, `documents`: data set and index, where a task needs held-out documents."""
+    `shards`, `documents`: data set and index, where a task needs held-out documents. `chained`: the model is a
+    Transformer-XL, whose layers see the window before and no memory."""
 
     models: Mapping[str, Path]
     local: int
     seed: int
-    memory: Memory = Memory()
+    memory: Memory = Memory()  # noqa: RUF009 - it is frozen
     shards: Path | None = None
     documents: Path | None = None
+    chained: bool = False
 
     @property
     def model(self) -> Path:
@@ -41,6 +47,30 @@ class Subject:
 def read_config(model: Path) -> dict[str, Any]:
     """A model's configuration, without loading it."""
     return dict(json.loads((model / "config.json").read_text()))
+
+
+@lru_cache(maxsize=2)
+def read_tokenizer(model: Path) -> TextTokenizer:
+    """The tokenizer beside a model. Raises UserError where there is none."""
+    with TemporaryDirectory() as directory:
+        import_tokenizer(str(model), Path(directory))
+        return load_tokenizer(Path(directory))
+
+
+def open_documents(subject: Subject) -> TokenDataset:
+    """The documents that a task reads."""
+    assert subject.shards is not None, "the task reads documents"
+    assert subject.documents is not None, "the task reads documents"
+    return TokenDataset(subject.shards, subject.documents)
+
+
+def check_tokenizer(subject: Subject, dataset: TokenDataset) -> None:
+    """Raises UserError where the documents are of another tokenizer than the model's."""
+    if read_tokenizer(subject.model).behaviour != dataset.manifest.tokenizer["behaviour"]:
+        raise UserError(
+            f"the documents in {dataset.directory} were tokenized otherwise than {subject.model} does: tokenize them "
+            f"with its tokenizer (tokenizer.path)"
+        )
 
 
 @lru_cache(maxsize=1)

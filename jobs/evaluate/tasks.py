@@ -16,8 +16,8 @@ MODULES = {
     "perplexity": "perplexity",
     "passkey": "passkey",
     "attention_mass": "attention_mass",
-    "trec": "few_shot",
-    "webquestions": "few_shot",
+    "trec": "trec",
+    "webquestions": "webquestions",
     "lm_eval": "lm_eval_tasks",
 }
 READ_DOCUMENTS = frozenset({"perplexity", "attention_mass"})  # of the data set

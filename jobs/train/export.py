@@ -89,11 +89,12 @@ def _write_model(checkpoint: Path, target: Path, dtype: str) -> None:
 def _weights(checkpoint: Path) -> dict[str, Any]:
     """The model's tensors, or under ZeRO 3 what `contiguous()` makes them."""
     import torch
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     if not any(checkpoint.glob("*_optim_states.pt")):
         return dict(torch.load(checkpoint / WEIGHTS, map_location="cpu", mmap=True, weights_only=False)["module"])
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # the import has something to say, too
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
         return dict(
             get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
         )

@@ -18,7 +18,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from jobs.data.batches import make_sampler
-from jobs.evaluate.perplexity import choose_windows
+from jobs.evaluate.windows import choose_windows
 from jobs.train.bad_loss import BadLossError, LossWatch, SkippedSteps
 from jobs.train.checkpoints import Checkpoints
 from jobs.train.config import FotObjective, Resources, Training
@@ -157,7 +157,7 @@ def measure(
     training's end: the same every time, so that values compare."""
     settings, objective = spec.training.measure, spec.training.objective
     assert settings is not None
-    windows = choose_windows(dataset, objective.context, max(settings.contexts), settings.windows)
+    windows = choose_windows(dataset, objective.context, max(settings.contexts), settings.windows, "measure.contexts")
     beyond = spec.training.steps
     batch = next(rank_batches(sampler, [beyond], ranks.rank, ranks.world, spread=ranks.team_size)).to(ranks.device)
     with evaluating(model):

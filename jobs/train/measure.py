@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from fot_model import FotLlamaForCausalLM, attention_mass
-from jobs.evaluate.perplexity import Window, score
+from jobs.evaluate.scoring import score
+from jobs.evaluate.windows import Window
 from jobs.train.config import FotObjective, MemorizingObjective, Objective
 from jobs.train.objective import seen_by
 from pipelines.dataset import TokenDataset

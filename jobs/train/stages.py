@@ -7,10 +7,10 @@ from typing import Any
 
 from jobs.base import asked_mem_layers, check_llama, check_tokens, read_llama_config
 from jobs.data.stages import DOCUMENTS, SHARDS, Inputs, directory_files
-from jobs.evaluate.passkey import check_lengths
-from jobs.evaluate.perplexity import choose_windows
+from jobs.evaluate import attention_mass, passkey, perplexity
+from jobs.evaluate.windows import choose_windows
 from jobs.recipe import ModelShape, Recipe
-from jobs.tracking import TrainingRun
+from jobs.tracking import TrainingFacts, TrainingRun, tracking_uri
 from jobs.train.checkpoint_store import CheckpointStore, place_of
 from jobs.train.config import Training
 from jobs.train.launch import train
@@ -27,7 +27,6 @@ from pipelines.store import RECORD, Stage
 from pipelines.tokenize import Encoding
 from pipelines.tokenizer import load_tokenizer
 
-RUN = "run.json"  # {"run_id": the training's MLflow run}
 NOT_DECIDING = {"checkpoints", "measure", "bad_loss"}  # settings that may change while a training goes on
 
 
@@ -109,7 +108,7 @@ def _run_training(
         checkpoints=place_of(where, name if training.checkpoints.path else key),
         identity=identity,
     )
-    described = recipe.model_dump(mode="json", exclude={"work_dir"})
+    described = recipe.described()
     tags = {
         "fot.stage": str(output.with_suffix("")),
         "fot.checkpoints": CheckpointStore(spec.checkpoints).name,
@@ -118,9 +117,9 @@ def _run_training(
         "fot.manifest": manifest.hash,
         "fot.base": "a new model" if isinstance(base, ModelShape) else _origin(base),
     }
-    run = TrainingRun(workspace.directory, recipe.name, key, f"{recipe.name}: {name}", tags, _params(training, recipe))
-    run.attach("recipe.json", described)
-    write_atomically(output / RUN, json.dumps({"run_id": run.run_id}).encode())
+    facts = TrainingFacts(key, recipe.name, f"{recipe.name}: {name}", tags, _params(training, recipe), described)
+    uri = tracking_uri(workspace.directory, recipe.registry.tracking_uri)
+    run = TrainingRun(workspace.directory, uri, facts, output)
     try:
         train(spec, run.update)
     except BaseException as error:
@@ -135,10 +134,14 @@ def _check_data(recipe: Recipe, training: Training, inputs: Inputs) -> None:
     backend = dataset.manifest.tokenizer["backend"]
     check_manifest(dataset.manifest, recipe.data, Encoding(inputs["tokenizer"], backend, inputs[SHARDS]))
     local, settings = recipe.finetune.objective.context, recipe.evaluation
-    choose_windows(dataset, local, max(settings.perplexity.contexts), 1)
-    check_lengths(inputs["tokenizer"], local, settings.passkey.lengths, settings.passkey.digits)
+    if settings.perplexity is not None:
+        perplexity.check_documents(dataset, local, settings.perplexity)
+    if settings.attention_mass is not None:
+        attention_mass.check_documents(dataset, local, settings.attention_mass)
+    if settings.passkey is not None:
+        passkey.check_prompt(load_tokenizer(inputs["tokenizer"]), local, settings.passkey)
     if training.measure is not None:
-        choose_windows(dataset, training.objective.context, max(training.measure.contexts), 1)
+        choose_windows(dataset, training.objective.context, max(training.measure.contexts), 1, "measure.contexts")
 
 
 def _origin(base: Path) -> str:

@@ -8,7 +8,9 @@ from transformers import AutoConfig, LlamaConfig
 
 from fot_model import FotLlamaConfig, LongLlamaConfig, default_mem_layers
 
-MEMORY = {"mem_layers", "mem_positionals", "mem_dtype", "mem_gate", "local_context", "last_context_length"}
+MEMORY = {
+    "mem_layers", "mem_positionals", "mem_dtype", "mem_gate", "mem_qk_norm", "local_context", "last_context_length",
+}  # fmt: skip
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
 RELEASED: dict[str, Any] = {
     "model_type": "longllama",

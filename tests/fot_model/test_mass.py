@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from fot_model import FotLlamaConfig, FotLlamaForCausalLM, attention_mass
+from fot_model import (
+    DenseMemory,
+    FotCache,
+    FotLlamaConfig,
+    FotLlamaForCausalLM,
+    TopKMemory,
+    attention_mass,
+    memory_mass,
+)
+from fot_model import mass as mass_module
 from fot_model.plan import pad_plan
 
 VOCABULARY = 40
@@ -278,3 +287,107 @@ def test_the_mass_of_an_objective_without_contexts_at_position_zero_is_refused()
     model = focused()
     with pytest.raises(ValueError, match="transformer_xl"), attention_mass(model, OF_ROWS), torch.no_grad():
         model(tokens(4, 5), plan=pad_plan([[], [0], [1], [2]]), objective="transformer_xl")
+
+
+# Reading
+
+
+def read_beside(model: FotLlamaForCausalLM, contexts_NL: Tensor, memory: DenseMemory | None = None) -> FotCache:
+    """A cache whose memory holds the contexts, each read alone."""
+    memory = DenseMemory() if memory is None else memory
+    for context_L in contexts_NL:
+        alone = FotCache(model.config)
+        model(context_L[None], past_key_values=alone)
+        alone.flush()
+        for layer in model.config.mem_layers:
+            state = alone.memory.state_dict()
+            memory.append(layer, state[f"{layer}.keys"], state[f"{layer}.values"])
+    return FotCache(model.config, memory)
+
+
+READ: dict[str, dict[str, Any]] = {**VARIANTS, "cosine": {"mem_qk_norm": True}}
+
+
+@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("changes", READ.values(), ids=READ)
+def test_reading_with_contexts_in_memory_has_the_mass_of_training_on_them(
+    changes: dict[str, Any], place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mass_module, "KEYS_AT_ONCE", 7)  # blocks that cut contexts
+    model, rows_RL = focused(mem_layers=[1], **changes), tokens(5, 6)
+    documents_R = torch.arange(5)
+    documents_R[4] = place
+    with torch.no_grad():
+        with attention_mass(model, documents_R) as trained:
+            model(rows_RL, plan=pad_plan([[], [], [], [], [0, 1, 2, 3]]))
+        cache = read_beside(model, rows_RL[:4])
+        with memory_mass(model, range(6 * place, 6 * place + 6)) as read:
+            model(rows_RL[4:], past_key_values=cache)
+    for name in ("positive", "additional"):
+        expected, found = (getattr(mass.layers[1], name) for mass in (trained, read))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert 0.05 < read.r_d()[1] < 0.95
+
+
+def test_what_was_read_before_in_the_local_context_takes_its_part_of_the_softmax() -> None:
+    model, rows_RL = focused(mem_layers=[1]), tokens(3, 6)
+    with torch.no_grad():
+        masses = []
+        for cut in (6, 4):
+            cache = read_beside(model, rows_RL[:2])
+            with memory_mass(model, range(6)) as mass:
+                for part_BL in rows_RL[2:].split(cut, dim=1):
+                    model(part_BL, past_key_values=cache)
+            masses.append(mass.layers[1])
+    torch.testing.assert_close(masses[0].additional, masses[1].additional, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(masses[0].positive, masses[1].positive, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gated_memory_has_a_softmax_of_its_own() -> None:
+    model, rows_RL = focused(mem_layers=[1], mem_gate=True), tokens(4, 6)
+    plan_Rd = pad_plan([[], [], [], [0, 1, 2]])
+    with torch.no_grad():
+        with attention_mass(model, torch.tensor([3, 1, 2, 3])) as trained:
+            model(rows_RL, plan=plan_Rd, objective="memorizing")
+        cache = read_beside(model, rows_RL[:3])
+        with memory_mass(model, range(6)) as read:
+            model(rows_RL[3:], past_key_values=cache)
+    assert read.layers[1].additional.tolist() == pytest.approx([6.0] * 4)
+    torch.testing.assert_close(read.layers[1].positive, trained.layers[1].positive, rtol=1e-5, atol=1e-6)
+
+
+def test_top_k_and_16_bit_memories_are_measured_over_all_they_hold() -> None:
+    model, rows_RL = focused(mem_layers=[1]), tokens(4, 6)
+    shares = []
+    with torch.no_grad():
+        for memory in (DenseMemory(), TopKMemory(2), DenseMemory(torch.bfloat16)):
+            cache = read_beside(model, rows_RL[:3], memory)
+            with memory_mass(model, range(6)) as mass:
+                model(rows_RL[3:], past_key_values=cache)
+            shares.append(mass.r_d()[1])
+    assert shares[0] == shares[1]
+    assert shares[2] == pytest.approx(shares[0], abs=0.02)
+
+
+def test_reading_without_memory_adds_nothing_and_padding_is_refused() -> None:
+    model, rows_RL = focused(), tokens(2, 6)
+    seen_BL = torch.ones(2, 6, dtype=torch.long)
+    seen_BL[0, :2] = 0
+    cache = FotCache(model.config)
+    with torch.no_grad(), memory_mass(model, range(6)) as mass:
+        model(rows_RL, past_key_values=cache, attention_mask=seen_BL)
+        assert all(math.isnan(share) for share in mass.r_d().values())
+        cache.flush()
+        with pytest.raises(ValueError, match="padding"):
+            model(rows_RL, past_key_values=cache)
+    assert hooks(model) == 0
+
+
+def test_the_mass_in_memory_leaves_the_outputs_as_they_are() -> None:
+    model, rows_RL = focused(), tokens(3, 6)
+    with torch.no_grad():
+        plain = model(rows_RL[2:], past_key_values=read_beside(model, rows_RL[:2])).logits
+        with memory_mass(model, range(6), layers=[2]) as mass:
+            watched = model(rows_RL[2:], past_key_values=read_beside(model, rows_RL[:2])).logits
+    assert torch.equal(plain, watched)
+    assert mass.layers.keys() == {2}

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,7 @@ def fot_here(local_ray, tmp_path: Path, monkeypatch, capfd):
 
     def run(*arguments: object) -> subprocess.CompletedProcess:
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("COLUMNS", "250")
         code, message = 0, ""
         try:
             fot([str(argument) for argument in arguments], standalone_mode=False)
@@ -128,3 +130,22 @@ def fot_here(local_ray, tmp_path: Path, monkeypatch, capfd):
         return subprocess.CompletedProcess(arguments, code, err + out + message)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory):
+    """MLflow's database with nothing in it: making one takes ten seconds."""
+    from jobs.registry.server import connect, embedded_uri
+
+    directory = tmp_path_factory.mktemp("mlflow")
+    connect(embedded_uri(directory))
+    return directory / "mlflow.db"
+
+
+@pytest.fixture
+def work_dir(tmp_path: Path, empty_database: Path) -> Path:
+    """A work directory with a database of MLflow's."""
+    directory = tmp_path / "runs"
+    directory.mkdir()
+    shutil.copy(empty_database, directory)
+    return directory

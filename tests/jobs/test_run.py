@@ -14,15 +14,17 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from fot_model import FotLlamaForCausalLM
-from jobs.tracking import tracking_uri
+from jobs.evaluate.result import Result
+from jobs.registry.models import fetch_model
+from jobs.registry.server import embedded_uri, find_run
+from jobs.tracking import RUN
 from jobs.train.metrics import last_metrics, read_metrics
 from jobs.train.spec import METRICS
-from jobs.train.stages import RUN
 from pipelines.tokenizer import train_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 DATA = ["tokenizer", "shards", "documents", "base-groups", "finetune-groups"]
-STAGES = [*DATA, "base", "finetune", "perplexity", "passkey", "register"]
+STAGES = [*DATA, "base", "finetune", "perplexity", "passkey", "report"]
 
 
 @pytest.fixture
@@ -44,26 +46,26 @@ def test_a_run_makes_all_it_promises_and_a_second_one_finds_it(fot, path: Path, 
     assert answer.returncode == 0, answer.stdout
     work_dir = tmp_path / "runs"
     made = outputs(work_dir)
-    for shown in ("perplexity FoT", "passkey", str(made["finetune"] / "model"), "models:/tiny/1", "mlflow ui"):
+    for shown in ("perplexity, model", "Passkey", str(made["finetune"] / "model"), "models:/fot/tiny/1", "registry ui"):
         assert shown in answer.stdout
     for stage in STAGES:
         assert f"{stage} done in" in answer.stdout
     for noise in ("WARNING", "INFO", "Loading weights", "Traceback"):
         assert noise not in answer.stdout
 
-    results = json.loads((made["perplexity"] / "perplexity.json").read_text())
-    assert set(results["fot"]) == {"1", "2", "4"}
+    result = Result.read(made["perplexity"])
+    lengths = {point.step: point.value for point in result.points if point.metric == "perplexity/model"}
+    assert set(lengths) == {16, 32, 64}
     assert (made["perplexity"] / "perplexity.png").read_bytes().startswith(b"\x89PNG")
-    assert set(json.loads((made["passkey"] / "passkey.json").read_text())) == {"local_context", "20"}
+    assert {point.step for point in Result.read(made["passkey"]).points if point.metric == "passkey/exact"} == {320}
 
-    run = json.loads((made["register"] / "run.json").read_text())
-    mlflow.set_tracking_uri(tracking_uri(work_dir))
-    client = mlflow.MlflowClient()
-    recorded = client.get_run(run["run_id"])
-    assert recorded.data.metrics["perplexity/fot"] == results["fot"]["4"]
+    client = mlflow.MlflowClient(embedded_uri(work_dir))
+    recorded = recorded_run(client, made["report"].name)
+    assert recorded.data.metrics["perplexity/model"] == lengths[64]
+    assert recorded.data.tags["fot.gate"] == "not promoted"
     for stage in ("base", "finetune"):
-        training = client.get_run(json.loads((made[stage] / RUN).read_text())["run_id"])
-        assert training.data.tags["mlflow.parentRunId"] == run["run_id"]
+        training = training_run(client, made[stage])
+        assert training.data.tags["mlflow.parentRunId"] == recorded.info.run_id
         assert training.info.status == "FINISHED"
         place = Path(training.data.tags["fot.checkpoints"])
         assert [path.name for path in sorted(place.glob("step-*"))] == ["step-00000180", "step-00000200"]
@@ -73,14 +75,22 @@ def test_a_run_makes_all_it_promises_and_a_second_one_finds_it(fot, path: Path, 
         history = client.get_metric_history(training.info.run_id, "loss")
         assert [(point.step, point.value) for point in history] == written
         assert len(written) == 200
-    model = mlflow.artifacts.download_artifacts(f"models:/tiny/{run['version']}", dst_path=str(tmp_path / "fetched"))
+    model = fetch_model("models:/fot/tiny@candidate", embedded_uri(work_dir), tmp_path / "fetched")
     loaded = FotLlamaForCausalLM.from_pretrained(model)
     assert loaded.config.mem_layers == [1]
     ids = AutoTokenizer.from_pretrained(model)("abc def " * 100, return_tensors="pt").input_ids
     assert len(loaded(ids).past_key_values.memory) > 0
-    artifacts = {artifact.path for artifact in client.list_artifacts(run["run_id"])}
-    assert {"recipe", "lineage", "perplexity", "passkey", "model"} <= artifacts
-    lineage = json.loads((made["register"] / "lineage.json").read_text())
+    artifacts = {artifact.path for artifact in client.list_artifacts(recorded.info.run_id)}
+    assert {
+        "recipe.json",
+        "lineage.json",
+        "report.html",
+        "manifest.json",
+        "perplexity",
+        "passkey",
+        "model",
+    } <= artifacts
+    lineage = json.loads((made["report"] / "lineage.json").read_text())
     assert lineage["finetune"]["inputs"]["shards"] == lineage["shards"]["key"]
 
     again = fot("run", path)
@@ -97,6 +107,20 @@ def test_a_run_makes_all_it_promises_and_a_second_one_finds_it(fot, path: Path, 
     assert f"{corrupt} is corrupt; it is made again" in mended.stdout
     assert corrupt.read_bytes() == content
     assert all(f"{stage} found" in mended.stdout for stage in STAGES if stage != "shards")
+
+
+def training_run(client: mlflow.MlflowClient, output: Path) -> mlflow.entities.Run:
+    """The run of the training that wrote there."""
+    facts = json.loads((output / RUN).read_text())
+    run = find_run(client, facts["experiment"], facts["key"])
+    assert run is not None
+    return run
+
+
+def recorded_run(client: mlflow.MlflowClient, key: str) -> mlflow.entities.Run:
+    run = find_run(client, "tiny", key)
+    assert run is not None
+    return run
 
 
 Moment = Callable[[Path], bool]
@@ -139,14 +163,13 @@ def check_kills(moments: list[Moment], signal_number: int, fot, start_fot, argum
     answer = fot("run", *arguments)
     assert answer.returncode == 0, answer.stdout
     assert losses(work_dir) == undisturbed
-    mlflow.set_tracking_uri(tracking_uri(work_dir))
-    client = mlflow.MlflowClient()
+    client = mlflow.MlflowClient(embedded_uri(work_dir))
     for stage, expected in undisturbed.items():
         if expected:
-            run_id = json.loads((outputs(work_dir)[stage] / RUN).read_text())["run_id"]
-            history = client.get_metric_history(run_id, "loss")
+            run = training_run(client, outputs(work_dir)[stage])
+            history = client.get_metric_history(run.info.run_id, "loss")
             assert [(point.step, point.value) for point in history] == expected  # one run, no point twice
-            assert len(client.search_runs([client.get_run(run_id).info.experiment_id])) == 1 + len(
+            assert len(client.search_runs([run.info.experiment_id])) == 1 + len(
                 [one for one in undisturbed.values() if one]
             )
 

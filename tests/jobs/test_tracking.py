@@ -1,72 +1,168 @@
 """A training's MLflow run follows its metrics file: every step once, whatever happens in between."""
 
 import json
+import os
+import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
 
 from jobs import tracking
-from jobs.tracking import TrainingRun, tracking_uri
+from jobs.registry.outbox import Outbox
+from jobs.registry.server import connect, embedded_uri, find_run, tracking_uri
+from jobs.registry.sync import sync
+from jobs.tracking import TrainingFacts, TrainingRun
 from pipelines.errors import UserError
 from pipelines.progress import console
 
+DOWN = "http://reader:secret@127.0.0.1:9"  # a port where nobody listens
+
 
 @pytest.fixture
-def follow(tmp_path: Path):
-    def start(key: str = "one") -> TrainingRun:
-        return TrainingRun(tmp_path, "tiny", key, "tiny: finetune", {"fot.manifest": "abc"}, {"steps": 5})
+def output(work_dir: Path) -> Path:
+    path = work_dir / "store" / "finetune" / "abc.partial"
+    path.mkdir(parents=True)
+    return path
+
+
+@pytest.fixture
+def follow(work_dir: Path, output: Path):
+    def start(key: str = "one", uri: str | None = None) -> TrainingRun:
+        facts = TrainingFacts(key, "tiny", "tiny: finetune", {"fot.manifest": "abc"}, {"steps": 5}, {"seed": 1})
+        return TrainingRun(work_dir, uri or tracking_uri(work_dir), facts, output)
 
     return start
 
 
-def write(path: Path, steps: range, loss: float = 1.0) -> Path:
-    lines = [json.dumps({"step": step, "loss": loss / step, "mfu": 0.5, "time": 100.0 + step}) for step in steps]
+def write(output: Path, steps: range, began: float = 100.0) -> Path:
+    lines = [json.dumps({"step": step, "loss": 1 / step, "mfu": 0.5, "time": began + step}) for step in steps]
+    path = output / "metrics.jsonl"
     path.write_text("".join(line + "\n" for line in lines))
     return path
 
 
-def history(tmp_path: Path, run: TrainingRun, name: str = "loss") -> list[tuple[int, float]]:
-    points = MlflowClient(tracking_uri(tmp_path)).get_metric_history(run.run_id, name)
-    return [(point.step, point.value) for point in points]
+def die(run: TrainingRun) -> None:
+    """What the system does for a process that is killed."""
+    run._alive.close()
 
 
-def test_a_crashed_training_continues_its_run_and_no_step_is_there_twice(follow, tmp_path: Path) -> None:
-    run, file = follow(), tmp_path / "metrics.jsonl"
+def history(work_dir: Path, key: str = "one", name: str = "loss") -> list[tuple[int, float]]:
+    client = connect(embedded_uri(work_dir))
+    run = find_run(client, "tiny", key)
+    return [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)]
+
+
+def test_a_crashed_training_continues_its_run_and_no_step_is_there_twice(follow, work_dir: Path, output: Path) -> None:
+    run, file = follow(), output / "metrics.jsonl"
     run.update(file)  # nothing there yet
-    run.update(write(file, range(1, 40)))
+    run.update(write(output, range(1, 40)))
     run.update(file)
+    die(run)
     again = follow()
-    assert again.run_id == run.run_id
-    again.update(write(file, range(1, 31)))  # gone back to a checkpoint
-    again.update(write(file, range(1, 61)))
+    again.update(write(output, range(1, 31), began=900.0))  # gone back to a checkpoint
+    again.update(write(output, range(1, 61), began=900.0))
     again.finish(file)
-    assert history(tmp_path, run) == [(step, 1 / step) for step in range(1, 61)]
-    assert history(tmp_path, run, "mfu") == [(step, 0.5) for step in range(1, 61)]
-    recorded = MlflowClient(tracking_uri(tmp_path)).get_run(run.run_id)
-    assert (recorded.info.status, recorded.data.tags["fot.manifest"], recorded.data.params) == (
-        "FINISHED",
-        "abc",
-        {"steps": "5"},
+    assert history(work_dir) == [(step, 1 / step) for step in range(1, 61)]
+    assert history(work_dir, name="mfu") == [(step, 0.5) for step in range(1, 61)]
+    client = connect(embedded_uri(work_dir))
+    recorded = find_run(client, "tiny", "one")
+    assert (recorded.info.status, recorded.data.params) == ("FINISHED", {"steps": "5"})
+    assert (recorded.data.tags["fot.manifest"], recorded.data.tags["fot.kind"]) == ("abc", "training")
+    assert [artifact.path for artifact in client.list_artifacts(recorded.info.run_id)] == ["recipe.json"]
+    follow("other").finish(file)
+    assert len(client.search_runs([recorded.info.experiment_id])) == 2
+
+
+def test_a_training_begins_goes_on_and_ends_without_its_server_and_sync_brings_it_later(
+    follow, work_dir: Path, output: Path
+) -> None:
+    with console.capture() as said:
+        run = follow(uri=DOWN)
+        run.update(write(output, range(1, 4)))
+        run.finish(write(output, range(1, 6)))
+    lines = said.get().splitlines()
+    assert [line.partition("metrics.jsonl; ")[2] for line in lines] == [
+        "the training goes on and tries again",
+        "`fot registry sync` uploads it",
+    ]
+    assert lines[0].startswith(
+        "MLflow at http://127.0.0.1:9 cannot be used (Connection refused): tiny: finetune is in "
     )
-    assert follow("other").run_id != run.run_id
+    kept = (work_dir / "outbox" / "one.json").read_text()
+    assert "secret" not in said.get() + kept
+    output.rename(output.with_suffix(""))  # the stage is complete
+
+    with pytest.raises(UserError, match=r"MLflow at http://127.0.0.1:9 cannot be used \(Connection refused\)$"):
+        list(sync(work_dir))
+    assert Outbox(work_dir).has("one")
+    for told in (1, 0):
+        assert len(list(sync(work_dir, embedded_uri(work_dir)))) == told
+        assert history(work_dir) == [(step, 1 / step) for step in range(1, 6)]
+    assert find_run(connect(embedded_uri(work_dir)), "tiny", "one").info.status == "FINISHED"
 
 
-def test_what_mlflow_could_not_take_comes_later(follow, tmp_path: Path, monkeypatch) -> None:
-    run, file = follow(), tmp_path / "metrics.jsonl"
-    write(file, range(1, 6))
-
-    def refuse(*_: object) -> None:
-        raise MlflowException("the server is away\nfor now")
-
-    with monkeypatch.context() as away, console.capture() as said:
-        away.setattr(tracking, "log_points", refuse)
+def test_what_a_locked_database_could_not_take_comes_as_soon_as_it_can(
+    follow, work_dir: Path, output: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("jobs.registry.server.PATIENCE", 0.1)
+    monkeypatch.setattr(tracking, "RETRY", 0.0)
+    file, holder = write(output, range(1, 4)), sqlite3.connect(work_dir / "mlflow.db", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    with console.capture() as said:
+        run = follow()
         run.update(file)
-        run.update(file)
-        with pytest.raises(UserError, match=rf"its last steps are in {file}; mend it and run the same command again"):
-            run.finish(file)
-    assert said.get().replace("\n", " ").count("MLflow cannot be written (the server is away): it is tried again") == 1
-    assert history(tmp_path, run) == []
-    run.finish(file)
-    assert history(tmp_path, run) == [(step, 1 / step) for step in range(1, 6)]
+    assert said.get().count("cannot be used (database is locked)") == 1
+    assert Outbox(work_dir).has("one")
+    assert list(sync(work_dir)) == ["one still runs: it tells MLflow itself"]
+    holder.execute("ROLLBACK")
+    run.update(file)
+    assert history(work_dir) == [(step, 1 / step) for step in range(1, 4)]
+    assert not Outbox(work_dir).has("one")
+    run.abandon("FAILED")
+    assert find_run(connect(embedded_uri(work_dir)), "tiny", "one").info.status == "FAILED"
+
+
+def test_a_training_killed_while_mlflow_was_down_is_uploaded_as_killed(follow, work_dir: Path, output: Path) -> None:
+    die(follow(uri=DOWN))
+    follow().finish(write(output, range(1, 2)))  # started again it is no longer one that was killed
+    assert list(sync(work_dir)) == []
+    run = follow(uri=DOWN)
+    write(output, range(1, 4))
+    die(run)
+    assert len(list(sync(work_dir, embedded_uri(work_dir)))) == 1
+    assert history(work_dir) == [(step, 1 / step) for step in range(1, 4)]
+    assert find_run(connect(embedded_uri(work_dir)), "tiny", "one").info.status == "KILLED"
+
+
+def test_a_step_is_written_whole_however_many_metrics_it_has(follow, work_dir: Path, output: Path) -> None:
+    wide = {f"m{number}": 1.0 for number in range(400)}
+    lines = [json.dumps({"step": step, "loss": 1.0, **wide, "time": 1.0}) for step in range(1, 6)]
+    file = output / "metrics.jsonl"
+    file.write_text("\n".join(lines) + "\n")
+    follow().finish(file)
+    assert [step for step, _ in history(work_dir, name="m399")] == [1, 2, 3, 4, 5]
+
+
+def test_the_address_is_the_recipes_then_the_environments_then_the_work_directorys(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there:5000")
+    assert tracking_uri(tmp_path) == "http://there:5000"
+    assert tracking_uri(tmp_path, "http://here:5000") == "http://here:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "ftp://me:secret@there")
+    with pytest.raises(UserError, match="MLFLOW_TRACKING_URI: ftp://there is no tracking server: give http://"):
+        tracking_uri(tmp_path)
+
+
+def test_writing_runs_leaves_the_environment_alone(follow, output: Path) -> None:
+    follow().finish(write(output, range(1, 2)))
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+
+
+def test_a_database_that_was_deleted_is_made_anew(follow, work_dir: Path, output: Path, empty_database: Path) -> None:
+    follow().finish(write(output, range(1, 3)))
+    (work_dir / "mlflow.db").unlink()
+    shutil.copy(empty_database, work_dir)  # what connect does in ten seconds
+    follow().finish(write(output, range(1, 4)))
+    assert [step for step, _ in history(work_dir)] == [1, 2, 3]

@@ -1,0 +1,151 @@
+"""`fot evaluate`: any checkpoint, any of the evaluations, as a workflow of its own."""
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.base import read_llama_config
+from jobs.data.stages import Inputs, directory_files, documents_stage, look_at_corpus, shards_stage
+from jobs.evaluate.config import Evaluation
+from jobs.evaluate.stages import evaluation_stages, read_results
+from jobs.evaluate.tasks import MODULES, READ_DOCUMENTS
+from jobs.outcome import REPORT, make_outcome, report_stage
+from jobs.recipe import Texts
+from jobs.registry.config import Registry
+from jobs.registry.models import fetch_model, is_model_uri
+from jobs.registry.record import register
+from jobs.registry.server import tracking_uri
+from jobs.settings import override, validated
+from jobs.train.spec import MODEL
+from jobs.version import code_version
+from jobs.views import print_results
+from jobs.workspace import WorkDir, duration
+from pipelines.errors import UserError
+from pipelines.files import write_atomically
+from pipelines.hashing import FileHashes, hash_json
+from pipelines.progress import console, say
+from pipelines.store import Stage
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line says. `texts`: files to evaluate on, each a source; `local`: tokens of the local context,
+    None for the model's own."""
+
+    checkpoint: str
+    tasks: Sequence[str]
+    overrides: Sequence[str]
+    base: str | None
+    texts: Sequence[str]
+    local: int | None
+    name: str
+    seed: int
+    work_dir: str
+
+
+def evaluate_checkpoint(request: Request) -> None:
+    """Measure, print, record. Raises UserError for whatever cannot be evaluated, before anything is measured."""
+    evaluation = chosen(request.tasks, request.overrides)
+    if needy := sorted(READ_DOCUMENTS & set(evaluation.tasks)) if not request.texts else []:
+        raise UserError(f"{needy[0]} is measured on text: give some with --data FILES")
+    work = WorkDir(request.name, request.work_dir)
+    with work.with_ray():
+        models = {"model": _find(request.checkpoint, work)}
+        if request.base is not None:
+            models["base"] = _find(request.base, work)
+        outputs, seconds = work.run(lambda: _stages(request, evaluation, models, work))
+        made = {name: output.path for name, output in outputs.items()}
+        tags = {
+            "fot.kind": "evaluation",
+            "fot.model": request.checkpoint,
+            "fot.files": hash_json(outputs["model"].params["files"]),
+        }
+        recorded = register(make_outcome(request.name, list(evaluation.tasks), made, tags), work.directory, Registry())
+    print_results(read_results(list(evaluation.tasks), made))
+    console.print(f"[bold]{request.name}: done in {duration(seconds)}[/bold]")
+    say(f"  report      {made['report'] / REPORT}")
+    say(f"  MLflow run  {recorded['run_id'] or 'kept for `fot registry sync`'}")
+
+
+def chosen(tasks: Sequence[str], overrides: Sequence[str]) -> Evaluation:
+    """The settings of the tasks asked for, all others left out. Raises UserError for an unknown one."""
+    for task in tasks:
+        if task not in MODULES:
+            near = difflib.get_close_matches(task, MODULES, 1, 0.4)
+            hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(MODULES)}"
+            raise UserError(f"--task {task} is unknown: {hint}")
+    content: dict[str, object] = {name: {} if name in tasks else None for name in MODULES}
+    for text in overrides:
+        override(content, text)
+    return validated(Evaluation, content, "fot evaluate")
+
+
+def _find(checkpoint: str, work: WorkDir) -> Path:
+    """A checkpoint's directory. Raises UserError where it is no LLaMA's, or has no tokenizer."""
+    path = Path(checkpoint).expanduser()
+    if is_model_uri(checkpoint):
+        path = fetch_model(checkpoint, tracking_uri(work.directory), work.directory / "models")
+    if not path.is_dir():
+        raise UserError(f"{checkpoint} is no directory: give a Hugging Face checkpoint or models:/fot/NAME@ALIAS")
+    if not (path / "config.json").exists() and any(path.glob("step-*")):
+        raise UserError(
+            f"{checkpoint} holds a training's checkpoints: `fot export {checkpoint} DIRECTORY` makes a model"
+        )
+    read_llama_config(path)
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        raise UserError(
+            f"{checkpoint} has no tokenizer: put its tokenizer.json (or tokenizer.model) beside the weights"
+        )
+    return path.resolve()
+
+
+def _stages(request: Request, evaluation: Evaluation, models: dict[str, Path], work: WorkDir) -> list[Stage]:
+    local = request.local or _window(models["model"])
+    with work.hashes() as hashes:
+        stages = [_model_stage(name, path, hashes) for name, path in models.items()]
+        if request.texts:
+            texts = _texts(request, models["model"])
+            corpus = look_at_corpus(texts, work.store, hashes)
+            stages += [corpus.tokenizer, shards_stage(texts, corpus), documents_stage(texts)]
+        stages += evaluation_stages(evaluation, {name: name for name in models}, local, request.seed, hashes)
+    settings = {
+        "checkpoint": request.checkpoint,
+        "base": request.base,
+        "local": local,
+        "seed": request.seed,
+        "evaluation": evaluation.model_dump(mode="json"),
+    }
+    facts = {"model": request.checkpoint, "base": request.base or "none", "code": code_version()}
+    made = [stage.name for stage in stages]
+    return [*stages, report_stage(request.name, list(evaluation.tasks), settings, lambda inputs, results: facts, made)]
+
+
+def _window(model: Path) -> int:
+    config = json.loads((model / "config.json").read_text())
+    return int(config.get("local_context") or config["max_position_embeddings"])
+
+
+def _model_stage(name: str, path: Path, hashes: FileHashes) -> Stage:
+    """A model that is there already, by the content of its files."""
+    files = directory_files(path, hashes)
+
+    def bring(output: Path, inputs: Inputs) -> None:
+        write_atomically(output / "files.json", json.dumps(files, indent=1).encode())
+        (output / MODEL).unlink(missing_ok=True)
+        (output / MODEL).symlink_to(path, target_is_directory=True)
+
+    return Stage(name, bring, {"path": str(path), "files": files})
+
+
+def _texts(request: Request, model: Path) -> Texts:
+    """All of the files, held out, in the model's own tokens; each a source, named by its place where a name repeats."""
+    names = [re.sub(r"[^A-Za-z0-9_-]+", "-", Path(path).name.split(".")[0]).strip("-") for path in request.texts]
+    unique = [name if name and names.count(name) == 1 else f"{name}-{n}" for n, name in enumerate(names)]
+    sources = [{"name": name, "path": path, "held_out": 1.0} for name, path in zip(unique, request.texts, strict=True)]
+    content = {"name": request.name, "seed": request.seed, "work_dir": request.work_dir}
+    return validated(
+        Texts, {**content, "data": {"sources": sources}, "base": {"checkpoint": str(model)}}, "fot evaluate"
+    )

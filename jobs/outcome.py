@@ -1,0 +1,138 @@
+"""What a workflow came to: a page for people, and what MLflow is told (metrics, tables, plots, lineage, the model)."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from jobs.data.stages import SHARDS, Inputs
+from jobs.evaluate.result import RESULT, Result
+from jobs.evaluate.stages import read_results
+from jobs.recipe import Recipe
+from jobs.registry.gate import decide, metrics_by_name
+from jobs.registry.record import Outcome
+from jobs.registry.server import Point
+from jobs.report import write_report
+from jobs.train.estimate import tokens_per_step
+from jobs.train.spec import MODEL
+from jobs.version import code_version
+from pipelines.files import write_atomically
+from pipelines.hashing import hash_json
+from pipelines.shards import MANIFEST, Manifest
+from pipelines.store import RECORD, Stage
+
+Results = Sequence[tuple[Result, Path]]
+RECIPE, LINEAGE, REPORT = "recipe.json", "lineage.json", "report.html"
+
+
+def report_stage(
+    title: str,
+    tasks: Sequence[str],
+    settings: Mapping[str, Any],
+    facts: Callable[[Inputs, Results], Mapping[str, str]],
+    made: Sequence[str],
+) -> Stage:
+    """A page about the stages `made`, with the settings and the lineage of each of their files beside it.
+
+    `tasks`: stages that hold a result; `facts`: what to know first.
+    """
+
+    def run(output: Path, inputs: Inputs) -> None:
+        results = read_results(tasks, inputs)
+        lineage = {name: json.loads((path / RECORD).read_text()) for name, path in inputs.items()}
+        texts = {"settings": json.dumps(settings, indent=1), "lineage": json.dumps(lineage, indent=1)}
+        write_atomically(output / RECIPE, texts["settings"].encode())
+        write_atomically(output / LINEAGE, texts["lineage"].encode())
+        write_report(output / REPORT, title, facts(inputs, results), results, texts)
+
+    return Stage("report", run, {"settings": settings}, inputs=tuple(made))
+
+
+def make_outcome(
+    name: str,
+    tasks: Sequence[str],
+    inputs: Inputs,
+    tags: Mapping[str, str],
+    params: Mapping[str, Any] = MappingProxyType({}),
+    model: Path | None = None,
+    trainings: Sequence[Path] = (),
+) -> Outcome:
+    """What MLflow is told of a finished workflow. `inputs`: the outputs of its stages, `report` among them; `model`:
+    what becomes a registered version."""
+    results, report = read_results(tasks, inputs), inputs["report"]
+    artifacts = {name: report / name for name in (RECIPE, LINEAGE, REPORT)}
+    if SHARDS in inputs:
+        artifacts[MANIFEST] = inputs[SHARDS] / MANIFEST
+    for result, directory in results:
+        artifacts |= {f"{result.task}/{name}": directory / name for name in (RESULT, *result.plots)}
+    return Outcome(
+        key=report.name,  # the hash of all that led to it
+        name=name,
+        tags={"fot.code": code_version(), **tags},
+        params={"tasks": ", ".join(tasks), **params},
+        metrics=metric_points(results),
+        artifacts=artifacts,
+        model=model,
+        trainings=trainings,
+    )
+
+
+def metric_points(results: Results) -> list[Point]:
+    """Points with the time at which their stage was finished: recorded again they are the same."""
+    return [
+        (metric, value, step, (directory / RECORD).stat().st_mtime)
+        for result, directory in results
+        for metric, step, value in result.points
+    ]
+
+
+def recipe_report(recipe: Recipe, made: Sequence[str]) -> Stage:
+    """The page of a recipe."""
+
+    def facts(inputs: Inputs, results: Results) -> dict[str, str]:
+        manifest = Manifest.read(inputs[SHARDS])
+        tokens = tokens_per_step(recipe.finetune) * recipe.finetune.steps
+        decision = decide(recipe.registry.promote, metrics_by_name(metric_points(results)))
+        return {
+            "training": f"{recipe.finetune.objective.kind}, {recipe.finetune.steps:,} steps, {tokens:,} tokens",
+            "base": _origin(inputs["base"]),
+            "data": f"{manifest.documents:,} documents, {manifest.tokens:,} tokens, manifest {manifest.hash}",
+            "code": code_version(),
+            "gate": "; ".join(decision.reasons),
+        }
+
+    return report_stage(recipe.name, list(recipe.evaluation.tasks), recipe.described(), facts, made)
+
+
+def recipe_outcome(recipe: Recipe, inputs: Inputs) -> Outcome:
+    """What MLflow is told of a finished recipe."""
+    manifest = Manifest.read(inputs[SHARDS])
+    tags = {
+        "fot.kind": "recipe",
+        "fot.recipe": hash_json(recipe.described()),
+        "fot.manifest": manifest.hash,
+        "fot.base": _origin(inputs["base"]),
+        "fot.tokens_seen": str(tokens_per_step(recipe.finetune) * recipe.finetune.steps),
+    }
+    params = {
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "documents": manifest.documents,
+        "tokens": manifest.tokens,
+        "objective": recipe.finetune.objective.kind,
+        "context": recipe.finetune.objective.context,
+        "steps": recipe.finetune.steps,
+        "learning_rate": recipe.finetune.optimizer.learning_rate,
+        "zero_stage": recipe.finetune.deepspeed.zero_stage,
+        "workers": recipe.resources.workers,
+    }
+    trainings = [inputs["base"], inputs["finetune"]]
+    tasks, model = list(recipe.evaluation.tasks), inputs["finetune"] / MODEL
+    return make_outcome(recipe.name, tasks, inputs, tags, params, model, trainings)
+
+
+def _origin(base: Path) -> str:
+    """Where a base came from: its directory, or the stage that made it."""
+    model = base / MODEL
+    return str(model.resolve()) if model.is_symlink() else f"pre-trained here, stage key {base.name}"

@@ -1,0 +1,235 @@
+"""`fot registry ...`: what was run and what came of it, in the terminal; MLflow's pages; what waits to be uploaded."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+from jobs.registry.config import SERVERS, check_tracking_uri, hide_credentials
+from jobs.registry.record import GATE, REASONS
+from jobs.registry.runs import children, find, histories, list_runs
+from jobs.registry.server import KIND, connect, database_file, talking_to, tracking_uri
+from jobs.registry.sync import sync
+from jobs.registry.views import (
+    curve,
+    differing,
+    lineage_lines,
+    list_rows,
+    metric_rows,
+    print_table,
+)
+from pipelines.errors import UserError
+
+
+def show_list(work_dir: Path, uri: str | None, name: str | None, asked: str | None) -> None:
+    """Print the runs, the newest first."""
+    with _registry(work_dir, uri) as client:
+        runs = list_runs(client, name, asked)
+    if not runs:
+        print("no runs")
+        return
+    print_table("", *list_rows(runs))
+
+
+def show_run(work_dir: Path, uri: str | None, asked: str) -> None:
+    """Print all there is to know of a run, or of the run that made a model."""
+    with _registry(work_dir, uri) as client:
+        run = find(client, asked)
+        tags = run.data.tags
+        print(f"{run.info.run_name}: {tags.get(KIND, 'run')} {run.info.run_id}, {run.info.status.lower()}")
+        print_table("", ("setting", "value"), sorted([*run.data.params.items(), *_own(tags)]))
+        trainings, metrics = children(client, run), histories(client, run)
+        losses = {"loss": metrics.pop("loss")} if "loss" in metrics else {}
+        losses |= {f"loss of {child.info.run_name}": histories(client, child).get("loss", {}) for child in trainings}
+        for what, history in losses.items():
+            print(f"{what}: {curve(history)}")
+        if tags.get(KIND) == "training":
+            metrics = {name: {max(steps): steps[max(steps)]} for name, steps in metrics.items()}
+        if metrics:
+            print_table("", ("metric", "at", "value"), metric_rows(metrics))
+        if GATE in tags:
+            print(f"gate: {tags[GATE]}", *(f"  {reason}" for reason in tags[REASONS].splitlines()), sep="\n")
+        lineage = _artifact(client, run, "lineage.json")
+        if lineage:
+            shards = work_dir / "store" / "shards" / lineage.get("shards", {}).get("key", "-") / "manifest.json"
+            manifest = _artifact(client, run, "manifest.json")
+            if not manifest and shards.exists():
+                manifest = json.loads(shards.read_text())
+            print("lineage", *(f"  {line}" for line in _lineage(client, run, lineage, manifest)), sep="\n")
+        for child in trainings:
+            print(f"  training run {child.info.run_id}: {child.info.run_name}, {child.info.status.lower()}")
+
+
+def compare(work_dir: Path, uri: str | None, asked: Sequence[str]) -> None:
+    """Print runs side by side: what they were told, what was measured, how they were trained."""
+    if len(asked) < 2:
+        raise UserError("fot registry compare: give two runs or more (`fot registry list` shows their ids)")
+    with _registry(work_dir, uri) as client:
+        runs = [find(client, each) for each in asked]
+        metrics = [histories(client, run) for run in runs]
+        losses = [_loss(client, run, own) for run, own in zip(runs, metrics, strict=True)]
+    names = [f"{run.info.run_name} {run.info.run_id[:8]}" for run in runs]
+    rows = differing([run.data.params for run in runs])
+    print_table("settings that differ", ("setting", *names), rows) if rows else print("the same settings")
+    shown = [
+        {name: steps for name, steps in own.items() if run.data.tags.get(KIND) != "training"}
+        or {name: {max(steps): steps[max(steps)]} for name, steps in own.items()}
+        for run, own in zip(runs, metrics, strict=True)
+    ]
+    rows = metric_rows(shown[0], shown[1:])
+    print_table("metrics (difference to the first)", ("metric", "at", *names), rows)
+    for name, loss, own in zip(names, losses, metrics, strict=True):
+        print(f"{name}")
+        print(f"  training loss  {curve(loss)}")
+        if perplexity := own.get("perplexity/model"):
+            print(f"  perplexity     {curve(perplexity)}")
+
+
+def open_pages(work_dir: Path, uri: str | None, port: int) -> None:
+    """MLflow's pages on this machine alone, until Ctrl-C. No process stays behind."""
+    uri = _address(work_dir, uri)
+    if uri.partition("://")[0] in SERVERS:
+        connect(uri)
+        print(f"MLflow's pages are at {hide_credentials(uri)}")
+        return
+    connect(uri)
+    if _is_taken(port):
+        raise UserError(f"port {port} is taken, by other pages perhaps: try --port with another one")
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--workers", "1"]
+    command += ["--default-artifact-root", (work_dir / "mlartifacts").resolve().as_uri()]
+    signal.signal(signal.SIGTERM, _interrupt)
+    with tempfile.TemporaryFile() as log:
+        server = subprocess.Popen(
+            command,
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            if not _answers(server, port):
+                log.seek(0)
+                last = (log.read().decode(errors="replace").strip().splitlines() or ["it says nothing"])[-1]
+                raise UserError(f"MLflow's pages do not start on port {port} ({last}): try --port with another one")
+            print(f"MLflow's pages are at http://127.0.0.1:{port} (Ctrl-C ends them)", flush=True)
+            server.wait()
+            raise UserError("MLflow's pages ended by themselves: start them again")
+        except KeyboardInterrupt:
+            print("ended")
+        finally:
+            _end(server)
+
+
+def sync_all(work_dir: Path, uri: str | None) -> None:
+    """Upload what waits in the outbox, and say what."""
+    done = 0
+    for line in sync(work_dir.resolve(), uri):
+        print(line, flush=True)
+        done += 1
+    if not done:
+        print(f"nothing waits in {work_dir / 'outbox'}")
+
+
+def sync_recipe(recipe: Path) -> None:
+    """As `sync_all`, of a recipe's work directory and to its tracking server."""
+    from jobs.recipe import load_recipe
+
+    loaded = load_recipe(recipe)
+    sync_all(Path(loaded.work_dir), loaded.registry.tracking_uri)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+def _answers(server: "subprocess.Popen[bytes]", port: int) -> bool:
+    """Whether the server answers before it ends, or two minutes are over."""
+    for _ in range(600):
+        if server.poll() is not None:
+            return False
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return server.poll() is None
+        except OSError:
+            time.sleep(0.2)
+    return False
+
+
+def _end(server: "subprocess.Popen[bytes]") -> None:
+    """End the server and the processes it started."""
+    for sign, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, None)):
+        try:
+            os.killpg(server.pid, sign)
+            server.wait(patience)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+
+
+def _address(work_dir: Path, uri: str | None) -> str:
+    """The store asked for. Raises UserError where there is none."""
+    if uri is not None:
+        try:
+            return check_tracking_uri(uri)
+        except ValueError as error:
+            raise UserError(f"--uri: {error}") from None
+    found = tracking_uri(work_dir)
+    file = database_file(found)
+    if file is not None and not file.exists():
+        raise UserError(f"{work_dir} holds no runs: give --work-dir DIR (where a recipe's work_dir is), or --uri URI")
+    return found
+
+
+@contextmanager
+def _registry(work_dir: Path, uri: str | None) -> Iterator[MlflowClient]:
+    address = _address(work_dir, uri)
+    with talking_to(address):
+        yield connect(address)
+
+
+def _own(tags: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Our tags, but for those that have lines of their own."""
+    return [(name, value) for name, value in tags.items() if name.startswith("fot.") and name not in (GATE, REASONS)]
+
+
+def _artifact(client: MlflowClient, run: Run, name: str) -> dict[str, Any]:
+    """A JSON file of a run, {} without."""
+    if name not in {artifact.path for artifact in client.list_artifacts(run.info.run_id)}:
+        return {}
+    with tempfile.TemporaryDirectory() as directory:
+        return dict(json.loads(Path(client.download_artifacts(run.info.run_id, name, directory)).read_text()))
+
+
+def _lineage(client: MlflowClient, run: Run, lineage: Mapping[str, Any], manifest: Mapping[str, Any]) -> Iterator[str]:
+    return lineage_lines(lineage, _artifact(client, run, "recipe.json"), manifest)
+
+
+def _loss(client: MlflowClient, run: Run, metrics: Mapping[str, Mapping[int, float]]) -> Mapping[int, float]:
+    """A training's loss; of a run with trainings, that of the last one."""
+    if "loss" in metrics:
+        return metrics["loss"]
+    trainings = children(client, run)
+    return histories(client, trainings[-1]).get("loss", {}) if trainings else {}

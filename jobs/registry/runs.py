@@ -1,0 +1,144 @@
+"""Runs as people ask for them: found by the beginning of an id or by a model, filtered, with all their numbers."""
+
+import operator
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+from jobs.registry.models import find_version, model_address
+from jobs.registry.record import PARENT
+from jobs.registry.server import KIND
+from pipelines.errors import UserError
+
+PAGE = 1000
+OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+    "=": operator.eq,
+}
+FILTER = re.compile(r"metric\s+(\S+?)(?:@(\d+))?\s*(>=|<=|>|<|=)\s*(-?\d+(?:\.\d*)?(?:e-?\d+)?)")
+ID = re.compile(r"[0-9a-f]{4,32}")
+LATEST = ("perplexity/model", "passkey/exact", "loss")  # what a line about a run shows, where it is measured
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run as lists show it. `model`: its version's name, number and aliases, "" without. `start`: ms since 1970."""
+
+    run_id: str
+    experiment: str
+    name: str
+    kind: str
+    status: str
+    start: int
+    latest: Mapping[str, float]
+    model: str
+
+
+def list_runs(client: MlflowClient, experiment: str | None, asked: str | None) -> list[RunFacts]:
+    """Runs, the newest first. `asked`: "metric NAME@STEP >= VALUE", or a filter as MLflow has them."""
+    keep, theirs = _filter(client, asked)
+    experiments = {each.experiment_id: each.name for each in client.search_experiments()}
+    wanted = [number for number, name in experiments.items() if experiment in (None, name)]
+    if not wanted:
+        raise UserError(f"--name {experiment}: there is no such experiment, but {', '.join(experiments.values())}")
+    models = _models_by_run(client)
+    runs = (run for run in _pages(client, wanted, theirs) if keep(run))
+    return [
+        RunFacts(
+            run_id=str(run.info.run_id),
+            experiment=experiments[run.info.experiment_id],
+            name=run.info.run_name or "",
+            kind=run.data.tags.get(KIND, ""),
+            status=run.info.status,
+            start=run.info.start_time,
+            latest={name: run.data.metrics[name] for name in LATEST if name in run.data.metrics},
+            model=models.get(run.info.run_id, ""),
+        )
+        for run in runs
+    ]
+
+
+def find(client: MlflowClient, asked: str) -> Run:
+    """The run whose id begins so, or that made the model's version. Raises UserError for none and for several."""
+    if ID.fullmatch(asked):
+        everywhere = [each.experiment_id for each in client.search_experiments()]
+        found = [run for run in _pages(client, everywhere, "") if run.info.run_id.startswith(asked)]
+        if len(found) > 1:
+            raise UserError(f"{asked} begins {len(found)} runs' ids: give more of it")
+        if found:
+            return found[0]
+    try:
+        return client.get_run(find_version(client, model_address(asked)).run_id)
+    except UserError as error:
+        if ID.fullmatch(asked):
+            raise UserError(f"{asked} is no run's id, nor a model: `fot registry list` shows what there is") from None
+        raise error
+
+
+def histories(client: MlflowClient, run: Run) -> dict[str, dict[int, float]]:
+    """All metrics of a run: name -> {step: value}."""
+    return {
+        name: {point.step: point.value for point in client.get_metric_history(run.info.run_id, name)}
+        for name in sorted(run.data.metrics)
+    }
+
+
+def children(client: MlflowClient, run: Run) -> list[Run]:
+    """The trainings that led to a run, the first first."""
+    asked = f"tags.`{PARENT}` = '{run.info.run_id}'"
+    return list(_pages(client, [run.info.experiment_id], asked))[::-1]
+
+
+def _pages(client: MlflowClient, experiments: list[str], asked: str) -> Iterator[Run]:
+    token = None
+    while True:
+        page = client.search_runs(
+            experiments, asked, max_results=PAGE, order_by=["attributes.start_time DESC"], page_token=token
+        )
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _filter(client: MlflowClient, asked: str | None) -> tuple[Callable[[Run], bool], str]:
+    """What a run must fulfil: here, and in MLflow's words."""
+    if asked is None:
+        return lambda run: True, ""
+    if not asked.strip().startswith("metric "):
+        return lambda run: True, asked
+    found = FILTER.fullmatch(asked.strip())
+    if found is None:
+        raise UserError(f'--filter {asked}: write it as "metric passkey/exact@65536 >= 0.9"')
+    name, step, compare, limit = found[1], found[2], OPERATORS[found[3]], float(found[4])
+
+    def keep(run: Run) -> bool:
+        if name not in run.data.metrics:
+            return False
+        if step is None:
+            return compare(run.data.metrics[name], limit)
+        history = client.get_metric_history(run.info.run_id, name)
+        return any(compare(point.value, limit) for point in history if point.step == int(step))
+
+    return keep, ""
+
+
+def _models_by_run(client: MlflowClient) -> dict[str, str]:
+    """'fot/tiny 3 (candidate, champion)' by the id of the run that made it."""
+    made = {}
+    for model in client.search_registered_models():
+        held: dict[str, list[str]] = {}
+        for alias, version in sorted(client.get_registered_model(model.name).aliases.items()):
+            held.setdefault(str(version), []).append(alias)
+        for version in client.search_model_versions(f"name = '{model.name}'"):
+            aliases = held.get(str(version.version), [])
+            shown = f"{model.name.replace('.', '/', 1)} {version.version}"
+            made[version.run_id] = shown + (f" ({', '.join(aliases)})" if aliases else "")
+    return made

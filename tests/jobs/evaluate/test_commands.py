@@ -1,0 +1,115 @@
+"""`fot evaluate` on a checkpoint made on the spot."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fot_model import FotLlamaConfig, FotLlamaForCausalLM
+from jobs.evaluate.result import Result
+from pipelines.tokenizer import train_tokenizer
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, corpus: Path) -> Path:
+    """A FoT model of two layers with its tokenizer, untrained."""
+    path = tmp_path / "model"
+    path.mkdir()
+    train_tokenizer([corpus.read_text()], 300, path)
+    torch.manual_seed(0)
+    config = FotLlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        mem_layers=[1],
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    FotLlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def only(directory: Path) -> Path:
+    (found,) = (path for path in directory.glob("*") if path.is_dir())
+    return found
+
+
+def test_a_checkpoint_is_measured_and_recorded_and_found_again(
+    fot_here, checkpoint: Path, corpus: Path, tmp_path: Path
+) -> None:
+    asked = ["evaluate", checkpoint, "--task", "perplexity", "--task", "passkey", "--data", corpus]
+    asked += ["--base", checkpoint, "--local", "16"]
+    sets = ["perplexity.contexts=[1,4]", "perplexity.windows=4", "passkey={lengths: [20], trials: 2, digits: 2}"]
+    asked += [part for each in sets for part in ("--set", each)]
+    answer = fot_here(*asked, "--name", "mine")
+    assert answer.returncode == 0, answer.stdout
+    for shown in ("perplexity, base", "perplexity, model", "Passkey", "report.html", "MLflow run"):
+        assert shown in answer.stdout
+    store = tmp_path / "runs" / "store"
+    result = Result.read(only(store / "perplexity"))
+    values = {point.metric: point.value for point in result.points if point.step == 64}
+    assert values["perplexity/model"] == values["perplexity/base"]  # the same checkpoint
+    page = (only(store / "report") / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert str(checkpoint) in page
+    listed = fot_here("registry", "list").stdout
+    assert "mine" in listed
+    assert "evaluation" in listed
+    again = fot_here(*asked, "--name", "mine")
+    assert "perplexity found" in again.stdout
+    assert fot_here("registry", "list").stdout.count("evaluation") == listed.count("evaluation")
+
+
+def test_an_edited_question_file_is_asked_anew(fot_here, checkpoint: Path, tmp_path: Path) -> None:
+    questions = [{"question": f"what is {word} ?", "fine": "DESC:def", "coarse": "DESC"} for word in "abcdefgh"]
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in questions))
+    asked = ["evaluate", checkpoint, "--task", "trec", "--set", "trec={train: train.jsonl, test: test.jsonl, "]
+    asked[-1] += "lengths: [4], draws: 1, questions: 1}"
+    assert fot_here(*asked).returncode == 0
+    (tmp_path / "test.jsonl").write_text(json.dumps(questions[0]) + "\n")
+    again = fot_here(*asked)
+    assert again.returncode == 0
+    assert "trec done in" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "paskey"], "--task paskey is unknown: did you mean passkey?"),
+        (["--task", "zzz"], "--task zzz is unknown: give one of perplexity, passkey"),
+        (["--task", "perplexity"], "perplexity is measured on text: give some with --data FILES"),
+        (["--task", "trec"], "trec.train is missing"),
+        (
+            ["--task", "passkey", "--set", "passkey.lengs=[1]"],
+            "unknown key passkey.lengs: did you mean passkey.lengths?",
+        ),
+        (["--task", "passkey", "--set", "passkey.lengths=[1]"], "passkey"),
+        (["--task", "trec", "--local", "16", "--set", "trec={train: q.jsonl, test: q.jsonl}"], "cannot be asked"),
+        (["--task", "passkey", "--set", "passkey.lengths=[100000000]"], "GB"),
+        (["--task", "perplexity", "--data", "nothing.txt"], "nothing.txt"),
+    ],
+)
+def test_a_mistake_is_one_line(fot_here, checkpoint: Path, arguments: list[str], message: str) -> None:
+    (checkpoint.parent / "q.jsonl").write_text('{"question": "what is an acorn ?", "fine": "DESC:def"}\n')
+    answer = fot_here("evaluate", checkpoint, *arguments)
+    assert answer.returncode == 2
+    assert message in answer.stdout.splitlines()[-1]
+
+
+def test_what_is_no_model_to_evaluate_is_one_line(fot_here, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "training" / "step-00000100").mkdir(parents=True)
+    (checkpoint / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    for path, message in (
+        (checkpoint, "has no tokenizer: put its tokenizer.json"),
+        (tmp_path / "training", "holds a training's checkpoints: `fot export"),
+        (tmp_path / "none", "is no directory"),
+        ("models:/fot/none@champion", "models:/fot/none"),
+    ):
+        answer = fot_here("evaluate", path, "--task", "passkey")
+        assert answer.returncode == 2
+        assert message in answer.stdout.splitlines()[-1]

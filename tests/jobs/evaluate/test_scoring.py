@@ -1,0 +1,34 @@
+import numpy as np
+import pytest
+import torch
+
+from fot_model import FotLlamaForCausalLM
+from jobs.evaluate.scoring import score
+from jobs.evaluate.subject import open_documents
+from jobs.evaluate.windows import Window
+
+LOCAL = 16  # as the model of the fixtures
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("context", "scored"), [(1, 1), (2, 1), (5, 1), (5, 3)])
+def test_losses_are_those_of_a_long_causal_pass(subject_of, model_dir, context: int, scored: int) -> None:
+    dataset = open_documents(subject_of({"s": [30, 140]}))
+    model = FotLlamaForCausalLM.from_pretrained(model_dir).eval()
+    window = Window(1, 100)
+    with torch.no_grad():
+        (found,) = score(model, dataset, [window], context, LOCAL, CPU, scored=scored).tolist()
+        start = window.start - (context - 1) * LOCAL
+        text = torch.tensor(dataset.tokens(1, start, window.start + LOCAL + 1).astype(np.int64))
+        log_probabilities = model(text[None, :-1], use_cache=False).logits[0, -scored * LOCAL :].log_softmax(-1)
+    expected = -log_probabilities.gather(1, text[-scored * LOCAL :, None]).view(scored, LOCAL).sum(1)
+    assert found == pytest.approx(expected.tolist(), rel=1e-5)
+
+
+def test_without_a_memory_layer_what_was_before_makes_no_difference(subject_of, model_dir) -> None:
+    dataset = open_documents(subject_of({"s": [140]}))
+    model = FotLlamaForCausalLM.from_pretrained(model_dir, mem_layers=[]).eval()
+    with torch.no_grad():
+        one, four = (score(model, dataset, [Window(0, 64)], context, LOCAL, CPU) for context in (1, 4))
+    assert torch.equal(one, four)

@@ -1,0 +1,98 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fot_model import FotCache, FotLlamaForCausalLM, TopKMemory
+from jobs.evaluate.config import Memory
+from jobs.evaluate.subject import (
+    check_tokenizer,
+    load_model,
+    memory_bytes,
+    new_cache,
+    open_documents,
+    read_into,
+    read_tokenizer,
+    weights_bytes,
+)
+from pipelines.errors import UserError
+from pipelines.tokenizer import load_tokenizer, train_tokenizer
+
+LOCAL = 16  # as the model of the fixtures
+
+
+def test_the_base_reads_with_the_models_memory_layers(save_model) -> None:
+    model = save_model(num_hidden_layers=3, mem_layers=[1, 2])
+    base = save_model(num_hidden_layers=3, mem_layers=[], mem_positionals=True)
+    assert load_model(base, model).config.mem_layers == [1, 2]
+    assert not load_model(base, model).config.mem_positionals
+    assert load_model(base, base).config.mem_layers == []
+    assert not load_model(base, base).training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_is_loaded_in_its_own_number_type(save_model, dtype: torch.dtype) -> None:
+    directory = save_model()
+    FotLlamaForCausalLM.from_pretrained(directory, dtype=dtype).save_pretrained(directory)
+    load_model.cache_clear()
+    assert load_model(directory, directory).dtype == dtype
+
+
+def test_reading_window_by_window_is_reading_at_once(model_dir: Path) -> None:
+    model = load_model(model_dir, model_dir)
+    ids_BT = torch.randint(2, 280, (2, 3 * LOCAL), generator=torch.Generator().manual_seed(0))
+    made = []
+    hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: made.append(inputs[0].shape[1]))
+    with torch.inference_mode():
+        windows, whole = FotCache(model.config), FotCache(model.config)
+        read_into(model, windows, ids_BT, LOCAL)
+        assert made == [1, 1, 1], "no logits but the last of a window"
+        model(ids_BT, past_key_values=whole, last_context_length=LOCAL)
+        whole.flush()
+    hook.remove()
+    assert windows.local_length == 0
+    for name, tensor in whole.memory.state_dict().items():
+        torch.testing.assert_close(windows.memory.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_the_estimate_of_memory_is_what_buffers_hold_at_most(model_dir: Path, dtype: str | None) -> None:
+    memory, model = Memory(dtype=dtype), load_model(model_dir, model_dir)
+    cache, rows, windows = new_cache(model, memory), 2, 9
+    ids_BT = torch.randint(2, 280, (rows, windows * LOCAL))
+    with torch.inference_mode():
+        read_into(model, cache, ids_BT, LOCAL)
+    held = sum(each._held.nbytes for layer in cache.memory._layers.values() for each in layer.buffers().values())
+    estimate = memory_bytes(model_dir, memory, windows * LOCAL, rows)
+    assert held / 2 <= estimate
+    assert held <= 1.4 * estimate  # doubling leaves up to half of a buffer empty
+
+
+def test_memory_attends_as_asked_for(model_dir: Path) -> None:
+    model = load_model(model_dir, model_dir)
+    few = new_cache(model, Memory(top_k=7, dtype="bfloat16")).memory
+    assert isinstance(few, TopKMemory)
+    assert (few.k, few.dtype) == (7, torch.bfloat16)
+    assert not isinstance(new_cache(model, Memory()).memory, TopKMemory)
+
+
+def test_weights_are_counted_by_their_files(model_dir: Path) -> None:
+    parameters = sum(each.numel() for each in load_model(model_dir, model_dir).parameters())
+    assert weights_bytes(model_dir) == pytest.approx(4 * parameters, rel=0.2)
+
+
+def test_the_tokenizer_lies_beside_the_model(model_dir: Path, tmp_path: Path) -> None:
+    text = "the grass is green 123 déjà"
+    assert read_tokenizer(model_dir).encode(text) == load_tokenizer(model_dir).encode(text)
+    with pytest.raises(UserError, match="no tokenizer in"):
+        read_tokenizer(tmp_path)
+
+
+def test_documents_of_another_tokenizer_are_a_users_error(subject_of, save_model) -> None:
+    subject = subject_of({"s": [40]})
+    check_tokenizer(subject, open_documents(subject))
+    other = save_model()
+    train_tokenizer(["quite other words in here"], 270, other)
+    with pytest.raises(UserError, match="were tokenized otherwise"):
+        check_tokenizer(replace(subject, models={"model": other}), open_documents(subject))

@@ -1,0 +1,156 @@
+"""`fot registry` in the terminal."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from jobs.cli import fot, user_message
+from jobs.registry.config import Registry
+from jobs.registry.record import record
+
+GATE = Registry.model_validate({"promote": [{"metric": "passkey/exact", "at": 2048, "least": 0.9}]})
+
+
+@pytest.fixture
+def run_fot(work_dir: Path):
+    """Runs `fot registry ...` on the work directory. Returns exit code and what was printed."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        done = CliRunner().invoke(fot, ["registry", *arguments, "--work-dir", str(work_dir)])
+        message = None if done.exception is None else user_message(done.exception)
+        return (2, message) if message is not None else (done.exit_code, done.output)
+
+    return run
+
+
+@pytest.fixture
+def three_runs(work_dir: Path, make_outcome) -> list[dict]:
+    """Two versions of a model, of which the first is champion, and an evaluation; each with its lineage."""
+    report = work_dir / "store" / "report"
+    report.mkdir(parents=True)
+    tokens = {"entries": [["a.txt", [["a.txt", "0123456789abcdef0000"]]]], "source": "books"}
+    stages = {
+        "shards": {"key": "5aa5", "inputs": {"tokenizer": "70c0"}, "params": {}, "files": {"manifest.json": []}},
+        "base": {"key": "ba5e", "inputs": {}, "params": {"path": "/models/llama"}, "files": {"base.json": []}},
+        "perplexity": {"key": "99e1", "inputs": {"finetune": "f17e"}, "params": {}, "files": {"result.json": []}},
+        "finetune": {"key": "f17e", "inputs": {"shards": "5aa5", "base": "ba5e"}, "params": {}, "files": {"m": []}},
+    }
+    (report / "lineage.json").write_text(json.dumps(stages))
+    (report / "recipe.json").write_text(json.dumps({"data": {"sources": [{"name": "books", "path": "/corpus/*.txt"}]}}))
+    (work_dir / "store" / "shards" / "5aa5").mkdir(parents=True)
+    (work_dir / "store" / "shards" / "5aa5" / "manifest.json").write_text(json.dumps({"shards": [{"unit": tokens}]}))
+    artifacts = {name: report / name for name in ("lineage.json", "recipe.json")}
+    return [
+        record(make_outcome("one", artifacts=artifacts), work_dir, GATE),
+        record(make_outcome("two", passkey=0.5, params={"seed": 1, "steps": 3}), work_dir, GATE),
+        record(make_outcome("three", name="other", model=None, trainings=[]), work_dir),
+    ]
+
+
+def test_runs_are_listed_newest_first_with_their_models(run_fot, three_runs: list[dict]) -> None:
+    code, printed = run_fot("list")
+    assert code == 0
+    header, *lines = printed.splitlines()
+    assert header.split() == ["run", "experiment", "name", "kind", "status", "start", "last", "metrics", "model"]
+    assert len(lines) == 5  # with two trainings
+    assert lines[0].startswith(three_runs[2]["run_id"][:8])
+    one = next(line for line in lines if line.startswith(three_runs[0]["run_id"][:8]))
+    assert "perplexity/model 9.5, passkey/exact 0.95" in one
+    assert "fot/tiny 1 (champion)" in one
+    assert any("fot/tiny 2 (candidate)" in line for line in lines)
+    assert sum(" training " in line for line in lines) == 2
+
+    assert len(run_fot("list", "--name", "other")[1].splitlines()) == 2
+    for asked, count in {
+        "metric passkey/exact@2048 >= 0.9": 2,
+        "metric passkey/exact@2048 < 0.9": 1,
+        "metric passkey/exact@512 < 0.9": 0,
+        "metric passkey/exact < 0.9": 1,
+        "params.seed = '1'": 1,
+        "tags.`fot.kind` = 'training'": 2,
+    }.items():
+        code, printed = run_fot("list", "--filter", asked)
+        assert (code, len(printed.splitlines()) - 1) == (0, count), asked
+    assert run_fot("list", "--filter", "metric passkey/exact@4 >= 0")[1] == "no runs\n"
+
+
+def test_a_run_is_shown_by_id_and_by_model_with_gate_and_lineage(run_fot, three_runs: list[dict]) -> None:
+    code, printed = run_fot("show", three_runs[0]["run_id"][:10])
+    assert code == 0
+    for asked in ("tiny@champion", "models:/fot/tiny/1", three_runs[0]["run_id"]):
+        assert run_fot("show", asked) == (0, printed)
+    assert "loss of tiny: finetune: █▅▁ 3 to 1, 1 to 3" in printed
+    assert ["passkey/exact", "2048", "0.95"] in [line.split() for line in printed.splitlines()]
+    assert "gate: promoted\n  pass: passkey/exact at 2048 is 0.95, wanted at least 0.9\n" in printed
+    lineage = printed[printed.index("lineage") :].splitlines()
+    assert lineage[1:-1] == [
+        "  source books: /corpus/*.txt, 1 files",
+        "    a.txt  0123456789abcdef",
+        "  shards 5aa5: 1 files; of tokenizer 70c0",
+        "  base ba5e from /models/llama: 1 files",
+        "  finetune f17e: 1 files; of shards 5aa5, base ba5e",
+        "  perplexity 99e1: 1 files; of finetune f17e",
+    ]
+    assert lineage[-1].endswith(": tiny: finetune, finished")
+    assert "gate: not promoted" in run_fot("show", "tiny@candidate")[1]
+
+
+def test_runs_are_compared_by_what_differs(run_fot, three_runs: list[dict]) -> None:
+    code, printed = run_fot("compare", "tiny/1", "tiny/2")
+    assert code == 0
+    rows = [line.split() for line in printed.splitlines()]
+    assert ["seed", "0", "1"] in rows
+    assert not any(row[0] == "steps" for row in rows)
+    assert ["passkey/exact", "2048", "0.95", "0.5", "(-0.45)"] in rows
+    assert printed.count("training loss  █▅▁ 3 to 1") == 2
+    assert "perplexity     █▁ 10.05 to 9.5, 512 to 2048" in printed
+
+
+def test_what_there_is_not_is_one_line(run_fot, three_runs: list[dict]) -> None:
+    for arguments, message in (
+        (("show", "abcdef01"), "abcdef01 is no run's id, nor a model: `fot registry list` shows what there is"),
+        (("show", "tinny"), "models:/fot/tinny: there is no such model, but fot/tiny"),
+        (("show", "tiny@best"), "models:/fot/tiny has no alias best: there are versions 1, 2"),
+        (("compare", "tiny"), "give two runs or more"),
+        (("list", "--name", "tinny"), "--name tinny: there is no such experiment, but "),
+        (("list", "--filter", "metric x is large"), 'write it as "metric passkey/exact@65536 >= 0.9"'),
+        (("list", "--filter", "no filter"), "Invalid"),
+        (("list", "--uri", "ftp://me:secret@host"), "--uri: ftp://host is no tracking server"),
+        (("list", "--uri", "http://me:secret@127.0.0.1:9"), "MLflow at http://127.0.0.1:9 cannot be used"),
+    ):
+        code, said = run_fot(*arguments)
+        assert code == 2
+        assert message in said
+        assert "secret" not in said
+        assert "\n" not in said
+
+
+def test_a_directory_without_runs_is_one_line(tmp_path: Path) -> None:
+    done = CliRunner().invoke(fot, ["registry", "list", "--work-dir", str(tmp_path)])
+    assert f"{tmp_path} holds no runs: give --work-dir DIR" in user_message(done.exception)
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_sync_says_what_it_did(run_fot, work_dir: Path, make_outcome) -> None:
+    assert run_fot("sync") == (0, f"nothing waits in {work_dir / 'outbox'}\n")
+    record(make_outcome(), work_dir, Registry(tracking_uri="http://127.0.0.1:9"))
+    assert run_fot("sync") == (2, "MLflow at http://127.0.0.1:9 cannot be used (Connection refused)")
+    entry = work_dir / "outbox" / "one.json"
+    entry.write_text(json.dumps({**json.loads(entry.read_text()), "uri": None}))
+    code, printed = run_fot("sync")
+    assert code == 0
+    assert printed.startswith("tiny: run ")
+    assert printed.endswith(", version 1 of models:/fot/tiny, not promoted\n")
+    assert not entry.exists()
+
+
+def test_a_port_that_is_taken_is_one_line(run_fot) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = f"port {port} is taken, by other pages perhaps: try --port with another one"
+        assert run_fot("ui", "--port", str(port)) == (2, said)

@@ -1,0 +1,109 @@
+"""MLflow's pages in a real browser: a person sees the run, its plot and the model's version."""
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jobs.registry.config import Registry
+from jobs.registry.record import record
+
+GATE = Registry.model_validate({"promote": [{"metric": "passkey/exact", "at": 2048, "least": 0.9}]})
+WORD = "quaxelwimp"  # nowhere but in our run
+PATIENCE = 60  # seconds for a page to show what is waited for
+
+
+@pytest.fixture
+def browser():
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        if os.environ.get("CI"):
+            pytest.fail("the pages are to be seen in Chromium: install chromium and chromium-driver")
+        pytest.skip("no chromium with chromedriver here: MLflow's pages are not looked at")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1600,1200"):
+        options.add_argument(argument)
+    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    browser.set_page_load_timeout(PATIENCE)
+    yield browser
+    browser.quit()
+
+
+def until(browser, seen):
+    """What `seen` gives as soon as it is something; the page's text is told where it never is."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        try:
+            if found := seen():
+                return found
+        except Exception as error:  # the page is being built
+            if "selenium" not in type(error).__module__:
+                raise
+        time.sleep(0.2)
+    raise AssertionError(f"{browser.current_url} never showed it: {text_of(browser)[:2000]}")
+
+
+def text_of(browser) -> str:
+    return browser.execute_script("return document.body.innerText")
+
+
+def wait_for_texts(browser, *texts: str) -> None:
+    until(browser, lambda: all(text in text_of(browser) for text in texts))
+
+
+def plot(path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(3.21, 2.34), dpi=100)
+    axes.plot([1, 2], [2, 1])
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def test_the_run_its_plot_and_the_models_version_are_seen(
+    work_dir: Path, make_outcome, start_fot, browser, port
+) -> None:
+    outcome = make_outcome(tags={"fot.base": f"{WORD}-base"}, params={"objective": f"{WORD}-objective"})
+    picture = outcome.model.parent / "perplexity.png"
+    plot(picture)
+    artifacts = {**outcome.artifacts, "perplexity/perplexity.png": picture}
+    outcome = make_outcome(tags=outcome.tags, params=outcome.params, artifacts=artifacts, trainings=[])
+    made = record(outcome, work_dir, GATE)
+
+    server = start_fot("registry", "ui", "--work-dir", work_dir, "--port", port)
+    line = server.stdout.readline()
+    assert line == f"MLflow's pages are at http://127.0.0.1:{port} (Ctrl-C ends them)\n"
+    started = psutil.Process(server.pid).children(recursive=True)
+    assert started
+    url = f"http://127.0.0.1:{port}/#"
+    listening = {conn.laddr.ip for child in started for conn in child.net_connections() if conn.status == "LISTEN"}
+    assert listening == {"127.0.0.1"}
+
+    from mlflow.tracking import MlflowClient
+
+    experiment = MlflowClient(f"sqlite:///{work_dir}/mlflow.db").get_run(made["run_id"]).info.experiment_id
+    page = f"{url}/experiments/{experiment}/runs/{made['run_id']}"
+    browser.get(page)
+    wait_for_texts(browser, f"{WORD}-objective", "passkey/exact", "10.05 at 512, 9.5 at 2048")
+
+    browser.get(f"{page}/artifacts/perplexity/perplexity.png")
+    size = "return [...document.images].map(image => [image.naturalWidth, image.naturalHeight].join())"
+    until(browser, lambda: "321,234" in browser.execute_script(size))
+
+    browser.get(f"{url}/models/fot.tiny/versions/1")
+    wait_for_texts(browser, "champion", "candidate", f"{WORD}-base", f"Of the recipe tiny, run {made['run_id']}.")
+
+    server.send_signal(signal.SIGINT)
+    printed, _ = server.communicate(timeout=60)
+    assert (server.returncode, printed) == (0, "ended\n")
+    assert not [child for child in started if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
