@@ -12,6 +12,7 @@ from jobs.registry.config import Registry
 from jobs.settings import override, read_yaml, validated
 from jobs.train.config import FotObjective, MemorizingObjective, Positive, Resources, Training
 from pipelines.config import Data, Part, TokenizerPart
+from pipelines.errors import UserError
 
 
 class ModelShape(Part):
@@ -163,4 +164,6 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for text in overrides:
         override(content, text)
     content.pop("variants", None)
+    if content.get("kind") == "dictionary":
+        raise UserError(f"recipe {path} is of the dictionary task: only `fot run` and `fot status` take it")
     return validated(Recipe, content, f"recipe {path}")

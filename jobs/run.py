@@ -6,6 +6,8 @@ from pathlib import Path
 
 from jobs.comparison import TASK as COMPARISON
 from jobs.comparison import comparison_stages
+from jobs.dictionary.config import load_dictionary
+from jobs.dictionary.workflow import dictionary_stages, run_dictionary
 from jobs.evaluate.stages import read_results
 from jobs.outcome import REPORT, make_outcome, recipe_outcome
 from jobs.recipe import Recipe, load_recipe
@@ -18,7 +20,7 @@ from jobs.views import print_results
 from jobs.workspace import WorkDir, Workspace, duration
 from pipelines.cluster import WantedWorkers
 from pipelines.progress import console, say
-from pipelines.store import Output, Stage
+from pipelines.store import Output, Stage, Store
 from pipelines.workflow import finished_outputs, workflow_status
 
 
@@ -37,6 +39,9 @@ def run_recipe(path: Path, overrides: Sequence[str]) -> None:
 
     Raises UserError for a mistake in recipe, corpus, checkpoint or machine.
     """
+    if (dictionary := load_dictionary(path, overrides)) is not None:
+        run_dictionary(dictionary)
+        return
     if (comparison := load_comparison(path, overrides)) is not None:
         _run_comparison(comparison)
         return
@@ -87,35 +92,36 @@ def _stages_with_workers(workspace: Workspace) -> list[Stage]:
 def show_status(path: Path, overrides: Sequence[str]) -> None:
     """Print the stages with state, duration and output; those of every variant, where there are any."""
     print(f"{'stage':>15}  {'state':<24}  {'duration':>8}  output")
-    for title, workspace in _workspaces(path, overrides):
+    for title, stages, store in _workflows(path, overrides):
         if title:
             print(title)
-        if workspace is None:
-            continue
-        for stage, state, seconds, where in workflow_status(recipe_stages(workspace), workspace.store):
+        for stage, state, seconds, where in workflow_status(stages, store):
             detail = ""
             if state in ("running", "interrupted") and (last := last_metrics(Path(where) / METRICS)):
                 detail = f" at step {last['step']}"
             print(f"{stage.name:>15}  {state + detail:<24}  {duration(seconds) if seconds else '':>8}  {where}")
 
 
-def _workspaces(path: Path, overrides: Sequence[str]) -> Iterator[tuple[str, Workspace | None]]:
-    """(title, workspace) of a recipe, or of each of its variants; None for one whose base is not made yet."""
-    comparison = load_comparison(path, overrides)
-    if comparison is None:
-        yield "", Workspace(load_recipe(path, overrides))
+def _workflows(path: Path, overrides: Sequence[str]) -> Iterator[tuple[str, list[Stage], Store]]:
+    """(title, stages, store) of a recipe, or of each of its variants; no stages where its base is not made yet."""
+    if (dictionary := load_dictionary(path, overrides)) is not None:
+        yield "", dictionary_stages(dictionary), WorkDir(dictionary.name, dictionary.work_dir).store
         return
-    models: dict[str, Path | None] = {}
+    if (comparison := load_comparison(path, overrides)) is None:
+        workspace = Workspace(load_recipe(path, overrides))
+        yield "", recipe_stages(workspace), workspace.store
+        return
+    models: dict[str, Path] = {}
     for name, variant in comparison.variants.items():
         base = models.get(variant.after or "")
-        if variant.after is not None and base is None:
-            models[name] = None
-            yield f"{name}: waits for {variant.after}", None
-            continue
         workspace = Workspace(comparison.recipe(name, base))
-        trained = finished_outputs(recipe_stages(workspace), workspace.store).get("finetune")
-        models[name] = None if trained is None else trained.path / MODEL
-        yield name, workspace
+        if variant.after is not None and base is None:
+            yield f"{name}: waits for {variant.after}", [], workspace.store
+            continue
+        stages = recipe_stages(workspace)
+        if (trained := finished_outputs(stages, workspace.store).get("finetune")) is not None:
+            models[name] = trained.path / MODEL
+        yield name, stages, workspace.store
 
 
 def _say_done(recipe: Recipe, made: Made) -> None:

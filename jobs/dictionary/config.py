@@ -1,10 +1,14 @@
 """The recipe of the dictionary task: model, curriculum, optimizer, evaluation."""
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from jobs.registry.config import Registry
+from jobs.settings import override, read_yaml, validated
 from pipelines.config import Part, Positive
 
 RECORDS = 25  # records of a context in evaluation: what 256 tokens hold
@@ -140,8 +144,20 @@ class DictionaryRecipe(Part):
     model: Shape = Shape()
     training: Training
     evaluation: Evaluation = Evaluation()
+    registry: Registry = Registry()
 
     @field_validator("work_dir")
     @classmethod
     def _expand(cls, work_dir: str) -> str:
         return os.path.expanduser(work_dir)
+
+
+def load_dictionary(path: Path, overrides: Sequence[str] = ()) -> DictionaryRecipe | None:
+    """The recipe in a file that says `kind: dictionary`; None for any other. Raises UserError, one line, for whatever
+    is wrong in it."""
+    content = read_yaml(path)
+    if content.get("kind") != "dictionary":
+        return None
+    for text in overrides:
+        override(content, text)
+    return validated(DictionaryRecipe, content, f"recipe {path}")

@@ -222,7 +222,7 @@ def summarize(by_seed: Mapping[int, Accuracy], top_k: int | None) -> tuple[list[
                     min(accuracy[way][size]["questions"] for accuracy in by_seed.values()),
                 )
             )
-            metrics.append((f"dictionary_{way}", median(shares), int(size)))
+            metrics.append((f"dictionary/{way}", median(shares), int(size)))
     return rows, metrics
 
 

@@ -73,22 +73,25 @@ def train_seed(recipe: DictionaryRecipe, seed: int, output: Path) -> None:
     (output / "checkpoint.pt").unlink()
 
 
+def model_config(shape: Shape) -> FotLlamaConfig:
+    """The configuration of a model of this shape."""
+    return FotLlamaConfig(
+        vocab_size=VOCABULARY,
+        pad_token_id=PAD,
+        bos_token_id=None,
+        eos_token_id=None,
+        max_position_embeddings=WINDOW,
+        mem_positionals=False,
+        mem_qk_norm=True,
+        **{**shape.model_dump(), "mem_layers": list(shape.mem_layers)},
+    )
+
+
 def build_model(shape: Shape, seed: int) -> FotLlamaForCausalLM:
     """A new model, its weights drawn from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return FotLlamaForCausalLM(
-            FotLlamaConfig(
-                vocab_size=VOCABULARY,
-                pad_token_id=PAD,
-                bos_token_id=None,
-                eos_token_id=None,
-                max_position_embeddings=WINDOW,
-                mem_positionals=False,
-                mem_qk_norm=True,
-                **{**shape.model_dump(), "mem_layers": list(shape.mem_layers)},
-            )
-        )
+        return FotLlamaForCausalLM(model_config(shape))
 
 
 def make_optimizer(model: torch.nn.Module, settings: Optimizer) -> torch.optim.Optimizer:

@@ -11,7 +11,7 @@ from jobs.base import read_llama_config
 from jobs.data.stages import Inputs, directory_files, documents_stage, look_at_corpus, shards_stage
 from jobs.evaluate.config import Evaluation
 from jobs.evaluate.stages import evaluation_stages, read_results
-from jobs.evaluate.tasks import MODULES, READ_DOCUMENTS
+from jobs.evaluate.tasks import MODULES, NEED_NO_TOKENIZER, READ_DOCUMENTS
 from jobs.outcome import REPORT, make_outcome, report_stage
 from jobs.recipe import Texts
 from jobs.registry.config import Registry
@@ -53,9 +53,11 @@ def evaluate_checkpoint(request: Request) -> None:
         raise UserError(f"{needy[0]} is measured on text: give some with --data FILES")
     work = WorkDir(request.name, request.work_dir)
     with work.with_ray():
-        models = {"model": _find(request.checkpoint, work)}
-        if request.base is not None:
-            models["base"] = _find(request.base, work)
+        given = {"model": request.checkpoint, **({} if request.base is None else {"base": request.base})}
+        models = {name: _find(checkpoint, work) for name, checkpoint in given.items()}
+        if set(evaluation.tasks) - NEED_NO_TOKENIZER:
+            for name, path in models.items():
+                _check_tokenizer(given[name], path)
         outputs, seconds = work.run(lambda: _stages(request, evaluation, models, work))
         made = {name: output.path for name, output in outputs.items()}
         tags = {
@@ -84,7 +86,7 @@ def chosen(tasks: Sequence[str], overrides: Sequence[str]) -> Evaluation:
 
 
 def _find(checkpoint: str, work: WorkDir) -> Path:
-    """A checkpoint's directory. Raises UserError where it is no LLaMA's, or has no tokenizer."""
+    """A checkpoint's directory. Raises UserError where it is no LLaMA's."""
     path = Path(checkpoint).expanduser()
     if is_model_uri(checkpoint):
         path = fetch_model(checkpoint, tracking_uri(work.directory), work.directory / "models")
@@ -95,11 +97,13 @@ def _find(checkpoint: str, work: WorkDir) -> Path:
             f"{checkpoint} holds a training's checkpoints: `fot export {checkpoint} DIRECTORY` makes a model"
         )
     read_llama_config(path)
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        raise UserError(
-            f"{checkpoint} has no tokenizer: put its tokenizer.json (or tokenizer.model) beside the weights"
-        )
     return path.resolve()
+
+
+def _check_tokenizer(checkpoint: str, path: Path) -> None:
+    """Raises UserError where there is none beside the weights."""
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        raise UserError(f"{checkpoint} has no tokenizer: put its tokenizer.json or tokenizer.model beside the weights")
 
 
 def _stages(request: Request, evaluation: Evaluation, models: dict[str, Path], work: WorkDir) -> list[Stage]:

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from jobs.dictionary.config import Evaluation as Dictionary
 from jobs.train.config import Positive
 from pipelines.config import Part
 
@@ -92,6 +93,7 @@ class Evaluation(Part):
     perplexity: Perplexity | None = Perplexity()
     passkey: Passkey | None = Passkey()
     attention_mass: AttentionMass | None = None
+    dictionary: Dictionary | None = None
     trec: FewShot | None = None
     webquestions: FewShot | None = None
     lm_eval: LmEval | None = None

@@ -16,11 +16,13 @@ MODULES = {
     "perplexity": "perplexity",
     "passkey": "passkey",
     "attention_mass": "attention_mass",
+    "dictionary": "dictionary",
     "trec": "trec",
     "webquestions": "webquestions",
     "lm_eval": "lm_eval_tasks",
 }
 READ_DOCUMENTS = frozenset({"perplexity", "attention_mass"})  # of the data set
+NEED_NO_TOKENIZER = frozenset({"dictionary"})
 SEE_BASE = frozenset({"perplexity", "lm_eval"})  # beside the model
 
 

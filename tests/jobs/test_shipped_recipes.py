@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from fot_model import cross_batch_plan
+from jobs.dictionary.config import load_dictionary
 from jobs.plan import ROOM, base_shape
 from jobs.recipe import load_recipe
 from jobs.train.estimate import device_memory, find_device, parameters, tokens_per_step
+from jobs.variants import load_comparison
 from pipelines.mixture import BLOCK, Mixture
 from pipelines.tokenizer import train_tokenizer
 
@@ -35,6 +37,12 @@ LARGE = {  # parameters, memory layers, (positives, negatives) of a group's cont
 }
 
 
+VARIANTS = {
+    "baselines": ["standard", "transformer-xl", "memorizing", "fot", "fot-then-memorizing"],
+    "distraction": ["d1", "d2", "d8", "d64"],
+}
+
+
 def shipped(name: str) -> Path:
     return next(path for path in RECIPES if path.stem == name)
 
@@ -42,11 +50,34 @@ def shipped(name: str) -> Path:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_that_ships_is_valid(path: Path) -> None:
     own = ["base.checkpoint=DIR", "data.sources.0.path=FILES"] if path.stem == "finetune" else []
+    if (dictionary := load_dictionary(path)) is not None:
+        assert dictionary.name == path.stem
+        return
     assert load_recipe(path, own).name.replace("-", "_") == path.stem
+    comparison = load_comparison(path, own)
+    assert (comparison is not None) == (path.stem in VARIANTS)
+    if comparison is not None:
+        assert list(comparison.variants) == VARIANTS[path.stem]
 
 
 def test_every_recipe_for_a_large_model_is_checked_here() -> None:
-    assert {path.stem for path in RECIPES} == {*LARGE, "quickstart", "finetune"}
+    assert {path.stem for path in RECIPES} == {*LARGE, *VARIANTS, "quickstart", "finetune", "dictionary"}
+
+
+def test_variants_of_the_shipped_comparisons_differ_in_what_they_compare_alone() -> None:
+    for name in VARIANTS:
+        comparison = load_comparison(shipped(name))
+        assert comparison is not None
+        made = [comparison.recipe(each) for each, variant in comparison.variants.items() if variant.after is None]
+        assert len({recipe.base.model_dump_json() for recipe in made}) == 1
+        assert len({recipe.finetune.steps for recipe in made}) == 1
+        assert len({tokens_per_step(recipe.finetune) for recipe in made}) == 1
+        assert len({recipe.evaluation.model_dump_json() for recipe in made}) == 1
+    distraction, baselines = (load_comparison(shipped(name)) for name in ("distraction", "baselines"))
+    assert distraction is not None
+    assert baselines is not None
+    assert distraction.common.base == baselines.common.base  # pre-trained once
+    assert [distraction.recipe(name).finetune.objective.d for name in distraction.variants] == [1, 2, 8, 64]
 
 
 @pytest.mark.parametrize("name", LARGE)

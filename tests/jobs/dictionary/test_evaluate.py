@@ -193,10 +193,10 @@ def test_table_metrics_and_plot(tmp_path: Path) -> None:
         ("top-k (k = 32)", 512, 0.91, (0.91, 0.71, 0.96), 100),
     ]
     assert metrics == [
-        ("dictionary_dense", 1.0, 256),
-        ("dictionary_dense", 0.9, 512),
-        ("dictionary_top_k", 0.98, 256),
-        ("dictionary_top_k", 0.91, 512),
+        ("dictionary/dense", 1.0, 256),
+        ("dictionary/dense", 0.9, 512),
+        ("dictionary/top_k", 0.98, 256),
+        ("dictionary/top_k", 0.91, 512),
     ]
     plot_accuracy(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

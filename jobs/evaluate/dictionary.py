@@ -1,0 +1,57 @@
+"""Dictionary lookup of a model that was trained on that task (`jobs/dictionary/`), with dictionaries of its own.
+
+A cell is a seed's dictionary: one memory grows through all sizes, so these are not apart.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from fot_model import FotLlamaConfig
+from jobs.dictionary.config import Evaluation
+from jobs.dictionary.evaluate import accuracy, check_memory
+from jobs.dictionary.result import dictionary_result
+from jobs.dictionary.task import VOCABULARY
+from jobs.evaluate.cells import Cell, Json
+from jobs.evaluate.config import Memory
+from jobs.evaluate.result import Result
+from jobs.evaluate.subject import Subject, memory_bytes, weights_bytes
+from pipelines.errors import UserError
+
+DICTIONARIES = 3
+
+
+def cells(subject: Subject, settings: Evaluation) -> list[Cell]:
+    """One for each dictionary. Raises UserError for a model that does not know the task, and for too large a memory."""
+    config = FotLlamaConfig.from_pretrained(subject.model)
+    if config.vocab_size != VOCABULARY or not config.mem_layers:
+        raise UserError(
+            f"dictionary: {subject.model} was not trained on it (it has {config.vocab_size} tokens, the task "
+            f"{VOCABULARY}): `fot run recipes/dictionary.yaml` makes a model that was"
+        )
+    check_memory(config, settings)
+    largest = max(settings.tokens)
+    held = memory_bytes(subject.model, Memory(dtype=settings.dtype), largest) + weights_bytes(subject.model)
+    return [
+        Cell(
+            key=f"dictionary-{seed}",
+            function=ask_dictionary,
+            arguments=(subject.model, settings, seed),
+            tokens=largest,
+            bytes=held,
+            what=f"a dictionary of {largest} tokens",
+        )
+        for seed in range(subject.seed, subject.seed + DICTIONARIES)
+    ]
+
+
+def ask_dictionary(model: Path, settings: Evaluation, seed: int) -> Json:
+    """A cell: {"dense": {tokens: {"correct": n, "questions": n}}, "top_k": ...}."""
+    with TemporaryDirectory() as directory:
+        return accuracy(model, settings, seed, Path(directory))
+
+
+def summarize(subject: Subject, settings: Evaluation, results: Mapping[str, Json], output: Path) -> Result:
+    """Accuracy by size, the median of the dictionaries."""
+    by_seed = {int(key.removeprefix("dictionary-")): result for key, result in results.items()}
+    return dictionary_result(by_seed, settings, {}, output)
