@@ -3,7 +3,8 @@
     python -m benchmarks.dictionary recipes/dictionary.yaml OUTPUT [--seeds 0 1 2] [--tokens 16384 65536 ...]
 
 Trains the recipe's model for each seed (what is there already is not trained again) and asks dictionaries of each
-size; OUTPUT/seed-N holds model, metrics.jsonl and accuracy.json of a seed, OUTPUT/accuracy.png the plot.
+size; OUTPUT/seed-N holds model, metrics.jsonl and accuracy.json of a seed. `fot run` does the same and records it;
+here seeds can be run apart.
 """
 
 import argparse
@@ -13,9 +14,10 @@ import torch
 import yaml
 
 from jobs.dictionary.config import DictionaryRecipe
-from jobs.dictionary.evaluate import accuracy, summarize
-from jobs.dictionary.plot import plot_accuracy
+from jobs.dictionary.evaluate import accuracy
+from jobs.dictionary.result import dictionary_result
 from jobs.dictionary.train import train_seed
+from jobs.report import shown
 from jobs.train.metrics import read_metrics
 
 
@@ -39,14 +41,12 @@ def main() -> None:
         minutes[seed] = read_metrics(output / "metrics.jsonl")[-1]["cpu_seconds"] / 60
         if settings.tokens:
             by_seed[seed] = accuracy(output / "model", settings, seed, output)
-    print("CPU minutes of training:", ", ".join(f"{taken:.1f} (seed {seed})" for seed, taken in minutes.items()))
-    rows, _ = summarize(by_seed, settings.top_k)
-    print("\n| memory attended to | tokens in memory | median | by seed | value tokens asked a seed |")
-    print("|---|---|---|---|---|")
-    for row in rows:
-        seeds = ", ".join(f"{share:.3f}" for share in row.by_seed)
-        print(f"| {row.way} | {row.tokens:,} | {row.median:.3f} | {seeds} | {row.trials} |")
-    plot_accuracy(rows, given.output / "accuracy.png")
+    result = dictionary_result(by_seed, settings, minutes, given.output)
+    result.write(given.output)
+    for table in result.tables:
+        print(f"{table.note}\n\n| {' | '.join(table.columns)} |\n|{'---|' * len(table.columns)}")
+        for row in table.rows:
+            print(f"| {' | '.join(map(shown, row))} |")
 
 
 if __name__ == "__main__":

@@ -299,6 +299,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     config = model.config
     shape = {name: getattr(config, name) for name in SHAPE}
+    if not shape["mem_qk_norm"]:
+        del shape["mem_qk_norm"]  # so that files saved before there was such a thing are still read
     digest.update(json.dumps(shape, sort_keys=True).encode())
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().flatten()

@@ -39,6 +39,8 @@ class FotLlamaConfig(LlamaConfig):
     - `mem_gate`: memory joins through a learnt gate a head, as in the Memorizing Transformer; adds parameters.
     - `mem_qk_norm`: memory layers score by cosine times a learnt temperature a head instead of by inner product over
       sqrt(D); adds parameters.
+    - `previous_context`: it was trained as a Transformer-XL, every layer seeing the context before. Reading does not do
+      so; a plan with `objective="transformer_xl"` does.
     - `local_context`: tokens of the local context (the window); None is `max_position_embeddings`. With
       longrope and dynamic RoPE choose at most the original length: beyond it transformers' frequencies change with
       the length of a call, and so does what was read.
@@ -56,6 +58,7 @@ class FotLlamaConfig(LlamaConfig):
     mem_dtype: str | None = None
     mem_gate: bool = False
     mem_qk_norm: bool = False
+    previous_context: bool = False
     local_context: int | None = None
     last_context_length: int | None = None
 
@@ -107,7 +110,8 @@ class FotLlamaConfig(LlamaConfig):
 # code.
 LONGLLAMA_DEFAULTS = ("mem_dtype", "last_context_length", "mem_attention_grouping", "pad_token_id")
 UNSAID = (
-    "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "mem_gate", "mem_qk_norm", "local_context",
+    "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "mem_gate", "mem_qk_norm", "previous_context",
+    "local_context",
 )  # fmt: skip
 LONGLLAMA_CODE = ("auto_map", "architectures", "torch_attention", "gradient_checkpoint_every_ith")
 
@@ -142,6 +146,7 @@ class LongLlamaConfig(FotLlamaConfig):
             "mlp_bias": (self.mlp_bias, False),
             "rope_type": (self.rope_parameters["rope_type"], "default"),
             "mem_gate": (self.mem_gate, False),
+            "previous_context": (self.previous_context, False),
             "mem_qk_norm": (self.mem_qk_norm, False),
         }
         for name, (value, only) in said.items():

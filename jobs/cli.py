@@ -205,9 +205,10 @@ registry_uri = click.option("--uri", metavar="URI", help="A tracking server or d
 @registry_uri
 def list_(name: str | None, asked: str | None, work_dir: Path, uri: str | None) -> None:
     """List runs, the newest first."""
-    from jobs.registry import commands
+    with goes_on_later():
+        from jobs.registry import commands
 
-    commands.show_list(work_dir, uri, name, asked)
+        commands.show_list(work_dir, uri, name, asked)
 
 
 @registry.command("show")
@@ -216,9 +217,10 @@ def list_(name: str | None, asked: str | None, work_dir: Path, uri: str | None) 
 @registry_uri
 def show_run(run: str, work_dir: Path, uri: str | None) -> None:
     """Show a RUN (how its id begins, or NAME[@ALIAS|/VERSION] of a model) and all that led to it."""
-    from jobs.registry import commands
+    with goes_on_later():
+        from jobs.registry import commands
 
-    commands.show_run(work_dir, uri, run)
+        commands.show_run(work_dir, uri, run)
 
 
 @registry.command()
@@ -227,9 +229,10 @@ def show_run(run: str, work_dir: Path, uri: str | None) -> None:
 @registry_uri
 def compare(runs: tuple[str, ...], work_dir: Path, uri: str | None) -> None:
     """Put RUNS side by side: settings that differ, metrics, curves."""
-    from jobs.registry import commands
+    with goes_on_later():
+        from jobs.registry import commands
 
-    commands.compare(work_dir, uri, runs)
+        commands.compare(work_dir, uri, runs)
 
 
 @registry.command()
@@ -238,23 +241,25 @@ def compare(runs: tuple[str, ...], work_dir: Path, uri: str | None) -> None:
 @registry_uri
 def ui(port: int, work_dir: Path, uri: str | None) -> None:
     """Open MLflow's pages, for this machine alone."""
-    from jobs.registry import commands
+    with goes_on_later():
+        from jobs.registry import commands
 
-    commands.open_pages(work_dir, uri, port)
+        commands.open_pages(work_dir, uri, port)
 
 
 @registry.command()
 @click.argument("recipe", required=False, type=click.Path(path_type=Path))
 @registry_work_dir
-def sync(recipe: Path | None, work_dir: Path) -> None:
+@registry_uri
+def sync(recipe: Path | None, work_dir: Path, uri: str | None) -> None:
     """Upload what MLflow could not be told, of RECIPE or of a work_dir."""
     with goes_on_later():
         from jobs.registry import commands
 
         if recipe is None:
-            commands.sync_all(work_dir, None)
+            commands.sync_all(work_dir, uri)
         else:
-            commands.sync_recipe(recipe)
+            commands.sync_recipe(recipe, uri)
 
 
 def main() -> None:

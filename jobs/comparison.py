@@ -33,16 +33,26 @@ def comparison_stages(
             name: [point for task in tasks[name] for point in Result.read(directories[f"{name}-{task}"]).points]
             for name in made
         }
-        compare(points, output).write(output)
+        first = next(name for name, variant in comparison.variants.items() if variant.after is None)
+        compare({"base": base_points(points[first]), **points}, output).write(output)
 
     stage = Stage(TASK, run, {"tasks": tasks}, inputs=tuple(inputs), content=RESULT)
     settings = {
-        **comparison.content,
+        **comparison.common.described(),
         "variants": {name: variant.model_dump(mode="json") for name, variant in comparison.variants.items()},
     }
     facts = {"models": ", ".join(made), "code": code_version()}
     report = report_stage(comparison.common.name, [TASK], settings, lambda inputs, results: facts, [TASK])
     return [stage, report], inputs
+
+
+def base_points(points: Sequence[Point]) -> list[Point]:
+    """What a variant measured of the base it began with, as if of a model of its own."""
+    return [
+        point._replace(metric=point.metric.removesuffix("/base") + "/model")
+        for point in points
+        if point.metric.endswith("/base")
+    ]
 
 
 def compare(points: Mapping[str, Sequence[Point]], output: Path) -> Result:

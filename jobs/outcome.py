@@ -59,7 +59,7 @@ def make_outcome(
     trainings: Sequence[Path] = (),
 ) -> Outcome:
     """What MLflow is told of a finished workflow. `inputs`: the outputs of its stages, `report` among them; `model`:
-    what becomes a registered version."""
+    what becomes a registered version, in the output of the stage whose content it is."""
     results, report = read_results(tasks, inputs), inputs["report"]
     artifacts = {name: report / name for name in (RECIPE, LINEAGE, REPORT)}
     if SHARDS in inputs:
@@ -75,6 +75,7 @@ def make_outcome(
         artifacts=artifacts,
         model=model,
         trainings=trainings,
+        content=None if model is None else json.loads((model.parent / RECORD).read_text())["hash"],
     )
 
 

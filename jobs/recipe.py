@@ -14,6 +14,8 @@ from jobs.train.config import FotObjective, MemorizingObjective, Positive, Resou
 from pipelines.config import Data, Part, TokenizerPart
 from pipelines.errors import UserError
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+
 
 class ModelShape(Part):
     """Shape of a LLaMA to pre-train, in Hugging Face's names."""
@@ -82,7 +84,7 @@ class Texts(Part):
     """What every job on text says: whose name it has, the corpus and how it is tokenized, the model it is about.
     `work_dir` holds all that is made."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    name: Name
     seed: int = 0
     work_dir: str = "runs"
     data: Data
@@ -152,6 +154,36 @@ class Recipe(Texts):
                     f"{key}.batch.groups ({batch.groups}) is not a multiple of resources.ranks_per_micro_batch "
                     f"({spread}): change one of them"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluations_fit_the_model(self) -> "Recipe":
+        """What asks of memory is asked of a model that has one."""
+        kind, perplexity = self.finetune.objective.kind, self.evaluation.perplexity
+        if kind != "transformer_xl" and (kind != "standard" or self.base.pretrain is None):
+            return self
+        if self.evaluation.attention_mass is not None:
+            raise ValueError(f"evaluation.attention_mass: with finetune.objective.kind {kind} there is no memory layer")
+        if perplexity is not None and perplexity.others:
+            raise ValueError(f"evaluation.perplexity.others: with finetune.objective.kind {kind} there is no memory")
+        if perplexity is not None and kind == "transformer_xl" and perplexity.mode == "whole_document":
+            raise ValueError("evaluation.perplexity.mode: a Transformer-XL is scored with last_window alone")
+        return self
+
+    @model_validator(mode="after")
+    def _the_gate_can_be_passed(self) -> "Recipe":
+        """Every condition is on something that is measured."""
+        local = self.finetune.objective.context
+        for condition in self.registry.promote:
+            for metric in (condition.metric, *([condition.of] if condition.of else [])):
+                task = metric.partition("/")[0].replace("bits_per_byte", "perplexity")
+                part = self.evaluation.tasks.get(task)
+                if part is None:
+                    raise ValueError(f"registry.promote: {metric} is not measured: evaluation.{task} is not asked for")
+                steps = [length * local for name in ("contexts", "lengths") for length in getattr(part, name, ())]
+                if condition.at is not None and task in ("perplexity", "passkey") and condition.at not in steps:
+                    there = ", ".join(map(str, steps))
+                    raise ValueError(f"registry.promote: {metric} is measured at {there} tokens, not at {condition.at}")
         return self
 
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from jobs.registry.config import hide_credentials
 from pipelines.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -30,11 +31,11 @@ def read_yaml(path: Path) -> Content:
 
 
 def validated(model: type[Model], content: Content, where: str) -> Model:
-    """The model with this content. Raises UserError, one line that begins with `where`."""
+    """The model with this content. Raises UserError, one line that begins with `where`, without credentials."""
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_error(model, error)}") from None
+        raise UserError(f"{where}: {hide_credentials(_first_error(model, error))}") from None
 
 
 def override(content: Content, text: str) -> None:

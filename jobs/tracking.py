@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from jobs.registry.config import hide_credentials
@@ -29,14 +30,11 @@ from jobs.registry.server import (
     log_points,
     open_run,
     talking_to,
-    tracking_uri,
 )
 from jobs.train.metrics import MetricsReader, read_metrics
 from jobs.train.spec import METRICS
 from pipelines.files import write_atomically
 from pipelines.progress import say
-
-__all__ = ["TrainingFacts", "TrainingRun", "tracking_uri", "upload_training"]
 
 RUN = "training.json"
 RETRY = 30.0  # seconds until a server that was down is asked again
@@ -107,12 +105,11 @@ class TrainingRun:
             with talking_to(self._uri):
                 if self._client is None:
                     client = connect(self._uri)
-                    self._run_id, self._logged = _open(client, self._work_dir, self._facts)
+                    run, self._logged = _open(client, self._work_dir, self._facts, self._pending)
+                    self._run_id = str(run.info.run_id)
+                    _describe(client, self._run_id, self._facts)
                     self._client = client
-                while self._pending:
-                    steps = _whole_steps(self._pending)
-                    self._logged = _log_steps(self._client, self._run_id, steps, self._logged)
-                    del self._pending[: len(steps)]
+                self._logged = _log_all(self._client, self._run_id, self._pending, self._logged)
                 if status != "RUNNING":
                     self._client.set_terminated(self._run_id, status)
         except TrackingDownError as error:
@@ -135,31 +132,47 @@ def training_entry(work_dir: Path, uri: str, output: Path, status: str) -> Entry
 
 
 def upload_training(work_dir: Path, uri: str, output: Path, status: str) -> str:
-    """Make or complete the run of a training that wrote `output`. Returns the run's id.
-
-    Raises TrackingDownError.
+    """Make or complete the run of a training that wrote `output`; one that has all of it is left as it is. Returns the
+    run's id. Raises TrackingDownError.
     """
+    facts, entries = TrainingFacts.read(output), read_metrics(output / METRICS)
     with talking_to(uri):
         client = connect(uri)
-        run_id, logged = _open(client, work_dir, TrainingFacts.read(output))
-        entries = read_metrics(output / METRICS)
-        while entries:
-            steps = _whole_steps(entries)
-            logged = _log_steps(client, run_id, steps, logged)
-            del entries[: len(steps)]
-        client.set_terminated(run_id, status)
+        run, logged = _open(client, work_dir, facts, entries)
+        run_id = str(run.info.run_id)
+        if run.info.status == status and (not entries or logged >= entries[-1]["step"]):
+            return run_id
+        ended = int(entries[-1]["time"] * 1000) if entries else None
+        _describe(client, run_id, facts)
+        _log_all(client, run_id, entries, logged)
+        client.set_terminated(run_id, status, ended)
     return run_id
 
 
-def _open(client: MlflowClient, work_dir: Path, facts: TrainingFacts) -> tuple[str, int]:
-    """The training's run, marked as running, and the last step that it has."""
-    run = open_run(client, work_dir, facts.experiment, facts.key, facts.name)
-    run_id = str(run.info.run_id)
+def _open(
+    client: MlflowClient, work_dir: Path, facts: TrainingFacts, entries: Sequence[Mapping[str, float]]
+) -> tuple[Run, int]:
+    """The training's run, which began with the first of the entries, and the last step that it has."""
+    began = entries[0]["time"] if entries else None
+    run = open_run(client, work_dir, facts.experiment, facts.key, facts.name, began)
+    history = client.get_metric_history(run.info.run_id, "loss")
+    return run, max((point.step for point in history), default=0)
+
+
+def _describe(client: MlflowClient, run_id: str, facts: TrainingFacts) -> None:
+    """Mark the run as running, and say what it is of."""
     client.update_run(run_id, status="RUNNING")
     log_facts(client, run_id, facts.params, {KIND: "training", **facts.tags})
     client.log_dict(run_id, dict(facts.recipe), "recipe.json")
-    history = client.get_metric_history(run_id, "loss")
-    return run_id, max((point.step for point in history), default=0)
+
+
+def _log_all(client: MlflowClient, run_id: str, entries: list[dict[str, float]], logged: int) -> int:
+    """Write the entries, and take away those that are written. Returns the last step that is there now."""
+    while entries:
+        steps = _whole_steps(entries)
+        logged = _log_steps(client, run_id, steps, logged)
+        del entries[: len(steps)]
+    return logged
 
 
 def _log_steps(client: MlflowClient, run_id: str, entries: Sequence[Mapping[str, float]], logged: int) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.markup import escape
 
 from jobs.recipe import Recipe
+from jobs.registry.models import fetch_model, is_model_uri
 from pipelines.cluster import ray_cluster
 from pipelines.errors import UserError
 from pipelines.hashing import FileHashes
@@ -15,16 +16,19 @@ from pipelines.progress import console, quiet, say
 from pipelines.store import Output, Stage, Store
 from pipelines.workflow import run_workflow
 
+MODELS = "models"  # of work_dir: registered models that were fetched
+
 
 class WorkDir:
     """The directories of a work_dir, by absolute path: workers have working directories of their own. `name`: of what
-    is run in it."""
+    is run in it; `log`: the file for what libraries print, named so if nothing else is said."""
 
-    def __init__(self, name: str, work_dir: str) -> None:
+    def __init__(self, name: str, work_dir: str, log: Path | None = None) -> None:
         self.name = name
         self.directory = Path(work_dir).resolve()
         self.store = Store(self.directory / "store")
         self.logs = self.directory / "logs"
+        self.log = log or self.logs / f"{name}.log"
 
     @contextmanager
     def hashes(self) -> Iterator[FileHashes]:
@@ -42,24 +46,31 @@ class WorkDir:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"work_dir {self.directory} cannot be made ({error.strerror}): set another one") from None
-        with quiet(self.logs / f"{self.name}.log"), ray_cluster():
+        with quiet(self.log), ray_cluster():
             yield
 
     def run(self, make_stages: Callable[[], Sequence[Stage]]) -> tuple[dict[str, Output], float]:
         """Build the stages that are not built yet. Returns all outputs by stage name, and the seconds it took."""
         began = time.monotonic()
         stages = make_stages()
-        log = escape(str(self.logs / f"{self.name}.log"))
+        log = escape(str(self.log))
         console.print(f"[bold]{self.name}[/bold]: {len(stages)} stages; library output goes to {log}")
         outputs = run_workflow(stages, self.store, report=_report, warn=say)
         return outputs, time.monotonic() - began
 
 
 class Workspace(WorkDir):
-    """A recipe's."""
+    """A recipe's. A base that is a registered model is fetched into it, and the recipe then names that directory."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__(recipe.name, recipe.work_dir)
+    def __init__(self, recipe: Recipe, log: Path | None = None) -> None:
+        super().__init__(recipe.name, recipe.work_dir, log)
+        checkpoint = recipe.base.checkpoint
+        if checkpoint is not None and is_model_uri(checkpoint):
+            from jobs.registry.server import tracking_uri
+
+            uri = tracking_uri(self.directory, recipe.registry.tracking_uri)
+            here = str(fetch_model(checkpoint, uri, self.directory / MODELS))
+            recipe = recipe.model_copy(update={"base": recipe.base.model_copy(update={"checkpoint": here})})
         self.recipe = recipe
 
 

@@ -117,7 +117,14 @@ def run_tasks(
                 asked = task if memory is None else task.options(memory=memory[number])
                 running[asked.remote(*arguments[number])] = number
             (done,), _ = ray.wait(list(running), num_returns=1)
-            yield running.pop(done), ray.get(done)
+            number = running.pop(done)
+            try:
+                result = ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, UserError):  # one line, without Ray's account of it
+                    raise error.cause from None
+                raise
+            yield number, result
     finally:
         _stop(list(running))
 

@@ -52,7 +52,8 @@ class Phase(Part):
 
     `symbols`: of how many of the 60 symbols a step's keys are made at each place, in turn; fewer make keys more alike,
     as they are in a large dictionary. `rate`: what learning rates are multiplied with at the first step and, linearly
-    changing, behind the last.
+    changing, behind the last. `temperature`: what all temperatures are held at; null lets them be learnt. A low one
+    makes the model hold keys further apart, so that a high one afterwards tells more of them from one another.
     """
 
     steps: Positive
@@ -62,6 +63,7 @@ class Phase(Part):
     d: Positive = 1
     symbols: Annotated[tuple[Annotated[int, Field(ge=1, le=SYMBOLS)], ...], Field(min_length=1)] = (SYMBOLS,)
     rate: tuple[Share, Share] = (1.0, 1.0)
+    temperature: Rate | None = None
 
     @property
     def askers(self) -> int:

@@ -27,6 +27,7 @@ from fot_model.attention import MASKED, Partial, wide_dtype
 from fot_model.config import MEMORY_DTYPES
 from jobs.dictionary.config import RECORDS, WINDOW, Evaluation
 from jobs.dictionary.task import IGNORE, Array, Dictionary, answers, contexts
+from jobs.evaluate.asking import SharedMemory
 from pipelines.errors import UserError
 from pipelines.files import write_atomically
 from pipelines.hashing import hash_file, hash_json
@@ -58,46 +59,24 @@ Attend = Callable[[Remembered, int, Tensor, float], Partial | None]
 WAYS: dict[str, Attend] = {"dense": DenseMemory.attend, "top_k": TopKMemory.attend}
 
 
-class Asked:
-    """A memory of one row that all rows of a batch ask, at some positions only (`Memory`, as far as asking goes).
-    `attend`: `DenseMemory`'s way or `TopKMemory`'s."""
+class Asked(SharedMemory):
+    """A memory of one row that all rows of a batch ask, at some positions only, in the `way` of a kind of memory."""
 
-    def __init__(self, memory: Remembered, attend: Attend, positions: Sequence[int]) -> None:
-        self._memory, self._attend, self._positions = memory, attend, list(positions)
-
-    def __len__(self) -> int:
-        return len(self._memory)
+    def __init__(self, memory: Remembered, way: Attend, positions: Sequence[int]) -> None:
+        super().__init__(memory)
+        self._memory, self._way, self._positions = memory, way, list(positions)
 
     def attend(self, layer: int, q_BHLD: Tensor, scale: float) -> Partial | None:
         """Positions that do not ask get what an empty memory would give."""
         B = q_BHLD.shape[0]
         q_1HPD = q_BHLD[:, :, self._positions].transpose(0, 1).flatten(1, 2)[None]
-        part = self._attend(self._memory, layer, q_1HPD, scale)
+        part = self._way(self._memory, layer, q_1HPD, scale)
         assert part is not None, "the memory is not empty"
         out_BHLD = torch.zeros_like(q_BHLD, dtype=part[0].dtype)
         lse_BHL = torch.full(q_BHLD.shape[:3], MASKED, dtype=wide_dtype(q_BHLD), device=q_BHLD.device)
         out_BHLD[:, :, self._positions] = part[0][0].unflatten(1, (B, -1)).transpose(0, 1)
         lse_BHL[:, :, self._positions] = part[1][0].unflatten(1, (B, -1)).transpose(0, 1)
         return out_BHLD, lse_BHL
-
-    def append(self, layer: int, k_BHkLD: Tensor, v_BHkLD: Tensor, seen_BL: Tensor | None = None) -> None:
-        raise AssertionError("a context of questions fits the local context: nothing leaves it")
-
-    def truncate(self, length: int) -> None:
-        raise AssertionError("what is remembered stays")
-
-    def reset(self) -> None:
-        raise AssertionError("what is remembered stays")
-
-    def select(self, rows: Tensor) -> None:
-        raise AssertionError("there is one row")
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Nothing that has rows of its own."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        raise AssertionError("what is remembered stays")
 
 
 def accuracy(model: Path, settings: Evaluation, seed: int, output: Path) -> Accuracy:
@@ -194,14 +173,19 @@ def ask(model: FotLlamaForCausalLM, memory: Remembered, way: str, questions_BL: 
     return int((logits_BLV.argmax(-1)[scored_BL] == wanted_BL[scored_BL]).sum()), int(scored_BL.sum())
 
 
+def memory_size(config: FotLlamaConfig, settings: Evaluation) -> int:
+    """Bytes of the largest memory's keys and values."""
+    numbers = 2 * len(config.mem_layers or []) * config.num_key_value_heads * config.head_dim
+    return numbers * MEMORY_DTYPES[settings.dtype].itemsize * settings.tokens[-1]
+
+
 def check_memory(config: FotLlamaConfig, settings: Evaluation) -> None:
     """Raises UserError where the largest memory takes more than is allowed."""
-    numbers = 2 * len(config.mem_layers or []) * config.num_key_value_heads * config.head_dim
-    token_bytes = numbers * MEMORY_DTYPES[settings.dtype].itemsize
-    largest, fits = settings.tokens[-1], int(settings.max_gigabytes * 2**30 / token_bytes) // WINDOW * WINDOW
+    largest, size = settings.tokens[-1], memory_size(config, settings)
+    fits = int(settings.max_gigabytes * 2**30 * largest / size) // WINDOW * WINDOW
     if largest > fits:
         raise UserError(
-            f"evaluation.tokens: {largest} tokens take {largest * token_bytes / 2**30:.1f} GiB in {settings.dtype}, "
+            f"evaluation.tokens: {largest} tokens take {size / 2**30:.1f} GiB in {settings.dtype}, "
             f"evaluation.max_gigabytes is {settings.max_gigabytes:g}: {fits} tokens fit"
         )
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from jobs.dictionary.config import Evaluation
 from jobs.dictionary.evaluate import Accuracy, summarize
-from jobs.dictionary.plot import plot_accuracy
 from jobs.evaluate.result import Point, Result, Table
+from jobs.plot import plot_curves
 
 TASK = "dictionary"
 PLOT = "dictionary.png"
@@ -28,7 +28,10 @@ def dictionary_result(
         [[row.way, row.tokens, row.median, *row.by_seed] for row in rows],
         note,
     )
-    plot_accuracy(rows, output / PLOT)
+    curves: dict[str, dict[int, float]] = {}
+    for row in rows:
+        curves.setdefault(row.way, {})[row.tokens] = row.median
+    plot_curves(curves, "tokens of dictionary in memory", "accuracy on value tokens, median of seeds", output / PLOT)
     points = [Point(name, step, value) for name, value, step in metrics]
     points += [Point("dictionary/cpu_minutes", seed, minutes) for seed, minutes in cpu_minutes.items()]
     return Result(TASK, settings.model_dump(mode="json"), points, [table], [PLOT])

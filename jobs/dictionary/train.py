@@ -39,7 +39,9 @@ def train_seed(recipe: DictionaryRecipe, seed: int, output: Path) -> None:
     if (output / "model").exists():
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    training = hash_json([recipe.model.model_dump(mode="json"), settings.model_dump(mode="json"), seed])
+    training = hash_json(
+        [recipe.model.model_dump(mode="json"), settings.model_dump(mode="json", exclude={"checkpoint_every"}), seed]
+    )
     model = build_model(recipe.model, seed).to(device).train()
     optimizer = make_optimizer(model, settings.optimizer)
     done, cpu_seconds = load_checkpoint(output / "checkpoint.pt", training, model, optimizer)
@@ -51,11 +53,13 @@ def train_seed(recipe: DictionaryRecipe, seed: int, output: Path) -> None:
             rate *= min(1.0, (step + 1) / max(1, settings.optimizer.warmup_steps))
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["peak"]
+            hold_temperature(model, phase.temperature)
             loss, accuracy = batch_loss(model, phase, seed, step)
             optimizer.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optimizer.clip)
             optimizer.step()
+            hold_temperature(model, phase.temperature)
             values = {
                 "loss": loss.item(),
                 "accuracy": accuracy.item(),
@@ -141,6 +145,15 @@ def plan_of(documents: int, askers: int, d: int) -> Tensor:
     unrelated_GG = [[one == other for other in range(documents)] for one in range(documents)]
     group_R = [*range(documents), *range(askers)]
     return c_prev_plan(group_R, [0] * documents + [1] * askers, unrelated_GG, d)
+
+
+def hold_temperature(model: torch.nn.Module, temperature: float | None) -> None:
+    """Set all temperatures, if to anything."""
+    if temperature is not None:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("mem_temperature"):
+                    parameter.fill_(temperature)
 
 
 def mean_temperature(model: torch.nn.Module) -> float:

@@ -74,5 +74,5 @@ def _ask_stage(recipe: DictionaryRecipe, seed: int) -> Stage:
     def run(output: Path, inputs: Inputs) -> None:
         accuracy(inputs[trained] / MODEL, recipe.evaluation, seed, output)
 
-    params = {"evaluation": recipe.evaluation.model_dump(mode="json"), "seed": seed}
+    params = {"evaluation": recipe.evaluation.model_dump(mode="json", exclude={"batch", "max_gigabytes"}), "seed": seed}
     return Stage(f"ask-{seed}", run, params, inputs=(trained,))

@@ -30,6 +30,7 @@ from jobs.evaluate.subject import (
     memory_bytes,
     new_cache,
     open_documents,
+    read_config,
     read_into,
     weights_bytes,
 )
@@ -49,18 +50,23 @@ TOKENS_AT_ONCE = 4096  # of contexts that are read side by side
 
 
 def cells(subject: Subject, settings: AttentionMass) -> list[Cell]:
-    """One for each window that asks. Raises UserError where there are fewer contexts than d."""
+    """One for each window that asks. Raises UserError where there are fewer contexts than d, and for a model without
+    memory layers."""
     dataset, local, largest = open_documents(subject), subject.local, max(settings.d)
+    if not read_config(subject.model).get("mem_layers"):
+        raise UserError(f"attention_mass: {subject.model} has no memory layers: leave it out or give a FoT model")
     check_tokenizer(subject, dataset)
     check_documents(dataset, local, settings)
-    held = weights_bytes(subject.model) + memory_bytes(subject.model, subject.memory, (largest + 1) * local)
+    weights = weights_bytes(subject.model)
+    held = memory_bytes(subject.model, subject.memory, largest * local, _at_once(local) * local)
     return [
         Cell(
             key=_key(window),
             function=measure,
             arguments=(subject, window, sorted(set(settings.d))),
             tokens=(largest + len(set(settings.d))) * local,
-            bytes=held,
+            bytes=weights + held,
+            weights=weights,
             what=f"attention mass with {largest} contexts of {local} tokens in memory",
         )
         for window in _windows(dataset, local, settings)
@@ -104,7 +110,7 @@ def read_beside(model: FotLlamaForCausalLM, memory: Memory, contexts_NL: torch.T
     """Read each of these contexts with an empty memory of its own, and append its keys and values to `memory`, a single
     row."""
     L = contexts_NL.shape[1]
-    for some_NL in contexts_NL.split(max(1, TOKENS_AT_ONCE // L)):
+    for some_NL in contexts_NL.split(_at_once(L)):
         own = FotCache(model.config)
         read_into(model, own, some_NL, L)
         state = own.memory.state_dict()
@@ -144,6 +150,11 @@ def summarize(subject: Subject, settings: AttentionMass, results: Mapping[str, J
 def _windows(dataset: TokenDataset, local: int, settings: AttentionMass) -> list[Window]:
     """Windows that ask: each has one before it."""
     return choose_windows(dataset, local, 2, settings.samples, "the local context")
+
+
+def _at_once(local: int) -> int:
+    """Contexts read side by side."""
+    return max(1, TOKENS_AT_ONCE // local)
 
 
 def _key(window: Window) -> str:

@@ -11,9 +11,10 @@ from jobs.base import read_llama_config
 from jobs.data.stages import Inputs, directory_files, documents_stage, look_at_corpus, shards_stage
 from jobs.evaluate.config import Evaluation
 from jobs.evaluate.stages import evaluation_stages, read_results
+from jobs.evaluate.subject import check_models
 from jobs.evaluate.tasks import MODULES, NEED_NO_TOKENIZER, READ_DOCUMENTS
 from jobs.outcome import REPORT, make_outcome, report_stage
-from jobs.recipe import Texts
+from jobs.recipe import Name, Texts
 from jobs.registry.config import Registry
 from jobs.registry.models import fetch_model, is_model_uri
 from jobs.registry.record import register
@@ -22,12 +23,19 @@ from jobs.settings import override, validated
 from jobs.train.spec import MODEL
 from jobs.version import code_version
 from jobs.views import print_results
-from jobs.workspace import WorkDir, duration
+from jobs.workspace import MODELS, WorkDir, duration
+from pipelines.config import Part
 from pipelines.errors import UserError
 from pipelines.files import write_atomically
 from pipelines.hashing import FileHashes, hash_json
 from pipelines.progress import console, say
 from pipelines.store import Stage
+
+
+class Named(Part):
+    """What an evaluation is called: as strictly as a recipe."""
+
+    name: Name
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class Request:
 
 def evaluate_checkpoint(request: Request) -> None:
     """Measure, print, record. Raises UserError for whatever cannot be evaluated, before anything is measured."""
+    validated(Named, {"name": request.name}, "fot evaluate")
     evaluation = chosen(request.tasks, request.overrides)
     if needy := sorted(READ_DOCUMENTS & set(evaluation.tasks)) if not request.texts else []:
         raise UserError(f"{needy[0]} is measured on text: give some with --data FILES")
@@ -58,6 +67,7 @@ def evaluate_checkpoint(request: Request) -> None:
         if set(evaluation.tasks) - NEED_NO_TOKENIZER:
             for name, path in models.items():
                 _check_tokenizer(given[name], path)
+        check_models(models, request.local or _window(models["model"]))
         outputs, seconds = work.run(lambda: _stages(request, evaluation, models, work))
         made = {name: output.path for name, output in outputs.items()}
         tags = {
@@ -73,7 +83,9 @@ def evaluate_checkpoint(request: Request) -> None:
 
 
 def chosen(tasks: Sequence[str], overrides: Sequence[str]) -> Evaluation:
-    """The settings of the tasks asked for, all others left out. Raises UserError for an unknown one."""
+    """The settings of the tasks asked for, all others left out; keys may begin with `evaluation.` as in a recipe.
+
+    Raises UserError for an unknown task, and for settings of one that is not asked for."""
     for task in tasks:
         if task not in MODULES:
             near = difflib.get_close_matches(task, MODULES, 1, 0.4)
@@ -81,7 +93,11 @@ def chosen(tasks: Sequence[str], overrides: Sequence[str]) -> Evaluation:
             raise UserError(f"--task {task} is unknown: {hint}")
     content: dict[str, object] = {name: {} if name in tasks else None for name in MODULES}
     for text in overrides:
-        override(content, text)
+        setting = text.removeprefix("evaluation.")
+        task = re.split("[.=]", setting)[0]
+        if task in MODULES and task not in tasks:
+            raise UserError(f"--set {text}: {task} is not asked for: add --task {task} or leave this out")
+        override(content, setting)
     return validated(Evaluation, content, "fot evaluate")
 
 
@@ -89,7 +105,7 @@ def _find(checkpoint: str, work: WorkDir) -> Path:
     """A checkpoint's directory. Raises UserError where it is no LLaMA's."""
     path = Path(checkpoint).expanduser()
     if is_model_uri(checkpoint):
-        path = fetch_model(checkpoint, tracking_uri(work.directory), work.directory / "models")
+        path = fetch_model(checkpoint, tracking_uri(work.directory), work.directory / MODELS)
     if not path.is_dir():
         raise UserError(f"{checkpoint} is no directory: give a Hugging Face checkpoint or models:/fot/NAME@ALIAS")
     if not (path / "config.json").exists() and any(path.glob("step-*")):

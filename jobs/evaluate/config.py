@@ -38,7 +38,7 @@ class Passkey(Part):
     """Passkey retrieval: a random number is hidden in filler text, at random depths.
 
     `prompt`: `text` (Landmark Attention's, as LongLLaMA uses it) or `digits`, of digits and line breaks alone, for
-    models too small to read. `trials`: a length; `at_once`: prompts read together.
+    models too small to read. `trials`: a length; `at_once`: prompts read together, at most (fewer where they are long).
     """
 
     lengths: Lengths = (1, 4, 16)

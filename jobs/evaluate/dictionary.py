@@ -5,17 +5,15 @@ A cell is a seed's dictionary: one memory grows through all sizes, so these are 
 
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from fot_model import FotLlamaConfig
 from jobs.dictionary.config import Evaluation
-from jobs.dictionary.evaluate import accuracy, check_memory
+from jobs.dictionary.evaluate import accuracy, check_memory, memory_size
 from jobs.dictionary.result import dictionary_result
 from jobs.dictionary.task import VOCABULARY
 from jobs.evaluate.cells import Cell, Json
-from jobs.evaluate.config import Memory
 from jobs.evaluate.result import Result
-from jobs.evaluate.subject import Subject, memory_bytes, weights_bytes
+from jobs.evaluate.subject import Subject, weights_bytes
 from pipelines.errors import UserError
 
 DICTIONARIES = 3
@@ -31,24 +29,19 @@ def cells(subject: Subject, settings: Evaluation) -> list[Cell]:
         )
     check_memory(config, settings)
     largest = max(settings.tokens)
-    held = memory_bytes(subject.model, Memory(dtype=settings.dtype), largest) + weights_bytes(subject.model)
+    held = 3 * memory_size(config, settings) // 2 + weights_bytes(subject.model)  # and half of it, copied as it grows
     return [
         Cell(
             key=f"dictionary-{seed}",
-            function=ask_dictionary,
+            function=accuracy,
             arguments=(subject.model, settings, seed),
+            keeps=True,
             tokens=largest,
             bytes=held,
             what=f"a dictionary of {largest} tokens",
         )
         for seed in range(subject.seed, subject.seed + DICTIONARIES)
     ]
-
-
-def ask_dictionary(model: Path, settings: Evaluation, seed: int) -> Json:
-    """A cell: {"dense": {tokens: {"correct": n, "questions": n}}, "top_k": ...}."""
-    with TemporaryDirectory() as directory:
-        return accuracy(model, settings, seed, Path(directory))
 
 
 def summarize(subject: Subject, settings: Evaluation, results: Mapping[str, Json], output: Path) -> Result:

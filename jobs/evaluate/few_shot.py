@@ -83,32 +83,37 @@ class Draw:
 
 def cells(kind: Kind, subject: Subject, settings: FewShot) -> list[Cell]:
     """One for each draw. Raises UserError for data that cannot be used, and for lengths that hold no demonstration."""
-    if settings.choice and not kind.classes:
-        raise UserError(f"evaluation.{kind.name}.choice: its answers are no classes to choose among: leave it out")
-    longest = max(settings.lengths) * subject.local
-    size = (
-        weights_bytes(subject.model)
-        + memory_bytes(subject.model, subject.memory, longest)
-        + _local_bytes(subject, settings.at_once)
-    )
+    longest, weights = max(settings.lengths) * subject.local, weights_bytes(subject.model)
+    held = memory_bytes(subject.model, subject.memory, longest, subject.local)
+    held += _local_bytes(subject, settings.at_once)
     return [
         Cell(
             key=f"draw-{number}",
             function=ask_draw,
             arguments=(kind, subject, draw, settings.at_once, settings.choice),
             tokens=sum(map(len, draw.demonstrations)),
-            bytes=size,
+            bytes=weights + held,
+            weights=weights,
             what=f"{kind.name} with {longest} tokens of demonstrations",
         )
         for number, draw in enumerate(make_draws(kind, subject, settings))
     ]
 
 
-def make_draws(kind: Kind, subject: Subject, settings: FewShot) -> list[Draw]:
+def check_files(kind: Kind, settings: FewShot) -> tuple[list[Example], list[Example]]:
+    """The questions to show and those to ask. Raises UserError for settings and files that cannot be used with any
+    model."""
+    if settings.choice and not kind.classes:
+        raise UserError(f"evaluation.{kind.name}.choice: its answers are no classes to choose among: leave it out")
     train, test = (
         read_examples(getattr(settings, part), f"evaluation.{kind.name}.{part}", kind.questions, kind.answers)
         for part in ("train", "test")
     )
+    return train, test
+
+
+def make_draws(kind: Kind, subject: Subject, settings: FewShot) -> list[Draw]:
+    train, test = check_files(kind, settings)
     encode = read_tokenizer(subject.model).encoder
     shown = [ids.tolist() for ids in encode([kind.show(example) for example in train])]
     without_answer = map(len, encode([kind.ask(example) for example in train]))

@@ -127,7 +127,9 @@ class FotLM(TemplateLM):
         first = min(len(context) for context, _ in batch)  # token that is to be predicted
         ids_BT = torch.tensor([[*row, *more, *[0] * (length - len(row) - len(more))] for row, more in batch])
         ids_BT = ids_BT.to(self.model.device)
-        logits_BLV = self.model(ids_BT[:, :-1], use_cache=False, logits_to_keep=max(1, length - first)).logits
+        logits_BLV = self.model(
+            ids_BT[:, :-1], use_cache=False, last_context_length=self._local, logits_to_keep=max(1, length - first)
+        ).logits
         ends = [slice(len(context) - first, len(context) - first + len(more)) for context, more in batch]
         return [
             _of_tokens(logits_LV[end], ids_T[first:][end])

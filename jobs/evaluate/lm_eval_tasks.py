@@ -6,6 +6,7 @@ standard error of the difference is that of the differences example by example; 
 
 import difflib
 import importlib.util
+import itertools
 import logging
 import math
 import os
@@ -14,17 +15,35 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jobs.evaluate.cells import Cell, Json
 from jobs.evaluate.config import LmEval
 from jobs.evaluate.result import Point, Result, Table
-from jobs.evaluate.subject import Subject, memory_bytes, read_tokenizer, weights_bytes
+from jobs.evaluate.subject import Subject, memory_bytes, read_config, read_tokenizer, weights_bytes
 from pipelines.errors import UserError
 from pipelines.progress import say
 
+ROWS = 8  # of inputs that fit the local context, read together
 RESAMPLES = 1000  # for the standard errors of metrics that are no means
 TITLE = "lm-evaluation-harness: base and model"
+
+
+def check(settings: LmEval) -> None:
+    """Raises UserError where the harness or a task is not there, whatever the model."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("evaluation.lm_eval: the lm-evaluation-harness is not installed: pip install 'fot[lm_eval]'")
+    if settings.include is not None and not Path(settings.include).is_dir():
+        raise UserError(f"evaluation.lm_eval.include: {settings.include} is no directory")
+    with quiet():
+        known = task_manager(settings, "").all_tasks
+    for task in settings.tasks:
+        if task not in known:
+            near = difflib.get_close_matches(task, known, 5, 0.5)
+            raise UserError(
+                f"evaluation.lm_eval.tasks: the harness has no {task!r}: "
+                + (f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists what it has")
+            )
 
 
 def cells(subject: Subject, settings: LmEval) -> list[Cell]:
@@ -32,22 +51,19 @@ def cells(subject: Subject, settings: LmEval) -> list[Cell]:
 
     Raises UserError where the harness, a task, its packages or its data are not there.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("evaluation.lm_eval: the lm-evaluation-harness is not installed: pip install 'fot[lm_eval]'")
-    if settings.include is not None and not Path(settings.include).is_dir():
-        raise UserError(f"evaluation.lm_eval.include: {settings.include} is no directory")
+    check(settings)
     for path in subject.models.values():
         read_tokenizer(path)
-    examples = {task: _count_examples(subject, settings, task) for task in settings.tasks}
+    loaded = {task: _load(subject, settings, task) for task in settings.tasks}
     return [
         Cell(
             key=f"{task.replace('/', '-')}-{who}",
             function=run_task,
             arguments=(subject, settings, task, who),
-            tokens=examples[task] * subject.local,
-            bytes=weights_bytes(subject.models[who])
-            + memory_bytes(subject.model, subject.memory, max(settings.lengths)),
-            what=f"lm_eval task {task}",
+            tokens=loaded[task].examples * subject.local,
+            bytes=weights_bytes(subject.models[who]) + _reading_bytes(subject, who, loaded[task].longest),
+            weights=weights_bytes(subject.models[who]),
+            what=f"lm_eval task {task} with prompts of {loaded[task].longest} tokens",
         )
         for task in settings.tasks
         for who in sorted(subject.models)
@@ -64,7 +80,7 @@ def run_task(subject: Subject, settings: LmEval, task: str, who: str) -> Json:
     os.environ["DISABLE_MULTIPROC"] = "1"  # resampling stays in this process
     with quiet():
         output = lm_eval.simple_evaluate(
-            model=FotLM(subject.models[who], subject.local, subject.model, subject.memory),
+            model=FotLM(subject.models[who], subject.local, subject.model, subject.memory, ROWS),
             tasks=[task],
             num_fewshot=settings.few_shot,
             limit=settings.limit,
@@ -114,7 +130,7 @@ def compare(base: Json | None, model: Json) -> tuple[float | None, float, float 
     return base["value"], model["value"], model["value"] - base["value"], error
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def task_manager(settings: LmEval, tokenizer: str) -> Any:
     """The harness's tasks: one's own alone where all are found there, because to index all takes seconds."""
     from lm_eval.tasks import TaskManager
@@ -138,19 +154,27 @@ def quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _count_examples(subject: Subject, settings: LmEval, task: str) -> int:
+class Loaded(NamedTuple):
+    """Of a task, or of the tasks in a group: examples asked, and about the tokens of the longest prompt."""
+
+    examples: int
+    longest: int
+
+
+def _load(subject: Subject, settings: LmEval, task: str) -> Loaded:
     """Loads the task. Raises UserError where that cannot be done."""
     say(f"lm_eval: loading {task}")
+    encode = read_tokenizer(subject.model).encoder
     with quiet():
         manager = task_manager(settings, str(subject.model))
-        if task not in manager.all_tasks:
-            near = difflib.get_close_matches(task, manager.all_tasks, 5, 0.5)
-            raise UserError(
-                f"evaluation.lm_eval.tasks: the harness has no {task!r}: "
-                + (f"did you mean {', '.join(near)}?" if near else "`lm_eval ls tasks` lists what it has")
-            )
         try:
-            loaded = manager.load([task])["tasks"].values()
+            examples, longest = 0, 0
+            for each in manager.load([task])["tasks"].values():
+                asked = list(itertools.islice(each.eval_docs, settings.limit))
+                texts = [f"{each.doc_to_text(doc)} {each.doc_to_target(doc)}" for doc in asked]
+                shots = each.config.num_fewshot if settings.few_shot is None else settings.few_shot
+                examples += len(asked)
+                longest = max(longest, (1 + (shots or 0)) * max(map(len, encode(texts)), default=0))
         except ImportError as error:
             raise UserError(
                 f"lm_eval task {task} needs packages that are not installed: {' '.join(str(error).split())}"
@@ -161,7 +185,15 @@ def _count_examples(subject: Subject, settings: LmEval, task: str) -> int:
                 f"({type(error).__name__}: {' '.join(str(error).split())[:120]}): without network set HF_HOME to a "
                 f"cache that holds it, or name tasks of local files by evaluation.lm_eval.include"
             ) from error
-    return sum(min(len(each.eval_docs), settings.limit or len(each.eval_docs)) for each in loaded)
+    return Loaded(examples, longest)
+
+
+def _reading_bytes(subject: Subject, who: str, longest: int) -> int:
+    """Memory of what goes beyond the local context, and logits of a full one: of all rows, and of one in float32."""
+    local = subject.local
+    tokens = 0 if longest <= local else longest
+    logits = read_config(subject.models[who])["vocab_size"] * local * (4 * ROWS + 8)
+    return memory_bytes(subject.model, subject.memory, tokens, local - local // 2) + logits
 
 
 def _data_set(manager: Any, task: str) -> str:

@@ -8,8 +8,9 @@ Two prompts:
   marker is nowhere else, and what follows it tells the key from filler.
 
 The text is read window by window into memory; the last window holds the question. Two scores: `exact`, the greedy
-continuation is the number (every token of it is the likeliest after those before); `choice`, the number is likelier
-than nine others (chance: 0.1), which still says something of models too small to spell it.
+continuation is the number (every token of it is the likeliest after those before) and goes on with no other digit, as
+in Landmark Attention's script; `choice`, the number is likelier than nine others (chance: 0.1), which still says
+something of models too small to spell it.
 
 Each trial is drawn by (seed, length, its number), whichever are read together.
 
@@ -54,6 +55,7 @@ QUESTION = "What is the pass key? The pass key is"
 MARKER = "000"
 CANDIDATES = 10
 KEY_DIGITS = "123456789"  # of the digits prompt
+TOKENS_AT_ONCE = 2**17  # of prompts that are read together
 LINES_AT_ONCE = 1000  # drawn and tokenized
 DEPTHS = 5  # rows of the heat map
 GOOD = 0.9  # what `length_90` asks for
@@ -76,10 +78,11 @@ class Parts:
 def cells(subject: Subject, settings: Passkey) -> list[Cell]:
     """Trials by length, some at a time. Raises UserError where the prompt does not fit."""
     check_prompt(read_tokenizer(subject.model), subject.local, settings)
+    local, weights = subject.local, weights_bytes(subject.model)
+    rows = {length: _rows(settings, length, local) for length in settings.lengths}
     held = {
-        length: weights_bytes(subject.model)
-        + memory_bytes(subject.model, subject.memory, length * subject.local, settings.at_once)
-        + 16 * settings.at_once * length * subject.local  # the prompts themselves
+        length: memory_bytes(subject.model, subject.memory, (length - 1) * local, local, rows[length])
+        + 16 * rows[length] * length * local  # the prompts themselves
         for length in settings.lengths
     }
     return [
@@ -87,16 +90,22 @@ def cells(subject: Subject, settings: Passkey) -> list[Cell]:
             key=_key(length, numbers),
             function=run_trials,
             arguments=(subject, settings, length, numbers),
-            tokens=len(numbers) * (length + CANDIDATES - 1) * subject.local,
-            bytes=held[length],
-            what=f"passkey at {length * subject.local} tokens, {settings.at_once} prompts at once",
+            tokens=len(numbers) * (length + CANDIDATES - 1) * local,
+            bytes=weights + held[length],
+            weights=weights,
+            what=f"passkey at {length * local} tokens, {rows[length]} prompts at once (evaluation.passkey.at_once)",
         )
-        for length, numbers in _batches(settings)
+        for length, numbers in _batches(settings, local)
     ]
 
 
 def check_prompt(tokenizer: TextTokenizer, local: int, settings: Passkey) -> None:
-    """Raises UserError where the prompt does not fit the shortest length."""
+    """Raises UserError where the prompt does not fit the shortest length, or the answer the last window."""
+    if answer_room(settings) >= local:
+        raise UserError(
+            f"passkey: an answer of {settings.digits} digits takes up to {answer_room(settings)} tokens, more than a "
+            f"local context of {local} holds beside the question: lower evaluation.passkey.digits"
+        )
     parts = _parts(tokenizer, settings, random.Random(0))
     needed = len(parts.head) + len(parts.hidden) + len(parts.question) + 3 * answer_room(settings)  # keys may be longer
     if min(settings.lengths) * local < needed:
@@ -135,7 +144,7 @@ def _parts(tokenizer: TextTokenizer, settings: Passkey, draw: random.Random) -> 
     return Parts(
         head=[tokenizer.bos, *tokenizer.encode(TASK)],
         hidden=_after(tokenizer, "\n", KEY.format(key=keys[0])),
-        question=_after(tokenizer, "\n", QUESTION),
+        question=[*_after(tokenizer, "\n", "\n"), *_after(tokenizer, "\n", QUESTION)],
         answers=[_after(tokenizer, QUESTION, f" {key}") for key in keys],
         filler=repeat(_after(tokenizer, "\n", FILLER)),
     )
@@ -175,7 +184,6 @@ def _all_after(tokenizer: TextTokenizer, before: str, texts: list[str]) -> list[
 def run_trials(subject: Subject, settings: Passkey, length: int, numbers: Sequence[int]) -> Json:
     """A cell: {"depth", "exact", "choice"} of each trial."""
     tokenizer, local, room = read_tokenizer(subject.model), subject.local, answer_room(settings)
-    assert room < local, "the last window holds the answer and some of the question"
     model = load_model(subject.model, subject.model)
     seeds = [f"{subject.seed}/passkey/{length}/{number}" for number in numbers]
     depths, prompts, answers = zip(
@@ -185,7 +193,7 @@ def run_trials(subject: Subject, settings: Passkey, length: int, numbers: Sequen
     prompts_BT = torch.tensor(prompts, dtype=torch.long)
     cache = new_cache(model, subject.memory)
     read_into(model, cache, prompts_BT[:, :asked], local)
-    scores_BC, exact_B = weigh(model, cache, prompts_BT[:, asked:], answers, room, tokenizer.eos)
+    scores_BC, exact_B = weigh(model, cache, prompts_BT[:, asked:], answers, room, tokenizer)
     choice_B = scores_BC[:, 0] > scores_BC[:, 1:].max(1).values
     outcomes = zip(depths, exact_B.tolist(), choice_B.tolist(), strict=True)
     return [{"depth": depth, "exact": exact, "choice": choice} for depth, exact, choice in outcomes]
@@ -197,14 +205,15 @@ def weigh(
     question_BL: torch.Tensor,
     answers: Sequence[list[list[int]]],
     room: int,
-    padding: int,
+    tokenizer: TextTokenizer,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each answer [B, C] after what the cache has read and the question, and whether each token of
-    the first one is the likeliest [B]. The answers are padded to `room` tokens; the cache forgets them."""
+    the first one is the likeliest, and so is one that begins with no digit after them [B]. The answers are padded to
+    `room` tokens; the cache forgets them."""
     read, scores, exact_B = cache.get_seq_length(), [], torch.zeros(len(answers), dtype=torch.bool)
     for candidate in range(CANDIDATES):
         row = [answer[candidate] for answer in answers]
-        answer_BA = torch.tensor([ids + [padding] * (room - len(ids)) for ids in row])
+        answer_BA = torch.tensor([ids + [tokenizer.eos] * (room - len(ids)) for ids in row])
         real_BA = torch.arange(room) < torch.tensor([[len(ids)] for ids in row])
         window_BL = torch.cat([question_BL, answer_BA], dim=1).to(model.device)
         output = model(
@@ -215,14 +224,20 @@ def weigh(
         losses_BA = functional.cross_entropy(logits_BAV.transpose(1, 2), answer_BA, reduction="none")
         scores.append(-(losses_BA * real_BA).sum(1))
         if candidate == 0:
-            exact_B = ((logits_BAV.argmax(-1) == answer_BA) | ~real_BA).all(1)
+            likeliest_BA = output.logits.argmax(-1).cpu()
+            after = [
+                tokenizer.tokenizer.id_to_token(int(line[len(ids)]))
+                for line, ids in zip(likeliest_BA, row, strict=True)
+            ]
+            ends_B = torch.tensor([not (token or "")[:1].isdigit() for token in after])
+            exact_B = ((likeliest_BA[:, :-1] == answer_BA) | ~real_BA).all(1) & ends_B
     return torch.stack(scores, dim=1), exact_B
 
 
 def summarize(subject: Subject, settings: Passkey, results: Mapping[str, Json], output: Path) -> Result:
     """Both scores by length, and a map of them by length and depth."""
     trials: dict[int, list[dict[str, float]]] = {length * subject.local: [] for length in sorted(settings.lengths)}
-    for length, numbers in _batches(settings):
+    for length, numbers in _batches(settings, subject.local):
         trials[length * subject.local] += results[_key(length, numbers)]
     shares = {score: {tokens: _share(own, score) for tokens, own in trials.items()} for score in SCORES}
     reached = longest_good(shares["exact"])
@@ -280,14 +295,20 @@ def _share(trials: Sequence[Mapping[str, float]], score: str) -> float:
     return sum(bool(trial[score]) for trial in trials) / len(trials)
 
 
-def _batches(settings: Passkey) -> list[tuple[int, list[int]]]:
+def _batches(settings: Passkey, local: int) -> list[tuple[int, list[int]]]:
     """(length, numbers of trials read together)."""
     numbers = list(range(settings.trials))
     return [
-        (length, numbers[first : first + settings.at_once])
+        (length, numbers[first : first + rows])
         for length in dict.fromkeys(settings.lengths)
-        for first in range(0, settings.trials, settings.at_once)
+        for rows in [_rows(settings, length, local)]
+        for first in range(0, settings.trials, rows)
     ]
+
+
+def _rows(settings: Passkey, length: int, local: int) -> int:
+    """Prompts read together."""
+    return min(settings.at_once, settings.trials, max(1, TOKENS_AT_ONCE // (length * local)))
 
 
 def _key(length: int, numbers: Sequence[int]) -> str:

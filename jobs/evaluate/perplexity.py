@@ -124,6 +124,7 @@ def cells(subject: Subject, settings: Perplexity) -> list[Cell]:
                 arguments=(subject, name, batch),
                 tokens=len(batch.windows) * tokens,
                 bytes=_bytes(subject, name, min(len(batch.windows), _at_once(local)), tokens),
+                weights=weights_bytes(subject.models[name]),
                 what=f"perplexity with {tokens} tokens of context",
             )
             made.append(cell)
@@ -135,6 +136,7 @@ def cells(subject: Subject, settings: Perplexity) -> list[Cell]:
             arguments=(subject, windows, longest, amount),
             tokens=(amount + len(windows) * longest) * local,
             bytes=_bytes(subject, "model", 1, (amount + longest) * local),
+            weights=weights_bytes(subject.model),
             what=f"perplexity with {(amount + longest) * local} tokens in memory",
         )
         made.append(cell)
@@ -362,4 +364,5 @@ def _distracted_key(amount: int, windows: list[Window]) -> str:
 def _bytes(subject: Subject, name: str, rows: int, tokens: int) -> int:
     """Weights, memory, and logits of scored windows: of all rows as the model gives them, of one in float32 twice."""
     logits = read_config(subject.models[name])["vocab_size"] * subject.local * (4 * rows + 8)
-    return weights_bytes(subject.models[name]) + memory_bytes(subject.model, subject.memory, tokens, rows) + logits
+    held = memory_bytes(subject.model, subject.memory, tokens, subject.local, rows)
+    return weights_bytes(subject.models[name]) + held + logits

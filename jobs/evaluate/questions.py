@@ -35,7 +35,7 @@ def read_examples(path: str, setting: str, questions: Sequence[str], answers: Se
         content = stream.read()
         parquet = suffix_and_codec(path)[0] == ".parquet"
         examples = []
-        for number, record in _rows(content) if parquet else _lines(content, path):
+        for number, record in _rows(content, path) if parquet else _lines(content, path):
             where = f"{printable(path)}, {'row' if parquet else 'line'} {number}"
             question, given = (_find(record, names, where) for names in (questions, answers))
             accepted = tuple(map(str, given)) if isinstance(given, list) else (str(given),)
@@ -60,17 +60,21 @@ def _lines(content: bytes, path: str) -> Iterator[tuple[int, Mapping[str, Any]]]
             yield number, record
 
 
-def _rows(content: bytes) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(number from 0, record); integers of classes as the names that the hub writes beside them."""
+def _rows(content: bytes, path: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(number from 0, record); integers of classes as the names that the hub writes beside them. Raises UserError for
+    integers without a name, such as the -1 of what nobody labelled."""
     table = pq.read_table(io.BytesIO(content))
     about = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     features = about.get("info", {}).get("features", {})
     names = {column: feature["names"] for column, feature in features.items() if "names" in feature}
     for number, record in enumerate(table.to_pylist()):
-        yield (
-            number,
-            {key: names[key][value] if key in names and value is not None else value for key, value in record.items()},
-        )
+        for column in names:
+            if (label := record.get(column)) is None:
+                continue
+            if not 0 <= label < len(names[column]):
+                raise UserError(f"{printable(path)}, row {number}: {column} {label} names no class: label or remove it")
+            record[column] = names[column][label]
+        yield number, record
 
 
 def _find(record: Mapping[str, Any], names: Sequence[str], where: str) -> Any:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from fot_model import FotCache, FotLlamaForCausalLM
 
-MEMORY_SETTINGS = ("mem_layers", "mem_positionals")
+_loaded: dict[tuple[Path, Path], "FotLlamaForCausalLM"] = {}  # of this worker, one at most
 
 
 @dataclass(frozen=True)
@@ -65,26 +65,51 @@ def open_documents(subject: Subject) -> TokenDataset:
 
 
 def check_tokenizer(subject: Subject, dataset: TokenDataset) -> None:
-    """Raises UserError where the documents are of another tokenizer than the model's."""
-    if read_tokenizer(subject.model).behaviour != dataset.manifest.tokenizer["behaviour"]:
-        raise UserError(
-            f"the documents in {dataset.directory} were tokenized otherwise than {subject.model} does: tokenize them "
-            f"with its tokenizer (tokenizer.path)"
-        )
+    """Raises UserError where the documents are of another tokenizer than a model's."""
+    for name, path in subject.models.items():
+        if read_tokenizer(path).behaviour != dataset.manifest.tokenizer["behaviour"]:
+            remedy = "tokenize them with its tokenizer (tokenizer.path)" if name == "model" else "leave it out"
+            raise UserError(
+                f"the documents in {dataset.directory} were tokenized otherwise than the {name} {path} does: {remedy}"
+            )
 
 
-@lru_cache(maxsize=1)
-def load_model(subject_model: Path, like: Path) -> "FotLlamaForCausalLM":
-    """In a task: the model on this worker's device, in its own number type, with the memory layers of `like`. A worker
-    keeps the last one."""
+def check_models(models: Mapping[str, Path], local: int) -> None:
+    """Raises UserError where a model does not hold a local context of `local` tokens, or the base lacks a layer that
+    is a memory layer of the model."""
+    from fot_model import FotLlamaConfig
+
+    config = FotLlamaConfig.from_pretrained(models["model"])
+    for name, path in models.items():
+        own = FotLlamaConfig.from_pretrained(path)
+        longest = own.window if name == "model" else own.max_position_embeddings
+        if local > longest:
+            raise UserError(f"{path}: its local context holds up to {longest} tokens, not {local}: lower --local")
+        if max(config.mem_layers or [0]) >= own.num_hidden_layers:
+            raise UserError(
+                f"{path}: it has {own.num_hidden_layers} layers, the memory layers of {models['model']} are "
+                f"{config.mem_layers}: give a base of as many layers as the model"
+            )
+
+
+def load_model(path: Path, like: Path) -> "FotLlamaForCausalLM":
+    """In a task: the model on this worker's device, in its own number type, with the memory and the local context of
+    `like`. A worker keeps the last one, and lets go of it before it loads another."""
+    if (path, like) not in _loaded:
+        _loaded.clear()
+        _loaded[path, like] = _load(path, like)
+    return _loaded[path, like]
+
+
+def _load(path: Path, like: Path) -> "FotLlamaForCausalLM":
     import torch
 
-    from fot_model import FotLlamaForCausalLM
+    from fot_model import FotLlamaConfig, FotLlamaForCausalLM
 
-    config = read_config(like)
-    settings = {name: config[name] for name in MEMORY_SETTINGS if name in config}
-    model = FotLlamaForCausalLM.from_pretrained(subject_model, dtype="auto", **settings).eval()
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    config = FotLlamaConfig.from_pretrained(like)
+    settings = {name: getattr(config, name) for name in ("mem_layers", "mem_positionals", "mem_dtype")}
+    model = FotLlamaForCausalLM.from_pretrained(path, dtype="auto", local_context=config.window, **settings)
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def new_cache(model: "FotLlamaForCausalLM", memory: Memory) -> "FotCache":
@@ -112,11 +137,16 @@ def weights_bytes(model: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def memory_bytes(model: Path, memory: Memory, tokens: int, rows: int = 1) -> int:
-    """Bytes of the keys and values of `rows` x `tokens` in memory, with the spare room of a buffer that just grew."""
+def memory_bytes(model: Path, memory: Memory, tokens: int, piece: int, rows: int = 1) -> int:
+    """Bytes that the keys and values of `rows` x `tokens` take at most, `piece` tokens appended at a time: full buffers
+    double, and the old one is there until it is copied."""
     config = read_config(model)
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     kind = memory.dtype or config.get("mem_dtype") or config.get("dtype") or config.get("torch_dtype") or "float32"
     each = 4 if kind == "float32" else 2
-    return 3 * rows * tokens * len(config.get("mem_layers") or []) * heads * size * each
+    layers, capacity = len(config.get("mem_layers") or []), min(piece, tokens)
+    while capacity < tokens:
+        capacity *= 2
+    buffer = rows * capacity * heads * size * each
+    return 2 * layers * buffer + buffer // 2 if layers else 0

@@ -12,5 +12,6 @@ TREC = few_shot.Kind(
     plain=str.strip,
     classes=True,
 )
+check = partial(few_shot.check_files, TREC)
 cells = partial(few_shot.cells, TREC)
 summarize = partial(few_shot.summarize, TREC)

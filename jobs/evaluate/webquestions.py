@@ -22,5 +22,6 @@ WEBQUESTIONS = few_shot.Kind(
     plain=plain,
     classes=False,
 )
+check = partial(few_shot.check_files, WEBQUESTIONS)
 cells = partial(few_shot.cells, WEBQUESTIONS)
 summarize = partial(few_shot.summarize, WEBQUESTIONS)

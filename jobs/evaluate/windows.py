@@ -7,6 +7,7 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -57,16 +58,25 @@ def choose_documents(dataset: TokenDataset, local: int, longest: int, setting: s
     Raises UserError where there is none.
     """
     needed = longest * local + 1  # one more token: the last label
-    documents = dataset.held_out
-    long_enough: list[int] = documents[dataset.length[documents] >= needed].tolist()
+    long_enough = _mixed(dataset, needed)
     if not long_enough:
+        documents = dataset.held_out
         longest_document = int(dataset.length[documents].max()) if len(documents) else 0
         raise UserError(
             f"no held-out document has the {needed} tokens that {longest} x {local} tokens of context need (the "
             f"longest of {len(documents)} has {longest_document}): hold out longer documents "
             f"(data.sources.N.held_out) or lower {setting}"
         )
-    return sorted(long_enough, key=lambda number: hashlib.sha256(dataset.id(number).encode()).digest())
+    return list(long_enough)
+
+
+@lru_cache(maxsize=4)
+def _mixed(dataset: TokenDataset, tokens: int) -> tuple[int, ...]:
+    """Held-out documents of so many tokens, by the hash of their ids. To look up all ids takes long, and an evaluation
+    asks again and again."""
+    documents = dataset.held_out
+    long_enough: list[int] = documents[dataset.length[documents] >= tokens].tolist()
+    return tuple(sorted(long_enough, key=lambda number: hashlib.sha256(dataset.id(number).encode()).digest()))
 
 
 def read_windows(dataset: TokenDataset, windows: list[Window], length: int) -> np.ndarray:

@@ -18,19 +18,13 @@ from typing import Any
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from jobs.registry.config import SERVERS, check_tracking_uri, hide_credentials
+from jobs.registry.config import SERVERS, Place, check_tracking_uri, hide_credentials
 from jobs.registry.record import GATE, REASONS
 from jobs.registry.runs import children, find, histories, list_runs
-from jobs.registry.server import KIND, connect, database_file, talking_to, tracking_uri
+from jobs.registry.server import KIND, connect, database_file, embedded_uri, talking_to, tracking_uri
 from jobs.registry.sync import sync
-from jobs.registry.views import (
-    curve,
-    differing,
-    lineage_lines,
-    list_rows,
-    metric_rows,
-    print_table,
-)
+from jobs.registry.views import curve, differing, lineage_lines, list_rows, metric_rows, print_table
+from jobs.settings import read_yaml, validated
 from pipelines.errors import UserError
 
 
@@ -64,11 +58,8 @@ def show_run(work_dir: Path, uri: str | None, asked: str) -> None:
             print(f"gate: {tags[GATE]}", *(f"  {reason}" for reason in tags[REASONS].splitlines()), sep="\n")
         lineage = _artifact(client, run, "lineage.json")
         if lineage:
-            shards = work_dir / "store" / "shards" / lineage.get("shards", {}).get("key", "-") / "manifest.json"
-            manifest = _artifact(client, run, "manifest.json")
-            if not manifest and shards.exists():
-                manifest = json.loads(shards.read_text())
-            print("lineage", *(f"  {line}" for line in _lineage(client, run, lineage, manifest)), sep="\n")
+            recipe, manifest = (_artifact(client, run, name) for name in ("recipe.json", "manifest.json"))
+            print("lineage", *(f"  {line}" for line in lineage_lines(lineage, recipe, manifest)), sep="\n")
         for child in trainings:
             print(f"  training run {child.info.run_id}: {child.info.run_name}, {child.info.status.lower()}")
 
@@ -108,14 +99,15 @@ def open_pages(work_dir: Path, uri: str | None, port: int) -> None:
     connect(uri)
     if _is_taken(port):
         raise UserError(f"port {port} is taken, by other pages perhaps: try --port with another one")
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     command += ["--default-artifact-root", (work_dir / "mlartifacts").resolve().as_uri()]
-    signal.signal(signal.SIGTERM, _interrupt)
+    for sign in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(sign) is not signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(sign, _interrupt)
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(
             command,
-            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri},
             stdout=log,
             stderr=log,
             start_new_session=True,
@@ -135,21 +127,33 @@ def open_pages(work_dir: Path, uri: str | None, port: int) -> None:
 
 
 def sync_all(work_dir: Path, uri: str | None) -> None:
-    """Upload what waits in the outbox, and say what."""
+    """Upload what waits in the outbox, and say what. To `uri`, or where each was to go: the credentials that entries do
+    not hold are those of the recipe's address or of MLFLOW_TRACKING_URI."""
+    _sync(work_dir, uri, None)
+
+
+def sync_recipe(recipe: Path, uri: str | None) -> None:
+    """As `sync_all`, of a recipe's work directory, whatever kind of recipe it is."""
+    content = read_yaml(recipe)
+    told = {name: content[name] for name in Place.model_fields if name in content}
+    place = validated(Place, told, f"recipe {recipe}")
+    _sync(Path(place.work_dir), uri, place.registry.tracking_uri)
+
+
+def _sync(work_dir: Path, uri: str | None, recipes: str | None) -> None:
+    if not work_dir.is_dir():
+        raise UserError(
+            f"{work_dir}: there is no such directory: give a recipe, or --work-dir DIR, which is its work_dir"
+        )
+    to, known = None if uri is None else _checked(uri), [tracking_uri(work_dir)]
+    if recipes is not None:
+        known.append(recipes)
     done = 0
-    for line in sync(work_dir.resolve(), uri):
+    for line in sync(work_dir.resolve(), to, known):
         print(line, flush=True)
         done += 1
     if not done:
         print(f"nothing waits in {work_dir / 'outbox'}")
-
-
-def sync_recipe(recipe: Path) -> None:
-    """As `sync_all`, of a recipe's work directory and to its tracking server."""
-    from jobs.recipe import load_recipe
-
-    loaded = load_recipe(recipe)
-    sync_all(Path(loaded.work_dir), loaded.registry.tracking_uri)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -180,7 +184,9 @@ def _answers(server: "subprocess.Popen[bytes]", port: int) -> bool:
 
 
 def _end(server: "subprocess.Popen[bytes]") -> None:
-    """End the server and the processes it started."""
+    """End the server and the processes it started, whatever signals come meanwhile."""
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sign, signal.SIG_IGN)
     for sign, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, None)):
         try:
             os.killpg(server.pid, sign)
@@ -190,17 +196,21 @@ def _end(server: "subprocess.Popen[bytes]") -> None:
 
 
 def _address(work_dir: Path, uri: str | None) -> str:
-    """The store asked for. Raises UserError where there is none."""
-    if uri is not None:
-        try:
-            return check_tracking_uri(uri)
-        except ValueError as error:
-            raise UserError(f"--uri: {error}") from None
-    found = tracking_uri(work_dir)
+    """The store asked for. Raises UserError where there is none: who reads makes none."""
+    found = tracking_uri(work_dir) if uri is None else _checked(uri)
     file = database_file(found)
     if file is not None and not file.exists():
-        raise UserError(f"{work_dir} holds no runs: give --work-dir DIR (where a recipe's work_dir is), or --uri URI")
+        what = f"{work_dir} holds no runs" if found == embedded_uri(work_dir) else f"there is no database {file}"
+        raise UserError(f"{what}: give --work-dir DIR (where a recipe's work_dir is), or --uri URI")
     return found
+
+
+def _checked(uri: str) -> str:
+    """What --uri says. Raises UserError where it is no address."""
+    try:
+        return check_tracking_uri(uri)
+    except ValueError as error:
+        raise UserError(f"--uri: {error}") from None
 
 
 @contextmanager
@@ -221,10 +231,6 @@ def _artifact(client: MlflowClient, run: Run, name: str) -> dict[str, Any]:
         return {}
     with tempfile.TemporaryDirectory() as directory:
         return dict(json.loads(Path(client.download_artifacts(run.info.run_id, name, directory)).read_text()))
-
-
-def _lineage(client: MlflowClient, run: Run, lineage: Mapping[str, Any], manifest: Mapping[str, Any]) -> Iterator[str]:
-    return lineage_lines(lineage, _artifact(client, run, "recipe.json"), manifest)
 
 
 def _loss(client: MlflowClient, run: Run, metrics: Mapping[str, Mapping[int, float]]) -> Mapping[int, float]:

@@ -1,5 +1,6 @@
 """The recipe's registry part: where MLflow is, and what a model must have shown to become the champion."""
 
+import os
 import re
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -10,12 +11,17 @@ from pipelines.config import Part, Positive
 
 SERVERS = ("http", "https")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # with a driver behind a plus: postgresql+psycopg2
-CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@|(?<=[?&;]password=)[^&;\s]*")
+ADDRESS = re.compile(r"\b(?!sqlite|file)([a-z0-9+.-]+://)(\S+)", re.IGNORECASE)
 
 
 def hide_credentials(text: str) -> str:
-    """The text without the names and passwords of URLs in it."""
-    return CREDENTIALS.sub("", text)
+    """The text without the names, passwords and queries of URLs in it: rather too little is left than too much."""
+
+    def shown(found: re.Match[str]) -> str:
+        address, _, query = found[2].partition("?")
+        return found[1] + ("" if "@" in query else address.rpartition("@")[2])
+
+    return ADDRESS.sub(shown, text)
 
 
 def check_tracking_uri(uri: str) -> str:
@@ -81,3 +87,15 @@ class Registry(Part):
     def _without_credentials(self, uri: str | None) -> str | None:
         """Recipes are kept with runs, where others read them."""
         return None if uri is None else hide_credentials(uri)
+
+
+class Place(Part):
+    """What recipes of every kind say of where their runs are."""
+
+    work_dir: str = "runs"
+    registry: Registry = Registry()
+
+    @field_validator("work_dir")
+    @classmethod
+    def _expand(cls, work_dir: str) -> str:
+        return os.path.expanduser(work_dir)

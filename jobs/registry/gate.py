@@ -1,6 +1,7 @@
 """The gate that a model passes to become the champion: every condition must hold, and each says by what numbers."""
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -72,13 +73,14 @@ def _judge(condition: Condition, metrics: Metrics) -> tuple[bool, str]:
 
 
 def _value(name: str, at: int | None, metrics: Metrics) -> float | str:
-    """The metric's value at a step, by default the last; or why there is none."""
+    """The metric's value at a step, by default the last; or why there is none to judge by."""
     steps = metrics.get(name)
     if not steps:
         near = difflib.get_close_matches(name, metrics, 3, 0.4) or sorted(metrics)[:3]
         return f"{name} was not measured" + (f" (nearest: {', '.join(near)})" if near else ", nor anything else")
-    if at is None:
-        return steps[max(steps)]
-    if at not in steps:
+    if at is not None and at not in steps:
         return f"{name} was not measured at {at} (but at {', '.join(map(str, sorted(steps)))})"
-    return steps[at]
+    value = steps[max(steps) if at is None else at]
+    if not math.isfinite(value):
+        return f"{name}{'' if at is None else f' at {at}'} is {value}, no finite number"
+    return value

@@ -6,6 +6,7 @@ MLflow refuses the slash in a name, so `fot/NAME` is registered as `fot.NAME`; b
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
-    from mlflow.entities.model_registry import ModelVersion
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
     from mlflow.tracking import MlflowClient
 
 SCHEME = "models:/"
@@ -48,7 +49,7 @@ def find_version(client: "MlflowClient", address: ModelAddress) -> "ModelVersion
     """The version that the address names. Raises UserError, which says what there is instead."""
     versions = {str(found.version): found for found in client.search_model_versions(f"name = '{address.name}'")}
     if not versions:
-        names = [model.name.replace(".", "/", 1) for model in client.search_registered_models()]
+        names = [model.name.replace(".", "/", 1) for model in registered_models(client)]
         raise UserError(f"{address.shown}: there is no such model, but {', '.join(names) or 'none at all'}")
     aliases = client.get_registered_model(address.name).aliases
     there = f"versions {', '.join(sorted(versions, key=int))}"
@@ -59,6 +60,17 @@ def find_version(client: "MlflowClient", address: ModelAddress) -> "ModelVersion
     if str(wanted) not in versions:
         raise UserError(f"{address.shown} has no version {wanted}: there are {there}")
     return versions[str(wanted)]
+
+
+def registered_models(client: "MlflowClient") -> Iterator["RegisteredModel"]:
+    """All of them, however many pages that takes."""
+    token = None
+    while True:
+        page = client.search_registered_models(page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def fetch_model(uri: str, tracking_uri: str, into: Path) -> Path:
@@ -78,16 +90,19 @@ def fetch_model(uri: str, tracking_uri: str, into: Path) -> Path:
     with talking_to(tracking_uri):
         client = connect(tracking_uri)
         found = find_version(client, address)
-        path = into / f"{found.name}-{found.version}-{found.run_id[:8]}"  # of a new database it is another model
-        with locked(into / f".{path.name}.lock"):
-            if path.exists():
-                return path
-            temporary = into / f".{path.name}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
-            temporary.mkdir()
-            source = client.get_model_version_download_uri(found.name, found.version)
-            fetched = Path(download_artifacts(source, dst_path=str(temporary), tracking_uri=tracking_uri))
+        source = client.get_model_version_download_uri(found.name, found.version)
+    path = into / f"{found.name}-{found.version}-{found.run_id[:8]}"  # of a new database it is another model
+    with locked(into / f".{path.name}.lock"):
+        if path.exists():
+            return path
+        temporary = into / f".{path.name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
+        temporary.mkdir()
+        try:
+            with talking_to(tracking_uri):
+                fetched = Path(download_artifacts(source, dst_path=str(temporary), tracking_uri=tracking_uri))
             check_safetensors(fetched)
             os.rename(fetched, path)
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return path

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipelines.errors import UserError
 from pipelines.files import write_atomically
 
 Entry = dict[str, Any]
@@ -21,23 +22,33 @@ class Outbox:
 
     def keep(self, key: str, entry: Mapping[str, Any]) -> None:
         """Add an entry, or replace the one with this key."""
-        write_atomically(self._file(key), json.dumps({"key": key, **entry}, indent=1, sort_keys=True).encode())
+        write_atomically(self.file(key), json.dumps({"key": key, **entry}, indent=1, sort_keys=True).encode())
 
     def remove(self, key: str) -> None:
-        self._file(key).unlink(missing_ok=True)
+        self.file(key).unlink(missing_ok=True)
 
     def has(self, key: str) -> bool:
-        return self._file(key).exists()
+        return self.file(key).exists()
 
     def entries(self) -> list[Entry]:
-        """All entries, by name."""
-        return [json.loads(file.read_text()) for file in sorted(self.directory.glob("*.json"))]
+        """All entries: the trainings before the outcomes they led to, and these in the order of their time."""
+        entries = [json.loads(file.read_text()) for file in sorted(self.directory.glob("*.json"))]
+        return sorted(entries, key=lambda entry: (entry["kind"] != "training", entry.get("time", "")))
+
+    def entry(self, key: str) -> Entry | None:
+        """The entry with this key as it is now."""
+        return json.loads(self.file(key).read_text()) if self.has(key) else None
+
+    def check(self, path: Path, key: str) -> None:
+        """Raises UserError where a file that the entry needs is gone."""
+        if not path.exists():
+            raise UserError(f"{path} is gone: run its recipe again, or delete {self.file(key)}")
 
     def lock_of(self, key: str) -> Path:
         """The lock that whoever writes what the key names to MLflow holds."""
         return self.directory / f"{key}.lock"
 
-    def _file(self, key: str) -> Path:
+    def file(self, key: str) -> Path:
         return self.directory / f"{key}.json"
 
 

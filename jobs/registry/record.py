@@ -5,13 +5,14 @@ The model `fot/NAME` is registered as `fot.NAME`, for MLflow refuses the slash. 
 completes what is missing, and while MLflow is down it waits in the outbox.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
@@ -33,12 +34,14 @@ from jobs.registry.server import (
     talking_to,
     tracking_uri,
 )
-from jobs.tracking import RUN, upload_training
+from jobs.tracking import RUN, TrainingFacts, upload_training
 from pipelines.errors import UserError
 from pipelines.progress import say
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 GATE, REASONS, PASSKEY = "fot.gate", "fot.gate_reasons", "fot.passkey_90"
+CONTENT, TIME = "fot.content", "fot.time"  # of a version: the hash of its model, and when it was measured last
+VERSION, TRAININGS = "fot.version", "fot.trainings"  # of a run: its model's, and the keys of what trained it
 PROMOTED, NOT_PROMOTED = "promoted", "not promoted"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 DEFAULT = Registry()
@@ -52,7 +55,7 @@ class Outcome:
     `metrics`: (name, value, step, seconds since 1970). `artifacts`: files by the path that MLflow shows them under,
     which ends with the file's name. `model`: a Hugging Face directory; None where the run is of evaluations alone.
     `trainings`: the outputs of the stages that trained it, whose runs become children; those without a training.json
-    are passed over.
+    are passed over. `content`: the hash of the model, which is one version however many outcomes come to it.
     """
 
     key: str
@@ -63,6 +66,13 @@ class Outcome:
     artifacts: Mapping[str, Path]
     model: Path | None
     trainings: Sequence[Path]
+    content: str | None = None
+
+    @property
+    def time(self) -> str:
+        """When the last of it was measured; the later time is the greater text."""
+        newest = max((seconds for *_, seconds in self.metrics), default=0.0)
+        return datetime.fromtimestamp(newest, UTC).isoformat(timespec="microseconds")
 
 
 def registered_name(name: str) -> str:
@@ -108,24 +118,30 @@ def upload(outcome: Outcome, work_dir: Path, uri: str, conditions: Sequence[Cond
         client = connect(uri)
         run = open_run(client, work_dir, outcome.name, outcome.key, outcome.name)
         run_id = str(run.info.run_id)
-        for training in outcome.trainings:
-            if (training / RUN).exists():
+        trainings = _trainings(outcome)
+        for key, training in trainings.items():
+            with locked(outbox.lock_of(key)):
                 child = upload_training(work_dir, uri, training, "FINISHED")
+                outbox.remove(key)
+            if PARENT not in client.get_run(child).data.tags:
                 client.set_tag(child, PARENT, run_id)
-                outbox.remove(json.loads((training / RUN).read_text())["key"])
-        log_facts(client, run_id, outcome.params, {KIND: "recipe", **outcome.tags})
+        metrics = metrics_by_name(outcome.metrics)
+        tags = dict(outcome.tags)
+        if (longest := passkey_length(metrics)) is not None:
+            tags[PASSKEY] = str(longest)
+        made_by = {TRAININGS: " ".join(trainings)} if trainings else {}
+        log_facts(client, run_id, outcome.params, {KIND: "recipe", **tags, **made_by})
         _log_metrics(client, run, outcome.metrics)
         for name, path in outcome.artifacts.items():
             assert PurePosixPath(name).name == path.name, f"{path} cannot be shown as {name}"
             folder = str(PurePosixPath(name).parent)
             client.log_artifact(run_id, str(path), None if folder == "." else folder)
-        metrics = metrics_by_name(outcome.metrics)
-        model = version = gate = None
+        model = version = gate = decision = None
         if outcome.model is not None:
             decision, model = decide(conditions, metrics), registered_name(outcome.name)
-            version = _model_version(client, run, outcome, metrics)
-            gate = _pass_gate(client, run_id, model, version, decision)
-        client.set_tag(run_id, NOTE, _summary(outcome, metrics, version))
+            version = _model_version(client, run, outcome)
+            gate = _pass_gate(client, run, model, version, decision, tags, outcome.time)
+        client.set_tag(run_id, NOTE, _summary(outcome, metrics, version, decision))
         client.set_terminated(run_id, "FINISHED")
     return {"run_id": run_id, "model": model, "version": version, "gate": gate}
 
@@ -145,7 +161,7 @@ def check_safetensors(model: Path) -> None:
 
 
 def read_entry(entry: Entry, work_dir: Path) -> tuple[Outcome, tuple[Condition, ...]]:
-    """An outcome, and what its recipe asks of a champion, from the outbox."""
+    """An outcome, and what its recipe asks of a champion, from the outbox. Raises UserError where a file is gone."""
     kept = entry["outcome"]
     outcome = Outcome(
         key=entry["key"],
@@ -156,10 +172,10 @@ def read_entry(entry: Entry, work_dir: Path) -> tuple[Outcome, tuple[Condition, 
         artifacts={name: settled(path, work_dir) for name, path in kept["artifacts"].items()},
         model=None if kept["model"] is None else settled(kept["model"], work_dir),
         trainings=[settled(path, work_dir) for path in kept["trainings"]],
+        content=kept["content"],
     )
     for path in (*outcome.artifacts.values(), *([outcome.model] if outcome.model else [])):
-        if not path.exists():
-            raise UserError(f"{path} is gone, which {outcome.name} ({outcome.key}) needs: run its recipe again")
+        Outbox(work_dir).check(path, outcome.key)
     return outcome, tuple(Condition.model_validate(condition) for condition in entry["promote"])
 
 
@@ -172,10 +188,16 @@ def _entry(outcome: Outcome, work_dir: Path, uri: str, conditions: Sequence[Cond
         "artifacts": {name: within(path, work_dir) for name, path in outcome.artifacts.items()},
         "model": None if outcome.model is None else within(outcome.model, work_dir),
         "trainings": [within(path, work_dir) for path in outcome.trainings],
+        "content": outcome.content,
     }
     promote = [condition.model_dump(mode="json") for condition in conditions]
     where = None if uri == embedded_uri(work_dir) else hide_credentials(uri)
-    return {"kind": "outcome", "outcome": kept, "promote": promote, "uri": where}
+    return {"kind": "outcome", "time": outcome.time, "outcome": kept, "promote": promote, "uri": where}
+
+
+def _trainings(outcome: Outcome) -> dict[str, Path]:
+    """The outputs of its trainings by their runs' keys."""
+    return {TrainingFacts.read(path).key: path for path in outcome.trainings if (path / RUN).exists()}
 
 
 def _log_metrics(client: MlflowClient, run: Run, metrics: Sequence[Point]) -> None:
@@ -186,69 +208,92 @@ def _log_metrics(client: MlflowClient, run: Run, metrics: Sequence[Point]) -> No
     log_points(client, run.info.run_id, new)
 
 
-def _versions(client: MlflowClient, model: str, run_id: str) -> list[str]:
-    """The versions of a model that a run made: one, if any."""
-    found = client.search_model_versions(f"name = '{model}' and run_id = '{run_id}'")
-    return [str(version.version) for version in found]
-
-
 def _recorded(client: MlflowClient, outcome: Outcome) -> dict[str, str | None] | None:
     """What `record` returned, if MLflow has all of it."""
     run = find_run(client, outcome.name, outcome.key)
-    if run is None or run.info.status != "FINISHED":
-        return None
+    facts = [TrainingFacts.read(path) for path in _trainings(outcome).values()]
+    for each in (run, *(find_run(client, training.experiment, training.key) for training in facts)):
+        if each is None or each.info.status != "FINISHED":
+            return None
+    assert run is not None
     made: dict[str, str | None] = {"run_id": run.info.run_id, "model": None, "version": None, "gate": None}
     if outcome.model is None:
         return made
-    model = registered_name(outcome.name)
-    versions = _versions(client, model, run.info.run_id)
-    gate = client.get_model_version(model, versions[0]).tags.get(GATE) if versions else None
-    return {**made, "model": model, "version": versions[0], "gate": gate} if gate is not None else None
+    model, version, gate = registered_name(outcome.name), run.data.tags.get(VERSION), run.data.tags.get(GATE)
+    if gate is None or version not in {str(each.version) for each in _versions(client, model)}:
+        return None
+    return {**made, "model": model, "version": version, "gate": gate}
 
 
-def _model_version(client: MlflowClient, run: Run, outcome: Outcome, metrics: Metrics) -> str:
+def _versions(client: MlflowClient, model: str) -> list[ModelVersion]:
+    return list(client.search_model_versions(f"name = '{model}'"))
+
+
+def _model_version(client: MlflowClient, run: Run, outcome: Outcome) -> str:
+    """The version that this run made, or that another one made of the same content; a new one without."""
     model, run_id = registered_name(outcome.name), str(run.info.run_id)
     try:
         client.create_registered_model(model, description=f"The recipe {outcome.name}: models:/fot/{outcome.name}")
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    if existing := _versions(client, model, run_id):
-        return existing[0]
+    content = {} if outcome.content is None else {CONTENT: outcome.content}
+    for version in _versions(client, model):
+        if version.run_id == run_id or (content and version.tags.get(CONTENT) == outcome.content):
+            return str(version.version)
     client.log_artifacts(run_id, str(outcome.model), "model")
-    tags = {name: value[:TAG_LENGTH] for name, value in outcome.tags.items()}
-    if (longest := passkey_length(metrics)) is not None:
-        tags[PASSKEY] = str(longest)
-        client.set_tag(run_id, PASSKEY, str(longest))
     source, described = f"{run.info.artifact_uri}/model", f"Of the recipe {outcome.name}, run {run_id}."
-    return str(client.create_model_version(model, source, run_id, tags=tags, description=described).version)
+    return str(client.create_model_version(model, source, run_id, tags=content, description=described).version)
 
 
-def _pass_gate(client: MlflowClient, run_id: str, model: str, version: str, decision: Decision) -> str:
-    """Give the version its aliases and tell run and version why. Done once: an alias moved by hand later stays.
+def _pass_gate(
+    client: MlflowClient,
+    run: Run,
+    model: str,
+    version: str,
+    decision: Decision,
+    tags: Mapping[str, str],
+    time: str,
+) -> str:
+    """Give the version its aliases, and tell run and version why. Done once a run: an alias moved by hand later stays.
 
-    Returns "promoted" or "not promoted".
+    What was measured at an earlier `time` than what is there, for it waited, changes nothing of that. Returns
+    "promoted" or "not promoted".
     """
-    if (known := client.get_model_version(model, version).tags.get(GATE)) is not None:
-        return str(known)
+    run_id, known = str(run.info.run_id), run.data.tags
+    if known.get(VERSION) == version and GATE in known:
+        return str(known[GATE])
     gate = PROMOTED if decision.promote else NOT_PROMOTED
-    reasons = "\n".join(decision.reasons)[:TAG_LENGTH]
     told = {"gate": gate, "model": model, "version": version, "reasons": list(decision.reasons)}
     client.log_dict(run_id, told, "gate.json")
-    log_facts(client, run_id, {}, {GATE: gate, REASONS: reasons})
-    client.set_model_version_tag(model, version, REASONS, reasons)
+    judged = {GATE: gate, REASONS: "\n".join(decision.reasons)}
+    if time >= _time(client, model, version):
+        for name, value in {**tags, **judged, TIME: time}.items():
+            client.set_model_version_tag(model, version, name, value[:TAG_LENGTH])
     for alias in (CANDIDATE, CHAMPION) if decision.promote else (CANDIDATE,):
-        holder = client.get_registered_model(model).aliases.get(alias, "0")
-        if int(version) > int(holder):  # an outcome that waited comes after newer ones
+        holder = client.get_registered_model(model).aliases.get(alias)
+        if holder is None or (time, int(version)) > (_time(client, model, holder), int(holder)):
             client.set_registered_model_alias(model, alias, version)
-    client.set_model_version_tag(model, version, GATE, gate)
+    log_facts(client, run_id, {}, {VERSION: version, **judged})
     return gate
 
 
-def _summary(outcome: Outcome, metrics: Metrics, version: str | None) -> str:
-    """The run's description on MLflow's page, in Markdown."""
+def _time(client: MlflowClient, model: str, version: str) -> str:
+    """When the version was measured last; "" for one that was not told yet."""
+    return str(client.get_model_version(model, version).tags.get(TIME, ""))
+
+
+def _summary(outcome: Outcome, metrics: Metrics, version: str | None, decision: Decision | None) -> str:
+    """The run's description on MLflow's page, in Markdown: the gate, and a table of metrics by tokens of context."""
     lines = [f"**{outcome.name}**" + (f", version {version} of `models:/fot/{outcome.name}`" if version else ""), ""]
-    for name in sorted(metrics):
-        if name.startswith(("perplexity/", "passkey/exact")):
-            lines.append(f"- {name}: " + ", ".join(f"{metrics[name][at]:.4g} at {at}" for at in sorted(metrics[name])))
+    if decision is not None:
+        lines += [f"Gate: {PROMOTED if decision.promote else NOT_PROMOTED}", ""]
+        lines += [*(f"- {reason}" for reason in decision.reasons), ""]
+    shown = {name: metrics[name] for name in sorted(metrics) if name.startswith(("perplexity/", "passkey/exact"))}
+    if shown:
+        steps = sorted({step for values in shown.values() for step in values})
+        rows = [("tokens", *map(str, steps)), ("---", *("---:" for _ in steps))]
+        for name, values in shown.items():
+            rows.append((name, *(f"{values[step]:.4g}" if step in values else "" for step in steps)))
+        lines += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(lines)[:TAG_LENGTH]

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from jobs.registry.models import find_version, model_address
-from jobs.registry.record import PARENT
-from jobs.registry.server import KIND
+from jobs.registry.models import find_version, model_address, registered_models
+from jobs.registry.record import TRAININGS
+from jobs.registry.server import KEY, KIND
 from pipelines.errors import UserError
 
 PAGE = 1000
@@ -21,15 +22,19 @@ OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     ">": operator.gt,
     "<": operator.lt,
     "=": operator.eq,
+    "!=": operator.ne,
 }
-FILTER = re.compile(r"metric\s+(\S+?)(?:@(\d+))?\s*(>=|<=|>|<|=)\s*(-?\d+(?:\.\d*)?(?:e-?\d+)?)")
-ID = re.compile(r"[0-9a-f]{4,32}")
+NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+FILTER = re.compile(rf"metric\s+(\S+?)(?:@(\d+))?\s*(>=|<=|!=|>|<|=)\s*({NUMBER})")
+ID, SHORT_ID = re.compile(r"[0-9a-f]{4,32}"), re.compile(r"[0-9a-f]{1,3}")
 LATEST = ("perplexity/model", "passkey/exact", "loss")  # what a line about a run shows, where it is measured
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run as lists show it. `model`: its version's name, number and aliases, "" without. `start`: ms since 1970."""
+    """A run as lists show it. `model`: its version's name, number and aliases, "" without. `start`: ms since 1970.
+    `latest`: (step, value) of what was measured last.
+    """
 
     run_id: str
     experiment: str
@@ -37,7 +42,7 @@ class RunFacts:
     kind: str
     status: str
     start: int
-    latest: Mapping[str, float]
+    latest: Mapping[str, tuple[int, float]]
     model: str
 
 
@@ -49,7 +54,12 @@ def list_runs(client: MlflowClient, experiment: str | None, asked: str | None) -
     if not wanted:
         raise UserError(f"--name {experiment}: there is no such experiment, but {', '.join(experiments.values())}")
     models = _models_by_run(client)
-    runs = (run for run in _pages(client, wanted, theirs) if keep(run))
+    try:
+        runs = [run for run in _pages(client, wanted, theirs) if keep(run)]
+    except MlflowException as error:
+        if error.error_code != "INVALID_PARAMETER_VALUE":
+            raise
+        raise UserError(f"--filter {asked}: {str(error).splitlines()[0]}") from None
     return [
         RunFacts(
             run_id=str(run.info.run_id),
@@ -58,7 +68,7 @@ def list_runs(client: MlflowClient, experiment: str | None, asked: str | None) -
             kind=run.data.tags.get(KIND, ""),
             status=run.info.status,
             start=run.info.start_time,
-            latest={name: run.data.metrics[name] for name in LATEST if name in run.data.metrics},
+            latest=_latest(run),
             model=models.get(run.info.run_id, ""),
         )
         for run in runs
@@ -79,6 +89,10 @@ def find(client: MlflowClient, asked: str) -> Run:
     except UserError as error:
         if ID.fullmatch(asked):
             raise UserError(f"{asked} is no run's id, nor a model: `fot registry list` shows what there is") from None
+        if SHORT_ID.fullmatch(asked):
+            raise UserError(
+                f"{asked} is no model, and too short for a run's id: give four characters or more"
+            ) from None
         raise error
 
 
@@ -91,9 +105,16 @@ def histories(client: MlflowClient, run: Run) -> dict[str, dict[int, float]]:
 
 
 def children(client: MlflowClient, run: Run) -> list[Run]:
-    """The trainings that led to a run, the first first."""
-    asked = f"tags.`{PARENT}` = '{run.info.run_id}'"
-    return list(_pages(client, [run.info.experiment_id], asked))[::-1]
+    """The trainings that led to a run, the first first: under whichever recipe's name they were made."""
+    everywhere = [each.experiment_id for each in client.search_experiments()]
+    keys = run.data.tags.get(TRAININGS, "").split()
+    return [found for key in keys for found in _pages(client, everywhere, f"tags.`{KEY}` = '{key}'")]
+
+
+def _latest(run: Run) -> dict[str, tuple[int, float]]:
+    """The last step of the metrics that lists show, and the value there."""
+    last = {metric.key: (metric.step, metric.value) for metric in run.data.to_proto().metrics}
+    return {name: last[name] for name in LATEST if name in last}
 
 
 def _pages(client: MlflowClient, experiments: list[str], asked: str) -> Iterator[Run]:
@@ -133,7 +154,7 @@ def _filter(client: MlflowClient, asked: str | None) -> tuple[Callable[[Run], bo
 def _models_by_run(client: MlflowClient) -> dict[str, str]:
     """'fot/tiny 3 (candidate, champion)' by the id of the run that made it."""
     made = {}
-    for model in client.search_registered_models():
+    for model in registered_models(client):
         held: dict[str, list[str]] = {}
         for alias, version in sorted(client.get_registered_model(model.name).aliases.items()):
             held.setdefault(str(version), []).append(alias)

@@ -93,26 +93,38 @@ def talking_to(uri: str) -> Iterator[None]:
 
 
 def find_run(client: MlflowClient, experiment: str, key: str) -> Run | None:
-    """The run with this key."""
-    found = client.get_experiment_by_name(experiment)
-    runs = client.search_runs([found.experiment_id], f"tags.`{KEY}` = '{key}'", max_results=1) if found else []
+    """The run with this key, of several the one that began first."""
+    found, first = client.get_experiment_by_name(experiment), ["attributes.start_time ASC"]
+    asked = f"tags.`{KEY}` = '{key}'"
+    runs = client.search_runs([found.experiment_id], asked, max_results=1, order_by=first) if found else []
     return runs[0] if runs else None
 
 
-def open_run(client: MlflowClient, work_dir: Path, experiment: str, key: str, name: str) -> Run:
-    """The run with this key, or a new one. Files of a run go to the server, and without one into the work directory."""
-    if (run := find_run(client, experiment, key)) is not None:
-        return run
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
-        served = urlsplit(client.tracking_uri).scheme in SERVERS
-        try:
-            client.create_experiment(experiment, None if served else (work_dir / "mlartifacts").resolve().as_uri())
-        except MlflowException as error:  # by another process, meanwhile
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
+def open_run(
+    client: MlflowClient, work_dir: Path, experiment: str, key: str, name: str, began: float | None = None
+) -> Run:
+    """The run with this key, or a new one that `began` then (seconds since 1970) or now; its experiment comes back if it
+    was deleted. Files of a run go to the server, and without one into the work directory."""
+    with locked(work_dir / "outbox" / "open.lock"):
         found = client.get_experiment_by_name(experiment)
-    return client.create_run(found.experiment_id, run_name=name, tags={KEY: key})
+        if found is None:
+            served = urlsplit(client.tracking_uri).scheme in SERVERS
+            try:
+                client.create_experiment(experiment, None if served else (work_dir / "mlartifacts").resolve().as_uri())
+            except MlflowException as error:  # by another process, meanwhile
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            found = client.get_experiment_by_name(experiment)
+        elif found.lifecycle_stage == "deleted":
+            client.restore_experiment(found.experiment_id)
+        if (run := find_run(client, experiment, key)) is not None:
+            return run
+        start = None if began is None else int(began * 1000)
+        made = client.create_run(found.experiment_id, start_time=start, run_name=name, tags={KEY: key})
+        run = find_run(client, experiment, key) or made
+        if run.info.run_id != made.info.run_id:  # one from elsewhere, to where the lock does not reach, came first
+            client.delete_run(made.info.run_id)
+        return run
 
 
 def log_facts(client: MlflowClient, run_id: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:

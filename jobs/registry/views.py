@@ -43,7 +43,7 @@ def list_rows(runs: Sequence[RunFacts]) -> tuple[Sequence[str], list[Sequence[st
             run.kind,
             run.status.lower(),
             time.strftime("%Y-%m-%d %H:%M", time.localtime(run.start / 1000)),
-            ", ".join(f"{name} {value:.4g}" for name, value in run.latest.items()),
+            ", ".join(f"{name} {value:.4g} at {step}" for name, (step, value) in run.latest.items()),
             run.model,
         )
         for run in runs

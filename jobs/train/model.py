@@ -6,7 +6,7 @@ import torch
 
 from fot_model import FotLlamaConfig, FotLlamaForCausalLM, default_mem_layers
 from jobs.recipe import ModelShape
-from jobs.train.config import FotObjective, MemorizingObjective, Objective
+from jobs.train.config import FotObjective, MemorizingObjective, Objective, TransformerXlObjective
 from jobs.train.spec import TrainSpec
 from pipelines.tokenizer import load_tokenizer
 
@@ -30,6 +30,7 @@ def build_model(spec: TrainSpec) -> FotLlamaForCausalLM:
 def _base_config(base: Path, objective: Objective) -> FotLlamaConfig:
     """The base's configuration; with the memory layers and windows it is trained with, where it is."""
     config = FotLlamaConfig.from_pretrained(base)
+    config.previous_context = isinstance(objective, TransformerXlObjective)
     if isinstance(objective, FotObjective | MemorizingObjective):
         config.mem_layers = list(objective.mem_layers or default_mem_layers(config.num_hidden_layers))
         config.mem_positionals = objective.mem_positionals

@@ -7,7 +7,7 @@ from typing import Any
 
 from jobs.base import asked_mem_layers, check_llama, check_tokens, read_llama_config
 from jobs.data.stages import DOCUMENTS, SHARDS, Inputs, directory_files
-from jobs.evaluate import attention_mass, passkey, perplexity
+from jobs.evaluate import attention_mass, lm_eval_tasks, passkey, perplexity, trec, webquestions
 from jobs.evaluate.windows import choose_windows
 from jobs.recipe import ModelShape, Recipe
 from jobs.tracking import TrainingFacts, TrainingRun, tracking_uri
@@ -140,6 +140,12 @@ def _check_data(recipe: Recipe, training: Training, inputs: Inputs) -> None:
         attention_mass.check_documents(dataset, local, settings.attention_mass)
     if settings.passkey is not None:
         passkey.check_prompt(load_tokenizer(inputs["tokenizer"]), local, settings.passkey)
+    if settings.trec is not None:
+        trec.check(settings.trec)
+    if settings.webquestions is not None:
+        webquestions.check(settings.webquestions)
+    if settings.lm_eval is not None:
+        lm_eval_tasks.check(settings.lm_eval)
     if training.measure is not None:
         choose_windows(dataset, training.objective.context, max(training.measure.contexts), 1, "measure.contexts")
 

@@ -9,7 +9,8 @@ from transformers import AutoConfig, LlamaConfig
 from fot_model import FotLlamaConfig, LongLlamaConfig, default_mem_layers
 
 MEMORY = {
-    "mem_layers", "mem_positionals", "mem_dtype", "mem_gate", "mem_qk_norm", "local_context", "last_context_length",
+    "mem_layers", "mem_positionals", "mem_dtype", "mem_gate", "mem_qk_norm",
+    "previous_context", "local_context", "last_context_length",
 }  # fmt: skip
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
 RELEASED: dict[str, Any] = {
@@ -77,6 +78,7 @@ SAID: dict[str, Any] = {
     "mem_positionals": False,
     "mem_dtype": "bfloat16",
     "mem_gate": True,
+    "previous_context": True,
     "local_context": 40,
     "last_context_length": 7,
     "rms_norm_eps": 1e-5,
@@ -226,6 +228,7 @@ UNSAYABLE: list[tuple[dict[str, Any], str]] = [
     ({"attention_bias": True}, r"attention_bias True \(only False\)"),
     ({"mlp_bias": True}, "mlp_bias True"),
     ({"mem_gate": True}, "mem_gate True"),
+    ({"previous_context": True}, "previous_context True"),
     ({"rope_parameters": {**ROPE, "rope_type": "linear", "factor": 2.0}}, r"rope_type 'linear' \(only 'default'\)"),
 ]
 

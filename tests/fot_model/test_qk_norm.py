@@ -3,6 +3,8 @@
 Shapes: R rows, B batch, L tokens, H query heads, D head size.
 """
 
+import hashlib
+import json
 import math
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from fot_model import DenseMemory, FotCache, FotLlamaConfig, FotLlamaForCausalLM, TopKMemory, attention_mass
-from fot_model.cache import fingerprint
+from fot_model.cache import SHAPE, fingerprint
 from fot_model.layer import TEMPERATURE, unit
 from fot_model.plan import pad_plan
 
@@ -252,3 +254,17 @@ def test_sixteen_bits_keep_queries_and_keys_in_sixteen() -> None:
 def test_a_vector_of_zeros_stays_one() -> None:
     assert unit(torch.zeros(2, 3)).tolist() == [[0.0] * 3] * 2
     assert math.isclose(unit(torch.tensor([3.0, 4.0]))[1].item(), 0.8, rel_tol=1e-6)
+
+
+def test_the_fingerprint_of_a_model_without_it_is_what_it_was_before_there_was_such_a_thing() -> None:
+    model = cosine(mem_qk_norm=False)
+    digest = hashlib.sha256()
+    shape = {name: getattr(model.config, name) for name in SHAPE if name != "mem_qk_norm"}
+    digest.update(json.dumps(shape, sort_keys=True).encode())
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name}{list(parameter.shape)}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    assert fingerprint(model) == digest.hexdigest()
+    assert fingerprint(cosine()) != digest.hexdigest()

@@ -52,7 +52,7 @@ def test_variants_are_run_and_laid_side_by_side(fot_here, recipe: dict, write_re
     ]
     (compared,) = (store / "comparison").glob("*/result.json")
     table = Result.read(compared.parent).tables[0]
-    assert [row[0] for row in table.rows] == ["chain", "fot", "more"]
+    assert [row[0] for row in table.rows] == ["base", "chain", "fot", "more"]
     assert all(value > 1 for row in table.rows for value in row[1:])
     assert "models:/fot/tiny-fot/1" in answer.stdout
     listed = fot_here("registry", "list").stdout

@@ -46,6 +46,17 @@ def test_the_finetune_recipe_says_what_it_needs() -> None:
         ("name.x=1", "name = {'x': 1}: input should be a valid string"),
         ("finetune.objective.segments.0.0.x=1", "finetune.objective.segments.0.0 is a value and has no keys"),
         ("finetune.steps", "write it as key=value"),
+        (
+            "registry.promote=[{metric: passkey/exact, at: 999, least: 1}]",
+            "passkey/exact is measured at 320 tokens, not at",
+        ),
+        (
+            "registry.promote=[{metric: trec/accuracy, least: 1}]",
+            "trec/accuracy is not measured: evaluation.trec is not",
+        ),
+        ("registry.promote=[{metric: passkey/exact}]", "passkey/exact: give one of least, most"),
+        ("registry.tracking_uri=ftp://host", "no tracking server"),
+        ("evaluation.perplexity.mode=whole", "evaluation.perplexity.mode = 'whole'"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(recipe: dict, write_recipe, override: str, message: str) -> None:
@@ -100,3 +111,21 @@ def test_what_is_written_reads_back_the_same(recipe: dict, write_recipe) -> None
     made = load_recipe(write_recipe(recipe))
     again = write_recipe(yaml.safe_load(yaml.safe_dump(made.model_dump(mode="json"))))
     assert load_recipe(again) == made
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ("attention_mass={}", "evaluation.attention_mass: with finetune.objective.kind transformer_xl"),
+        ("perplexity={others: [2]}", "evaluation.perplexity.others: with finetune.objective.kind transformer_xl"),
+        ("perplexity={mode: whole_document}", "is scored with last_window alone"),
+    ],
+)
+def test_what_asks_of_memory_is_refused_for_a_model_without(
+    recipe: dict, write_recipe, evaluation: str, message: str
+) -> None:
+    objective = "finetune.objective={kind: transformer_xl, context: 16, contexts: 2}"
+    load_recipe(write_recipe(recipe), [objective])
+    with pytest.raises(UserError) as error:
+        load_recipe(write_recipe(recipe), [objective, f"evaluation.{evaluation}"])
+    assert message in str(error.value)

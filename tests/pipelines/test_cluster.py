@@ -191,3 +191,12 @@ def test_workers_that_come_are_taken() -> None:
         assert waiting.communicate(timeout=60)[0] == "there\n"
     finally:
         cluster.shutdown()
+
+
+def test_a_users_mistake_in_a_task_is_its_one_line(local_ray) -> None:
+    def task() -> None:
+        raise UserError("the file is missing: bring it")
+
+    with pytest.raises(UserError) as error:
+        list(run_tasks(task, [()]))
+    assert str(error.value) == "the file is missing: bring it"

@@ -15,7 +15,7 @@ from fot_model import FotCache, FotLlamaForCausalLM, TopKMemory
 from jobs.dictionary import evaluate
 from jobs.dictionary.config import DictionaryRecipe, Evaluation, Shape
 from jobs.dictionary.evaluate import Reader, accuracy, batches, summarize
-from jobs.dictionary.plot import plot_accuracy
+from jobs.dictionary.result import PLOT, dictionary_result
 from jobs.dictionary.task import IGNORE, Dictionary, answers, contexts
 from jobs.dictionary.train import build_model
 from pipelines.errors import UserError
@@ -198,8 +198,10 @@ def test_table_metrics_and_plot(tmp_path: Path) -> None:
         ("dictionary/top_k", 0.98, 256),
         ("dictionary/top_k", 0.91, 512),
     ]
-    plot_accuracy(rows, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    result = dictionary_result(by_seed, SETTINGS, {0: 6.5}, tmp_path)
+    assert (tmp_path / PLOT).read_bytes().startswith(b"\x89PNG")
+    assert [row[2] for row in result.tables[0].rows] == [row.median for row in rows]
+    assert "6.5 (seed 0)" in result.tables[0].note
 
 
 def test_the_recipe_of_the_tests_is_a_recipe(make_recipe) -> None:

@@ -3,6 +3,7 @@
 Shapes: R rows, L tokens.
 """
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -157,3 +158,12 @@ def test_the_first_steps_warm_up(make_recipe, tmp_path: Path) -> None:
     train_seed(make_recipe(optimizer={"learning_rate": 1e-3, "warmup_steps": 4}), 0, tmp_path)
     rates = [line["learning_rate"] for line in read_metrics(tmp_path / "metrics.jsonl")]
     assert rates[:6] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+
+
+def test_a_phase_holds_temperatures_and_the_next_lets_them_go(make_recipe, tmp_path: Path) -> None:
+    held = {"steps": 3, "records": 3, "documents": 4, "temperature": 20.0}
+    recipe = make_recipe(phases=[held, {"steps": 3, "records": 3, "documents": 4}])
+    train_seed(recipe, 0, tmp_path)
+    at = [line["temperature"] for line in read_metrics(tmp_path / "metrics.jsonl")]
+    assert at[:3] == [20.0] * 3
+    assert all(one != other for one, other in itertools.pairwise(at[2:]))

@@ -109,6 +109,12 @@ def test_top_k_memory_is_measured_over_all_of_it(subject: Subject, measure) -> N
     assert by_metric(measure(module, few, settings)) == by_metric(measure(module, subject, settings))
 
 
+def test_a_model_without_memory_layers_is_a_users_error(subject: Subject, save_model) -> None:
+    plain = Subject({"model": save_model(mem_layers=[])}, LOCAL, 0, shards=subject.shards, documents=subject.documents)
+    with pytest.raises(UserError, match="has no memory layers: leave it out"):
+        module.cells(plain, AttentionMass(d=(1,), samples=1))
+
+
 def test_fewer_contexts_than_d_are_a_users_error_that_says_the_largest(subject: Subject) -> None:
     there = sum(size // LOCAL for size in (70, 90, 120, 40))  # beside the longest document
     with pytest.raises(UserError, match=f"there are {there}: lower it to at most {there + 1},"):

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import ray
+import torch
 
-from jobs.evaluate.cells import CELLS, Cell, check_memory, run_cells
+from jobs.evaluate import cells as module
+from jobs.evaluate.cells import CELLS, WORKER_BYTES, Cell, check_gpu, check_memory, run_cells
 from pipelines.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -95,3 +97,37 @@ def test_what_a_cell_raises_ends_the_evaluation_and_keeps_the_others(tmp_path: P
     run_cells("t", marking(tmp_path, "a"), tmp_path)
     kept = json.loads((tmp_path / CELLS / "a.json").read_text())
     assert kept == {"name": "a"}
+
+
+GB = 10**9
+
+
+def test_with_gpus_a_cell_must_fit_a_node_that_has_one_and_holds_its_weights_alone_there(monkeypatch) -> None:
+    large, with_gpu = {"memory": 100 * GB}, {"memory": 4 * GB, "GPU": 1}
+    nodes = [{"Alive": True, "Resources": large}, {"Alive": True, "Resources": with_gpu}]
+    cell = Cell("a", mark, (), 10, 50 * GB, "cell a", weights=2 * GB)
+    monkeypatch.setattr(ray, "nodes", lambda: nodes[:1])
+    check_memory([cell])
+    assert module._node_bytes(cell, module._gpus()) == WORKER_BYTES + 50 * GB
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    check_memory([cell])
+    assert module._node_bytes(cell, module._gpus()) == WORKER_BYTES + 2 * GB
+    with pytest.raises(UserError, match=r"cell a needs about 4.7 GB, the largest node has 4.0 GB"):
+        check_memory([Cell("a", mark, (), 10, 50 * GB, "cell a", weights=4 * GB)])
+
+
+def test_in_its_task_a_cell_must_fit_the_gpu_beside_what_others_hold_there(monkeypatch) -> None:
+    cell = Cell("a", mark, (), 10, 3 * GB, "cell a")
+    check_gpu(cell)  # there is none here
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 * GB, 8 * GB))
+    for own in (0, GB):  # what the worker holds already, such as the weights, it uses again
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda own=own: own)
+        if own:
+            check_gpu(cell)
+            continue
+        with pytest.raises(
+            UserError, match=r"cell a needs about 3.0 GB, the GPU has 2.0 GB for it: shorten it"
+        ) as error:
+            module._run(cell, ())
+        assert "\n" not in str(error.value)

@@ -88,14 +88,37 @@ def test_an_edited_question_file_is_asked_anew(fot_here, checkpoint: Path, tmp_p
             ["--task", "passkey", "--set", "passkey.lengs=[1]"],
             "unknown key passkey.lengs: did you mean passkey.lengths?",
         ),
-        (["--task", "passkey", "--set", "passkey.lengths=[1]"], "passkey"),
+        (["--task", "passkey", "--set", "passkey.lengths=[1]"], "raise the shortest of evaluation.passkey.lengths to "),
+        (
+            ["--task", "passkey", "--set", "evaluation.passkey.lengths=[1]"],
+            "passkey at 1 x 64 tokens: the prompt needs",
+        ),
+        (["--task", "passkey", "--set", "evaluation.memory.dtype=f"], "memory.dtype = 'f'"),
+        (
+            ["--task", "passkey", "--set", "perplexity.windows=3"],
+            "--set perplexity.windows=3: perplexity is not asked for: add --task perplexity or leave this out",
+        ),
+        (["--task", "passkey", "--set", "lm_eval={tasks: [arc_easy]}"], "lm_eval is not asked for: add --task lm_eval"),
+        (["--task", "passkey", "--name", "a b/c"], "name = 'a b/c': string should match"),
+        (["--task", "passkey", "--local", "128"], "its local context holds up to 64 tokens, not 128: lower --local"),
+        (["--task", "passkey", "--local", "8"], "takes up to 8 tokens, more than a local context of 8 holds"),
+        (
+            ["--task", "perplexity", "--data", "q.jsonl", "--base", "flat"],
+            "flat: it has 1 layers, the memory layers of",
+        ),
         (["--task", "trec", "--local", "16", "--set", "trec={train: q.jsonl, test: q.jsonl}"], "cannot be asked"),
-        (["--task", "passkey", "--set", "passkey.lengths=[100000000]"], "GB"),
+        (
+            ["--task", "passkey", "--set", "passkey.lengths=[100000000]"],
+            "passkey at 6400000000 tokens, 1 prompts at once (evaluation.passkey.at_once) needs about ",
+        ),
         (["--task", "perplexity", "--data", "nothing.txt"], "nothing.txt"),
     ],
 )
 def test_a_mistake_is_one_line(fot_here, checkpoint: Path, arguments: list[str], message: str) -> None:
     (checkpoint.parent / "q.jsonl").write_text('{"question": "what is an acorn ?", "fine": "DESC:def"}\n')
+    shallow = FotLlamaConfig.from_pretrained(checkpoint, num_hidden_layers=1, mem_layers=[])
+    FotLlamaForCausalLM(shallow).save_pretrained(checkpoint.parent / "flat")
+    (checkpoint.parent / "flat" / "tokenizer.json").write_bytes((checkpoint / "tokenizer.json").read_bytes())
     answer = fot_here("evaluate", checkpoint, *arguments)
     assert answer.returncode == 2
     assert message in answer.stdout.splitlines()[-1]

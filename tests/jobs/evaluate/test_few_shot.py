@@ -149,6 +149,15 @@ def test_the_hubs_integers_become_the_names_of_classes(tmp_path: Path) -> None:
     assert found == [Example("what ?", ("ABBR:exp",)), Example("why ?", ("ABBR:abb",))]
 
 
+@pytest.mark.parametrize("label", [-1, 2])
+def test_an_integer_that_names_no_class_is_a_users_error(tmp_path: Path, label: int) -> None:
+    features = {"info": {"features": {"fine_label": {"names": ["ABBR:abb", "ABBR:exp"], "_type": "ClassLabel"}}}}
+    table = pa.Table.from_pylist([{"text": "what ?", "fine_label": 1}, {"text": "why ?", "fine_label": label}])
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), tmp_path / "q.parquet")
+    with pytest.raises(UserError, match=f"q.parquet, row 1: fine_label {label} names no class"):
+        read_examples(str(tmp_path / "q.parquet"), "x", trec.TREC.questions, trec.TREC.answers)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -209,8 +218,12 @@ def test_draws_follow_the_seed_and_differ(model: Path, data: dict[str, str]) -> 
 
 
 def test_a_length_without_a_demonstration_says_how_many_tokens_one_needs(model: Path, data: dict[str, str]) -> None:
-    subject = Subject({"model": model}, 8, 0)
-    with pytest.raises(UserError, match=r"trec.lengths: 1 x 8 tokens hold no demonstration: .* let lengths begin at"):
+    with pytest.raises(
+        UserError, match=r"take \d+ tokens, the local context holds 8: it cannot be asked of this model"
+    ):
+        trec.cells(Subject({"model": model}, 8, 0), FewShot(**data))
+    subject = Subject({"model": model}, 20, 0)
+    with pytest.raises(UserError, match=r"trec.lengths: 1 x 20 tokens hold no demonstration: .* let lengths begin at"):
         trec.cells(subject, FewShot(**data))
     with pytest.raises(UserError) as raised:
         trec.cells(subject, FewShot(**data, draws=1))
@@ -223,6 +236,16 @@ def test_a_length_without_a_demonstration_says_how_many_tokens_one_needs(model: 
 def test_answers_that_are_no_classes_cannot_be_chosen_among(model: Path, data: dict[str, str]) -> None:
     with pytest.raises(UserError, match=r"evaluation.webquestions.choice: its answers are no classes"):
         webquestions.cells(subject_of(model), FewShot(**data, choice=True))
+
+
+def test_questions_are_checked_without_a_model(data: dict[str, str]) -> None:
+    trec.check(FewShot(**data, choice=True))
+    with pytest.raises(UserError, match=r"evaluation.webquestions.choice: its answers are no classes"):
+        webquestions.check(FewShot(**data, choice=True))
+    with pytest.raises(UserError, match=r"there is no 'answers'"):
+        webquestions.check(FewShot(**data))
+    with pytest.raises(UserError, match=r"none.jsonl does not exist: set evaluation.trec.test"):
+        trec.check(FewShot(train=data["train"], test="none.jsonl"))
 
 
 # Asking.

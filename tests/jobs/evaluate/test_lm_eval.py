@@ -24,7 +24,7 @@ from jobs.evaluate import lm_eval_tasks
 from jobs.evaluate.config import LmEval, Memory
 from jobs.evaluate.harness import FotLM
 from jobs.evaluate.lm_eval_tasks import cells, compare, quiet, task_manager
-from jobs.evaluate.subject import Subject, load_model, read_tokenizer
+from jobs.evaluate.subject import Subject, load_model, memory_bytes, read_tokenizer
 from pipelines.errors import UserError
 from pipelines.tokenizer import train_tokenizer
 
@@ -160,6 +160,20 @@ def test_the_greedy_continuation_is_said_to_be_it_and_one_with_another_token_not
     assert [is_greedy for _, is_greedy in found] == [True, False, False, False]
 
 
+def test_an_input_within_the_local_context_is_read_at_once_whatever_a_checkpoint_says(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """LongLLaMA's configuration leaves fewer tokens local."""
+    for file in models["model"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "last_context_length": 8}))
+    pair = asked("loglikelihood", (text(30, 1), " the mat"))
+    assert FotLM(tmp_path, LOCAL).model.config.last_context_length == 8
+    found, expected = (FotLM(path, LOCAL).loglikelihood(pair)[0][0] for path in (tmp_path, models["model"]))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_an_empty_context_is_bos(fot: FotLM) -> None:
     assert fot.loglikelihood(asked("loglikelihood", ("", "the cat"))) == [
         (pytest.approx(direct(fot, "", "the cat")[0], rel=1e-5), False)
@@ -288,6 +302,18 @@ def test_rulers_lengths_are_steps(subject: Subject, tmp_path: Path) -> None:
     ]
 
 
+def test_memory_is_asked_for_what_a_task_feeds(subject: Subject, tasks: Path) -> None:
+    near, far = (cells(subject, LmEval(tasks=(task,), include=str(tasks)))[0] for task in ("choose", "choose_far"))
+    logits = 300 * LOCAL * (4 * 8 + 8)
+    assert near.bytes == near.weights + logits, "nothing leaves the local context"
+    longest = int(far.what.split()[-2])
+    encode = read_tokenizer(subject.model).encode
+    assert longest >= max(len(encode(text(150, number))) for number in range(10)) > LOCAL
+    assert far.bytes == near.bytes + memory_bytes(subject.model, Memory(), longest, LOCAL // 2)
+    shown = cells(subject, LmEval(tasks=("choose_far",), include=str(tasks), few_shot=2))[0]
+    assert int(shown.what.split()[-2]) == 3 * longest
+
+
 # Bad input.
 
 
@@ -331,6 +357,9 @@ def test_what_the_harness_lacks_is_said_in_a_line(subject: Subject, tasks: Path,
     monkeypatch.setattr(lm_eval_tasks, "task_manager", lambda *_: manager)
     said = {task: refused(subject, tasks=(task,)) for task in asked_for}
     assert "the harness has no 'arc_easyy': did you mean arc_easy" in said["arc_easyy"]
+    lm_eval_tasks.check(LmEval(tasks=("arc_easy", "niah_single_1")))
+    with pytest.raises(UserError, match="the harness has no 'arc_easyy'"):
+        lm_eval_tasks.check(LmEval(tasks=("arc_easy", "arc_easyy")))
     assert "task arc_easy: its data set allenai/ai2_arc cannot be loaded" in said["arc_easy"]
     assert "HF_HOME" in said["arc_easy"]
     assert "niah_single_1 needs packages that are not installed: " in said["niah_single_1"]

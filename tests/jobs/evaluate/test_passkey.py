@@ -63,7 +63,8 @@ def test_the_text_prompt_hides_the_key_at_its_depth_and_ends_with_the_question(t
     assert text.endswith(QUESTION)
     assert text.count(key) == 2
     hidden = text.index(KEY.format(key=key))
-    filler = text[len(TASK) : hidden] + text[hidden + len(KEY.format(key=key)) : -len(QUESTION)]
+    assert text.endswith("\n" + QUESTION), "on a line of its own"
+    filler = text[len(TASK) : hidden] + text[hidden + len(KEY.format(key=key)) : -len("\n" + QUESTION)]
     assert not Counter(filler) & Counter("0123456789"), "no other key"
     assert filler == (FILLER * 99)[: len(filler)]
     assert 0 <= depth * len(filler) - (hidden - len(TASK)) <= 1.1 * len(FILLER), "at the start of the line there"
@@ -109,13 +110,16 @@ def test_a_long_prompt_takes_time_by_its_length(tokenizer) -> None:
 
 
 class Reader:
-    """Stands in for a model: remembers the windows it was shown, and after the question spells the key or avoids it."""
+    """Stands in for a model: remembers the windows it was shown, and after the question spells the key, with `more`
+    behind it, or avoids it."""
 
     device = torch.device("cpu")
 
-    def __init__(self, tokenizer: TextTokenizer, question: str, reads_from: str, room: int, knows: bool) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, question: str, reads_from: str, room: int, knows: bool, more: str
+    ) -> None:
         self.tokenizer, self.reads_from, self.sign = tokenizer, reads_from, 9.0 if knows else -9.0
-        self.room = room
+        self.room, self.more = room, more
         self.question = module._after(tokenizer, "\n", question)
         self.seen = torch.zeros(0, dtype=torch.long)
         self.windows: list[int] = []
@@ -134,6 +138,7 @@ class Reader:
                 text = decoded(self.tokenizer, [*self.seen[row].tolist(), *rows[row].tolist()])
                 key = text.split(self.reads_from)[1].split(".")[0].split("\n")[0]
                 answer = module._after(self.tokenizer, self.reads_from, key)
+                answer += module._after(self.tokenizer, self.reads_from + key, self.more) if self.more else []
                 for place, token in enumerate(answer):
                     logits[row, end - 1 + place, token] = self.sign
         return SimpleNamespace(logits=logits[:, -logits_to_keep:])
@@ -148,18 +153,22 @@ class Reader:
 KINDS = {"text": (QUESTION, "The pass key is"), "digits": ("\n" + MARKER, "\n" + MARKER)}
 
 
-@pytest.mark.parametrize(("knows", "score"), [(True, True), (False, False)])
+@pytest.mark.parametrize(
+    ("knows", "more", "exact", "choice"),
+    [(True, "", True, True), (True, ".", True, True), (True, "6", False, True), (False, "", False, False)],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_that_knows_scores_all_and_one_that_avoids_the_key_scores_nothing(
-    directory: Path, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch, kind: str, knows: bool, score: bool
+    directory: Path, tokenizer: TextTokenizer, monkeypatch, kind: str, knows: bool, more: str, exact: bool, choice: bool
 ) -> None:
+    """A number that goes on is not exact."""
     settings = Passkey(prompt=kind, digits=4)
-    reader = Reader(tokenizer, *KINDS[kind], module.answer_room(settings), knows)
+    reader = Reader(tokenizer, *KINDS[kind], module.answer_room(settings), knows, more)
     monkeypatch.setattr(module, "load_model", lambda *_: reader)
     monkeypatch.setattr(module, "new_cache", lambda *_: FotCache(reader.config))
     subject = Subject({"model": directory}, LOCAL, seed=0)
     result = module.run_trials(subject, settings, 12, [0, 1, 2])
-    assert [(trial["exact"], trial["choice"]) for trial in result] == [(score, score)] * 3
+    assert [(trial["exact"], trial["choice"]) for trial in result] == [(exact, choice)] * 3
     assert reader.windows == [LOCAL] * (11 + 10), "a window at a time"
     assert len({trial["depth"] for trial in result}) == 3
 
@@ -182,7 +191,7 @@ def test_answers_are_weighed_as_in_one_long_pass(model_dir: Path) -> None:
         cache = FotCache(model.config)
         module.read_into(model, cache, torch.tensor([prompt[: 6 * local]]), local)
         question_BL = torch.tensor([prompt[6 * local :]])
-        (scores,), exact_B = module.weigh(model, cache, question_BL, [answers], module.answer_room(settings), 1)
+        (scores,), exact_B = module.weigh(model, cache, question_BL, [answers], module.answer_room(settings), tokenizer)
         assert cache.get_seq_length() == 6 * local
         for answer, score in zip(answers, scores.tolist(), strict=True):
             ids = torch.tensor([*prompt, *answer])  # without positions, windows read into memory are one causal pass
@@ -191,6 +200,21 @@ def test_answers_are_weighed_as_in_one_long_pass(model_dir: Path) -> None:
             assert score == pytest.approx(expected, rel=1e-4)
             if answer == answers[0]:
                 assert exact_B.tolist() == [logits.argmax(-1).tolist() == answer]
+
+
+def test_fewer_prompts_are_read_at_once_where_they_are_long_or_few(model_dir: Path) -> None:
+    longest = module.TOKENS_AT_ONCE // 16
+    settings = Passkey(lengths=(20, longest // 4, longest, 2 * longest), trials=9, prompt="digits", at_once=6)
+    cells = module.cells(Subject({"model": model_dir}, 16, seed=3), settings)
+    numbers = [cell.arguments[2:] for cell in cells]
+    assert [len(own) for length, own in numbers if length == 20] == [6, 3]
+    assert [len(own) for length, own in numbers if length == longest // 4] == [4, 4, 1]
+    for length in settings.lengths:
+        assert [number for each, own in numbers if each == length for number in own] == list(range(9))
+    assert {len(own) for length, own in numbers if length >= longest} == {1}
+    few = module.cells(Subject({"model": model_dir}, 16, seed=3), Passkey(lengths=(20,), trials=2, prompt="digits"))
+    assert few[0].bytes < cells[0].bytes
+    assert few[0].what == "passkey at 320 tokens, 2 prompts at once (evaluation.passkey.at_once)"
 
 
 def test_the_result_has_shares_intervals_and_a_map(model_dir: Path, measure, tmp_path: Path) -> None:
@@ -213,11 +237,15 @@ def test_memory_is_asked_for_what_is_read_at_once(model_dir: Path) -> None:
 
 def test_a_length_that_cannot_hold_the_prompt_is_a_users_error(tokenizer: TextTokenizer) -> None:
     with pytest.raises(UserError, match="the prompt needs up to"):
-        module.check_prompt(tokenizer, 8, Passkey(lengths=(1,)))
+        module.check_prompt(tokenizer, 9, Passkey(lengths=(1,)))
     with pytest.raises(UserError) as error:
         module.check_prompt(tokenizer, 16, Passkey(lengths=(1,)))
     enough = int(str(error.value).split()[-1])
     module.check_prompt(tokenizer, 16, Passkey(lengths=(enough,)))
+    room = module.answer_room(Passkey())
+    module.check_prompt(tokenizer, room + 1, Passkey(lengths=(999,)))
+    with pytest.raises(UserError, match=r"takes up to 8 tokens.* lower evaluation.passkey.digits"):
+        module.check_prompt(tokenizer, room, Passkey(lengths=(999,)))
 
 
 def test_the_longest_good_length_has_no_bad_one_before_it() -> None:

@@ -32,7 +32,6 @@ def values(result) -> dict[tuple[str, int], float]:
 
 def causal(model_dir: Path, tokens: np.ndarray, last: int) -> float:
     """Loss (nats) of the last `last` labels in one long pass: equal to reading windows, without positions."""
-    load_model.cache_clear()
     model = FotLlamaForCausalLM.from_pretrained(model_dir).eval()
     text = torch.tensor(tokens.astype(np.int64))
     with torch.no_grad():

@@ -1,3 +1,6 @@
+import gc
+import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -5,8 +8,10 @@ import pytest
 import torch
 
 from fot_model import FotCache, FotLlamaForCausalLM, TopKMemory
+from jobs.evaluate import subject as module
 from jobs.evaluate.config import Memory
 from jobs.evaluate.subject import (
+    check_models,
     check_tokenizer,
     load_model,
     memory_bytes,
@@ -31,11 +36,55 @@ def test_the_base_reads_with_the_models_memory_layers(save_model) -> None:
     assert not load_model(base, base).training
 
 
+def test_the_base_reads_with_the_local_context_and_the_number_type_of_memory_of_the_model(save_model) -> None:
+    model = save_model(mem_dtype="bfloat16")
+    base = save_model(local_context=LOCAL // 2, mem_dtype="float16")
+    loaded = load_model(base, model)
+    assert loaded.config.window == LOCAL
+    assert new_cache(loaded, Memory()).memory.dtype == torch.bfloat16
+    read_into(loaded, new_cache(loaded, Memory()), torch.ones(1, LOCAL, dtype=torch.long), LOCAL)
+
+
+def test_the_base_of_a_model_that_knows_of_no_memory_has_none_either(save_model) -> None:
+    model, base = save_model(), save_model()
+    config = json.loads((model / "config.json").read_text())
+    kept = {name: value for name, value in config.items() if not name.startswith("mem_")}
+    (model / "config.json").write_text(json.dumps({**kept, "model_type": "llama"}))
+    assert load_model(base, model).config.mem_layers == []
+
+
+def test_a_worker_never_holds_two_models(save_model, monkeypatch) -> None:
+    one, other = save_model(), save_model()
+    first = weakref.ref(load_model(one, one))
+    assert load_model(one, one) is first()
+    load = module._load
+
+    def noted(*paths: Path) -> FotLlamaForCausalLM:
+        gc.collect()
+        assert first() is None
+        return load(*paths)
+
+    monkeypatch.setattr(module, "_load", noted)
+    assert load_model(other, other) is load_model(other, other)
+
+
+def test_a_local_context_or_layers_that_a_model_lacks_are_a_users_error(save_model, model_dir: Path) -> None:
+    short, flat = save_model(max_position_embeddings=LOCAL // 2), save_model(num_hidden_layers=1)
+    deep = save_model(num_hidden_layers=3, mem_layers=[2])
+    check_models({"model": model_dir, "base": save_model(local_context=LOCAL // 2)}, LOCAL)
+    with pytest.raises(UserError, match=f"{model_dir}: its local context holds up to 16 tokens, not 17: lower --local"):
+        check_models({"model": model_dir}, LOCAL + 1)
+    with pytest.raises(UserError, match=f"{short}: its local context holds up to 8 tokens, not 16"):
+        check_models({"model": model_dir, "base": short}, LOCAL)
+    with pytest.raises(UserError, match=rf"{flat}: it has 1 layers, the memory layers of {deep} are \[2\]"):
+        check_models({"model": deep, "base": flat}, LOCAL)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_is_loaded_in_its_own_number_type(save_model, dtype: torch.dtype) -> None:
     directory = save_model()
     FotLlamaForCausalLM.from_pretrained(directory, dtype=dtype).save_pretrained(directory)
-    load_model.cache_clear()
+    module._loaded.clear()
     assert load_model(directory, directory).dtype == dtype
 
 
@@ -57,16 +106,21 @@ def test_reading_window_by_window_is_reading_at_once(model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_the_estimate_of_memory_is_what_buffers_hold_at_most(model_dir: Path, dtype: str | None) -> None:
+@pytest.mark.parametrize("windows", [1, 3, 8, 9])
+def test_the_estimate_of_memory_is_what_buffers_hold_at_most(model_dir: Path, dtype: str | None, windows: int) -> None:
     memory, model = Memory(dtype=dtype), load_model(model_dir, model_dir)
-    cache, rows, windows = new_cache(model, memory), 2, 9
+    cache, rows = new_cache(model, memory), 2
     ids_BT = torch.randint(2, 280, (rows, windows * LOCAL))
     with torch.inference_mode():
         read_into(model, cache, ids_BT, LOCAL)
     held = sum(each._held.nbytes for layer in cache.memory._layers.values() for each in layer.buffers().values())
-    estimate = memory_bytes(model_dir, memory, windows * LOCAL, rows)
-    assert held / 2 <= estimate
-    assert held <= 1.4 * estimate  # doubling leaves up to half of a buffer empty
+    estimate = memory_bytes(model_dir, memory, windows * LOCAL, LOCAL, rows)
+    assert estimate == held + held / 2 / 2, "and half of the keys or of the values, while they are copied"
+
+
+def test_a_model_without_memory_layers_or_with_nothing_to_remember_holds_nothing(save_model, model_dir: Path) -> None:
+    assert memory_bytes(save_model(mem_layers=[]), Memory(), 100, LOCAL) == 0
+    assert memory_bytes(model_dir, Memory(), 0, LOCAL) == 0
 
 
 def test_memory_attends_as_asked_for(model_dir: Path) -> None:
@@ -94,5 +148,8 @@ def test_documents_of_another_tokenizer_are_a_users_error(subject_of, save_model
     check_tokenizer(subject, open_documents(subject))
     other = save_model()
     train_tokenizer(["quite other words in here"], 270, other)
-    with pytest.raises(UserError, match="were tokenized otherwise"):
+    with pytest.raises(UserError, match=f"were tokenized otherwise than the model {other} does: tokenize them"):
         check_tokenizer(replace(subject, models={"model": other}), open_documents(subject))
+    both = {"model": subject.model, "base": other}
+    with pytest.raises(UserError, match=f"were tokenized otherwise than the base {other} does: leave it out"):
+        check_tokenizer(replace(subject, models=both), open_documents(subject))

@@ -32,6 +32,16 @@ def test_the_windows_have_the_longest_context_before_them_and_spread_over_docume
     assert set(choose_documents(dataset, LOCAL, 4, "x")) == {1, 2}
 
 
+def test_the_order_of_documents_is_looked_up_once(subject_of, monkeypatch) -> None:
+    dataset = open_documents(subject_of({"s": [30, 70, 101]}))
+    looked_up, find = [], dataset.id
+    monkeypatch.setattr(dataset, "id", lambda number: looked_up.append(number) or find(number))
+    chosen = choose_documents(dataset, LOCAL, 4, "x")
+    assert chosen == choose_documents(dataset, LOCAL, 4, "x")
+    assert sorted(looked_up) == [1, 2]
+    assert {*choose_documents(dataset, LOCAL, 2, "x")} == {0, 1, 2}
+
+
 def test_no_document_long_enough_is_a_users_error(dataset, subject_of) -> None:
     with pytest.raises(UserError, match=r"the longest of 3 has 101.* or lower some.setting"):
         choose_windows(dataset, LOCAL, 16, 10, "some.setting")
