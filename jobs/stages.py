@@ -32,9 +32,8 @@ def recipe_stages(workspace: Workspace) -> list[Stage]:
 
 
 def _evaluations(recipe: Recipe, hashes: FileHashes) -> list[Stage]:
-    objective, models = recipe.finetune.objective, {"model": "finetune", "base": "base"}
-    chained = objective.kind == "transformer_xl"
-    return evaluation_stages(recipe.evaluation, models, objective.context, recipe.seed, hashes, chained)
+    models = {"model": "finetune", "base": "base"}
+    return evaluation_stages(recipe.evaluation, models, recipe.finetune.objective.context, recipe.seed, hashes)
 
 
 def _repairing(recipe: Recipe, corpus: Corpus, stage: Stage) -> Stage:

@@ -14,8 +14,9 @@ WORKERS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 
-# What a person may set differently: a tracking server that is down is found so in seconds, one that takes questions and
-# gives no answer in a minute, not in several; a database that was deleted is not written to through a connection left open; MLflow's remarks stay out of what people read.
+# What a person may set differently: a tracking server that is down is found so in seconds, one that is asked and never
+# answers in a minute, not in several; a database that was deleted is not written to through a connection left open;
+# MLflow's remarks stay out of what people read.
 UNLESS_SET = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",

@@ -38,6 +38,7 @@ def cells(subject: Subject, settings: Evaluation) -> list[Cell]:
             keeps=True,
             tokens=largest,
             bytes=held,
+            weights=weights_bytes(subject.model),
             what=f"a dictionary of {largest} tokens",
         )
         for seed in range(subject.seed, subject.seed + DICTIONARIES)

@@ -29,6 +29,7 @@ from jobs.evaluate.scoring import score, score_chain
 from jobs.evaluate.subject import (
     Subject,
     check_tokenizer,
+    is_chained,
     load_model,
     memory_bytes,
     new_cache,
@@ -110,7 +111,7 @@ def cells(subject: Subject, settings: Perplexity) -> list[Cell]:
     Raises UserError where documents are too short or too few, or of another tokenizer than the model's.
     """
     dataset, local = open_documents(subject), subject.local
-    if subject.chained and (settings.others or settings.mode == "whole_document"):
+    if is_chained(subject.model) and (settings.others or settings.mode == "whole_document"):
         raise UserError("evaluation.perplexity: a Transformer-XL has no memory: set mode: last_window and others: []")
     check_tokenizer(subject, dataset)
     check_documents(dataset, local, settings)
@@ -157,7 +158,7 @@ def check_documents(dataset: TokenDataset, local: int, settings: Perplexity) -> 
 def score_batch(subject: Subject, name: str, batch: Batch) -> Json:
     """A cell: loss (nats) of every scored window, a list for each of the batch's; memory is empty before each."""
     model, dataset = load_model(subject.models[name], subject.model), open_documents(subject)
-    if subject.chained and name == "model":
+    if is_chained(subject.models[name]):
         return score_chain(model, dataset, batch.windows, batch.context, subject.local, model.device).tolist()
     found = []
     for windows in _split(batch.windows, _at_once(subject.local)):

@@ -16,11 +16,10 @@ from pipelines.store import Stage
 
 
 def evaluation_stages(
-    evaluation: Evaluation, models: Mapping[str, str], local: int, seed: int, hashes: FileHashes, chained: bool = False
+    evaluation: Evaluation, models: Mapping[str, str], local: int, seed: int, hashes: FileHashes
 ) -> list[Stage]:
-    """A stage for each task asked for. `models`: names of the stages that hold "model" and, if there is one, "base".
-    `chained`: the model is a Transformer-XL."""
-    return [_stage(evaluation, name, models, local, seed, hashes, chained) for name in evaluation.tasks]
+    """A stage for each task asked for. `models`: names of the stages that hold "model" and, if there is one, "base"."""
+    return [_stage(evaluation, name, models, local, seed, hashes) for name in evaluation.tasks]
 
 
 def _stage(
@@ -30,7 +29,6 @@ def _stage(
     local: int,
     seed: int,
     hashes: FileHashes,
-    chained: bool,
 ) -> Stage:
     settings = evaluation.tasks[name]
     seen = {who: stage for who, stage in models.items() if who == "model" or name in SEE_BASE}
@@ -44,7 +42,6 @@ def _stage(
             memory=evaluation.memory,
             shards=inputs.get(SHARDS),
             documents=inputs.get(DOCUMENTS),
-            chained=chained,
         )
         evaluate(name, subject, settings, output)
 
@@ -53,10 +50,9 @@ def _stage(
         "memory": evaluation.memory.model_dump(mode="json"),
         "local": local,
         "seed": seed,
-        "chained": chained,
         "files": _named_files(settings, hashes),
     }
-    return Stage(name, run, params, inputs=(*texts, *seen.values()), version=2, content=RESULT)
+    return Stage(name, run, params, inputs=(*texts, *seen.values()), version=3, content=RESULT)
 
 
 def _named_files(settings: Part, hashes: FileHashes) -> dict[str, Any]:

@@ -28,8 +28,7 @@ _loaded: dict[tuple[Path, Path], "FotLlamaForCausalLM"] = {}  # of this worker, 
 class Subject:
     """`models`: Hugging Face directories with their tokenizer: "model", and "base" where there is one to compare with.
     The base reads with the model's memory layers, so that both see the same. `local`: tokens of the local context.
-    `shards`, `documents`: data set and index, where a task needs held-out documents. `chained`: the model is a
-    Transformer-XL, whose layers see the window before and no memory."""
+    `shards`, `documents`: data set and index, where a task needs held-out documents."""
 
     models: Mapping[str, Path]
     local: int
@@ -37,7 +36,6 @@ class Subject:
     memory: Memory = Memory()  # noqa: RUF009 - it is frozen
     shards: Path | None = None
     documents: Path | None = None
-    chained: bool = False
 
     @property
     def model(self) -> Path:
@@ -47,6 +45,11 @@ class Subject:
 def read_config(model: Path) -> dict[str, Any]:
     """A model's configuration, without loading it."""
     return dict(json.loads((model / "config.json").read_text()))
+
+
+def is_chained(model: Path) -> bool:
+    """Whether it was trained as a Transformer-XL, whose layers see the window before and no memory."""
+    return bool(read_config(model).get("previous_context"))
 
 
 @lru_cache(maxsize=2)

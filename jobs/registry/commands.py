@@ -142,9 +142,7 @@ def sync_recipe(recipe: Path, uri: str | None) -> None:
 
 def _sync(work_dir: Path, uri: str | None, recipes: str | None) -> None:
     if not work_dir.is_dir():
-        raise UserError(
-            f"{work_dir}: there is no such directory: give a recipe, or --work-dir DIR, which is its work_dir"
-        )
+        raise UserError(f"{work_dir}: there is no such directory: give --work-dir DIR, where a recipe's work_dir is")
     to, known = None if uri is None else _checked(uri), [tracking_uri(work_dir)]
     if recipes is not None:
         known.append(recipes)

@@ -103,8 +103,8 @@ def find_run(client: MlflowClient, experiment: str, key: str) -> Run | None:
 def open_run(
     client: MlflowClient, work_dir: Path, experiment: str, key: str, name: str, began: float | None = None
 ) -> Run:
-    """The run with this key, or a new one that `began` then (seconds since 1970) or now; its experiment comes back if it
-    was deleted. Files of a run go to the server, and without one into the work directory."""
+    """The run with this key, or a new one that `began` then (seconds since 1970) or now, in an experiment that comes
+    back if it was deleted. Files of a run go to the server, and without one into the work directory."""
     with locked(work_dir / "outbox" / "open.lock"):
         found = client.get_experiment_by_name(experiment)
         if found is None:

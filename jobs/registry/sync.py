@@ -14,9 +14,9 @@ from pipelines.errors import UserError
 def sync(work_dir: Path, uri: str | None = None, known: Sequence[str] = ()) -> Iterator[str]:
     """Upload the entries of the outbox, to `uri` or where each was to go. Yields a line for each, done or not.
 
-    `known`: addresses with their credentials, which entries are kept without. An entry is removed when MLflow has all of
-    it; run again after any interruption this goes on, and doubles nothing. Raises UserError, at the end, where some could
-    not be uploaded.
+    `known`: addresses with their credentials, which entries are kept without. An entry is removed when MLflow has all
+    of it; run again after any interruption this goes on, and doubles nothing. Raises UserError, at the end, where some
+    could not be uploaded.
     """
     outbox, left = Outbox(work_dir), []
     whole = {hide_credentials(address): address for address in known}

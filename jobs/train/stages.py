@@ -10,7 +10,8 @@ from jobs.data.stages import DOCUMENTS, SHARDS, Inputs, directory_files
 from jobs.evaluate import attention_mass, lm_eval_tasks, passkey, perplexity, trec, webquestions
 from jobs.evaluate.windows import choose_windows
 from jobs.recipe import ModelShape, Recipe
-from jobs.tracking import TrainingFacts, TrainingRun, tracking_uri
+from jobs.registry.server import tracking_uri
+from jobs.tracking import TrainingFacts, TrainingRun
 from jobs.train.checkpoint_store import CheckpointStore, place_of
 from jobs.train.config import Training
 from jobs.train.launch import train

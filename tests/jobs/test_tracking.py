@@ -12,7 +12,7 @@ from jobs import tracking
 from jobs.registry.outbox import Outbox
 from jobs.registry.server import connect, embedded_uri, find_run, tracking_uri
 from jobs.registry.sync import sync
-from jobs.tracking import TrainingFacts, TrainingRun
+from jobs.tracking import TrainingFacts, TrainingRun, upload_training
 from pipelines.errors import UserError
 from pipelines.progress import console
 
@@ -93,7 +93,7 @@ def test_a_training_begins_goes_on_and_ends_without_its_server_and_sync_brings_i
     assert "secret" not in said.get() + kept
     output.rename(output.with_suffix(""))  # the stage is complete
 
-    with pytest.raises(UserError, match=r"MLflow at http://127.0.0.1:9 cannot be used \(Connection refused\)$"):
+    with pytest.raises(UserError, match=r"could not be uploaded: one.json"):
         list(sync(work_dir))
     assert Outbox(work_dir).has("one")
     for told in (1, 0):
@@ -133,6 +133,19 @@ def test_a_training_killed_while_mlflow_was_down_is_uploaded_as_killed(follow, w
     assert len(list(sync(work_dir, embedded_uri(work_dir)))) == 1
     assert history(work_dir) == [(step, 1 / step) for step in range(1, 4)]
     assert find_run(connect(embedded_uri(work_dir)), "tiny", "one").info.status == "KILLED"
+
+
+def test_a_training_that_mlflow_has_wholly_is_left_as_it_is(follow, work_dir: Path, output: Path) -> None:
+    follow().finish(write(output, range(1, 4)))
+    client = connect(embedded_uri(work_dir))
+    before = find_run(client, "tiny", "one").info
+    assert upload_training(work_dir, embedded_uri(work_dir), output, "FINISHED") == before.run_id
+    after = find_run(client, "tiny", "one").info
+    assert (after.start_time, after.end_time) == (before.start_time, before.end_time)
+    write(output, range(1, 6))  # more than MLflow has
+    upload_training(work_dir, embedded_uri(work_dir), output, "FINISHED")
+    assert history(work_dir) == [(step, 1 / step) for step in range(1, 6)]
+    assert find_run(client, "tiny", "one").info.end_time == 105_000
 
 
 def test_a_step_is_written_whole_however_many_metrics_it_has(follow, work_dir: Path, output: Path) -> None:

@@ -171,3 +171,18 @@ def test_it_is_measured_by_ray_tasks_and_written(subject: Subject, tmp_path: Pat
     result = evaluate("perplexity", subject, Perplexity(contexts=(1, 2), windows=4, others=(1,)), tmp_path)
     assert Point("perplexity/model", LOCAL, values(result)["perplexity/model", LOCAL]) in result.points
     assert all((tmp_path / plot).stat().st_size > 5000 for plot in result.plots)
+
+
+def test_a_transformer_xl_is_scored_as_it_was_trained(subject: Subject, save_model, measure) -> None:
+    shape = {"num_hidden_layers": 2, "mem_layers": []}
+    plain, chained = (save_model(**shape, previous_context=on) for on in (False, True))
+    settings = Perplexity(contexts=(1, 2, 4), windows=4)
+    found = values(measure(module, replace(subject, models={"base": plain, "model": chained}), settings))
+    alone = [found["perplexity/base", context * LOCAL] for context in (1, 2, 4)]
+    linked = [found["perplexity/model", context * LOCAL] for context in (1, 2, 4)]
+    assert linked[0] == pytest.approx(alone[0], rel=1e-5)  # the same weights
+    assert len(set(alone)) == 1  # reading without memory layers sees the window alone
+    assert len(set(linked)) == 3
+    for wrong in (Perplexity(others=(1,)), Perplexity(mode="whole_document")):
+        with pytest.raises(UserError, match="a Transformer-XL has no memory"):
+            module.cells(replace(subject, models={"model": chained}), wrong)

@@ -95,7 +95,7 @@ def make_outcome(work_dir: Path):
         (model / "model.safetensors").write_bytes(f"weights of {key}".encode())
         facts = TrainingFacts(f"finetune-{key}", "tiny", "tiny: finetune", {}, {"steps": 3}, {"seed": 0})
         facts.write(training)
-        lines = "".join(f'{{"step": {step}, "loss": {4 - step}, "time": {FINISHED}}}\n' for step in (1, 2, 3))
+        lines = "".join(f'{{"step": {n}, "loss": {4 - n}, "time": {FINISHED + n - 1}}}\n' for n in (1, 2, 3))
         (training / "metrics.jsonl").write_text(lines)
         (output / "report.html").write_text(f"report of {key}")
         points = {("perplexity/model", 512): 10.05, ("perplexity/base", 512): 10.0, ("perplexity/model", 2048): 9.5}

@@ -40,9 +40,8 @@ def three_runs(work_dir: Path, make_outcome) -> list[dict]:
     }
     (report / "lineage.json").write_text(json.dumps(stages))
     (report / "recipe.json").write_text(json.dumps({"data": {"sources": [{"name": "books", "path": "/corpus/*.txt"}]}}))
-    (work_dir / "store" / "shards" / "5aa5").mkdir(parents=True)
-    (work_dir / "store" / "shards" / "5aa5" / "manifest.json").write_text(json.dumps({"shards": [{"unit": tokens}]}))
-    artifacts = {name: report / name for name in ("lineage.json", "recipe.json")}
+    (report / "manifest.json").write_text(json.dumps({"shards": [{"unit": tokens}]}))
+    artifacts = {name: report / name for name in ("lineage.json", "recipe.json", "manifest.json")}
     return [
         record(make_outcome("one", artifacts=artifacts), work_dir, GATE),
         record(make_outcome("two", passkey=0.5, params={"seed": 1, "steps": 3}), work_dir, GATE),
@@ -58,7 +57,7 @@ def test_runs_are_listed_newest_first_with_their_models(run_fot, three_runs: lis
     assert len(lines) == 5  # with two trainings
     assert lines[0].startswith(three_runs[2]["run_id"][:8])
     one = next(line for line in lines if line.startswith(three_runs[0]["run_id"][:8]))
-    assert "perplexity/model 9.5, passkey/exact 0.95" in one
+    assert "perplexity/model 9.5 at 2048, passkey/exact 0.95 at 2048" in one
     assert "fot/tiny 1 (champion)" in one
     assert any("fot/tiny 2 (candidate)" in line for line in lines)
     assert sum(" training " in line for line in lines) == 2
@@ -69,6 +68,9 @@ def test_runs_are_listed_newest_first_with_their_models(run_fot, three_runs: lis
         "metric passkey/exact@2048 < 0.9": 1,
         "metric passkey/exact@512 < 0.9": 0,
         "metric passkey/exact < 0.9": 1,
+        "metric passkey/exact <.9": 1,
+        "metric passkey/exact != 9.5e-1": 1,
+        "metric passkey/exact < 1E+5": 3,
         "params.seed = '1'": 1,
         "tags.`fot.kind` = 'training'": 2,
     }.items():
@@ -109,7 +111,7 @@ def test_runs_are_compared_by_what_differs(run_fot, three_runs: list[dict]) -> N
     assert "perplexity     █▁ 10.05 to 9.5, 512 to 2048" in printed
 
 
-def test_what_there_is_not_is_one_line(run_fot, three_runs: list[dict]) -> None:
+def test_what_there_is_not_is_one_line(run_fot, work_dir: Path, three_runs: list[dict]) -> None:
     for arguments, message in (
         (("show", "abcdef01"), "abcdef01 is no run's id, nor a model: `fot registry list` shows what there is"),
         (("show", "tinny"), "models:/fot/tinny: there is no such model, but fot/tiny"),
@@ -117,7 +119,10 @@ def test_what_there_is_not_is_one_line(run_fot, three_runs: list[dict]) -> None:
         (("compare", "tiny"), "give two runs or more"),
         (("list", "--name", "tinny"), "--name tinny: there is no such experiment, but "),
         (("list", "--filter", "metric x is large"), 'write it as "metric passkey/exact@65536 >= 0.9"'),
-        (("list", "--filter", "no filter"), "Invalid"),
+        (("list", "--filter", "no filter"), "--filter no filter: Invalid"),
+        (("show", "abc"), "abc is no model, and too short for a run's id: give four characters"),
+        (("list", "--uri", f"sqlite:///{work_dir}/other.db"), f"there is no database {work_dir}/other.db: give "),
+        (("ui", "--uri", f"sqlite:///{work_dir}/other.db"), f"there is no database {work_dir}/other.db: give "),
         (("list", "--uri", "ftp://me:secret@host"), "--uri: ftp://host is no tracking server"),
         (("list", "--uri", "http://me:secret@127.0.0.1:9"), "MLflow at http://127.0.0.1:9 cannot be used"),
     ):
@@ -126,6 +131,7 @@ def test_what_there_is_not_is_one_line(run_fot, three_runs: list[dict]) -> None:
         assert message in said
         assert "secret" not in said
         assert "\n" not in said
+    assert not (work_dir / "other.db").exists()
 
 
 def test_a_directory_without_runs_is_one_line(tmp_path: Path) -> None:
@@ -137,7 +143,8 @@ def test_a_directory_without_runs_is_one_line(tmp_path: Path) -> None:
 def test_sync_says_what_it_did(run_fot, work_dir: Path, make_outcome) -> None:
     assert run_fot("sync") == (0, f"nothing waits in {work_dir / 'outbox'}\n")
     record(make_outcome(), work_dir, Registry(tracking_uri="http://127.0.0.1:9"))
-    assert run_fot("sync") == (2, "MLflow at http://127.0.0.1:9 cannot be used (Connection refused)")
+    said = f"1 of the files in {work_dir}/outbox could not be uploaded: one.json"
+    assert run_fot("sync") == (2, said)
     entry = work_dir / "outbox" / "one.json"
     entry.write_text(json.dumps({**json.loads(entry.read_text()), "uri": None}))
     code, printed = run_fot("sync")
@@ -145,6 +152,52 @@ def test_sync_says_what_it_did(run_fot, work_dir: Path, make_outcome) -> None:
     assert printed.startswith("tiny: run ")
     assert printed.endswith(", version 1 of models:/fot/tiny, not promoted\n")
     assert not entry.exists()
+    record(make_outcome("two"), work_dir, Registry(tracking_uri="http://127.0.0.1:9"))
+    assert run_fot("sync", "--uri", "ftp://host")[1].startswith("--uri: ftp://host is no tracking server")
+    assert run_fot("sync", "--uri", f"sqlite:///{work_dir}/mlflow.db")[0] == 0
+    assert not (work_dir / "outbox" / "two.json").exists()
+
+
+@pytest.mark.parametrize(
+    "kind", [{"kind": "dictionary"}, {"variants": {"a": {"set": {"seed": 1}}}}, {"finetune": {"steps": "many"}}]
+)
+def test_a_recipe_of_any_kind_says_where_to_sync_and_with_what_credentials(
+    kind: dict, work_dir: Path, make_outcome, tmp_path: Path, monkeypatch
+) -> None:
+    used: list[str] = []
+    monkeypatch.setattr("jobs.registry.sync._upload", lambda entry, work_dir, uri: used.append(uri) or "done")
+    theirs, mine = "http://me:secret@127.0.0.1:9", "http://you:secret@127.0.0.1:19"
+    for key, uri in (("one", theirs), ("two", mine), ("three", "http://127.0.0.1:29")):
+        record(make_outcome(key), work_dir, Registry(tracking_uri=uri))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({"work_dir": str(work_dir), "registry": {"tracking_uri": theirs}, **kind}))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mine)
+    done = CliRunner().invoke(fot, ["registry", "sync", str(recipe)])
+    assert (done.exit_code, done.output) == (0, "done\n" * 3)
+    assert sorted(used) == sorted([theirs, mine, "http://127.0.0.1:29"])
+
+
+def test_a_directory_that_is_not_there_is_not_synced(tmp_path: Path) -> None:
+    done = CliRunner().invoke(fot, ["registry", "sync", "--work-dir", str(tmp_path / "rnus")])
+    assert f"{tmp_path}/rnus: there is no such directory: give --work-dir DIR" in user_message(done.exception)
+    assert not (tmp_path / "rnus").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "called"),
+    [
+        (("list",), "show_list"),
+        (("show", "a"), "show_run"),
+        (("compare", "a", "b"), "compare"),
+        (("ui",), "open_pages"),
+    ],
+)
+def test_an_interruption_ends_reading_with_its_exit_code(run_fot, monkeypatch, arguments: tuple, called: str) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"jobs.registry.commands.{called}", interrupted)
+    assert run_fot(*arguments)[0] == 130
 
 
 def test_a_port_that_is_taken_is_one_line(run_fot) -> None:

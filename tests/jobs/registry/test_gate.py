@@ -8,14 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from jobs.registry.config import Condition, Registry, hide_credentials
+from jobs.registry.config import Condition, Place, Registry, hide_credentials
 from jobs.registry.gate import decide, metrics_by_name, passkey_length
+from jobs.settings import validated
+from pipelines.errors import UserError
 
 METRICS = {
     "perplexity/model": {512: 10.05, 2048: 9.5},
     "perplexity/base": {512: 10.0},
     "passkey/exact": {512: 1.0, 65536: 0.95},
     "bits": {0: 1.5},
+    "endless": {0: math.inf},
+    "lost": {512: math.nan},
 }
 
 
@@ -59,6 +63,11 @@ def condition(**values: object) -> Condition:
             {"metric": "perplexity/model", "at": 2048, "of": "perplexity/base", "within": 0.01},
             "fail: perplexity/base was not measured at 2048 (but at 512)",
         ),
+        (
+            {"metric": "bits", "of": "endless", "within": 0.01},
+            "fail: endless is inf, no finite number",
+        ),
+        ({"metric": "lost", "at": 512, "of": "bits", "within": 0.01}, "fail: lost at 512 is nan, no finite number"),
     ],
 )
 def test_a_condition_says_what_was_measured_and_what_was_wanted(values: dict, reason: str) -> None:
@@ -82,10 +91,17 @@ def test_without_conditions_nothing_is_promoted_and_the_reason_says_so() -> None
 
 
 @given(st.floats(), st.floats(allow_nan=False, allow_infinity=False))
-def test_only_a_number_on_the_right_side_passes(value: float, limit: float) -> None:
-    metrics = {"m": {1: value}}
-    assert decide([condition(metric="m", least=limit)], metrics).promote == (not math.isnan(value) and value >= limit)
-    assert decide([condition(metric="m", most=limit)], metrics).promote == (not math.isnan(value) and value <= limit)
+def test_only_a_finite_number_on_the_right_side_passes(value: float, limit: float) -> None:
+    metrics, finite = {"m": {1: value}}, math.isfinite(value)
+    assert decide([condition(metric="m", least=limit)], metrics).promote == (finite and value >= limit)
+    assert decide([condition(metric="m", most=limit)], metrics).promote == (finite and value <= limit)
+
+
+@given(st.floats(), st.sampled_from([math.inf, -math.inf, math.nan]))
+def test_nothing_passes_beside_what_is_no_number(value: float, other: float) -> None:
+    beside = condition(metric="m", of="n", within=0.5)
+    assert not decide([beside], {"m": {1: value}, "n": {1: other}}).promote
+    assert not decide([beside], {"m": {1: other}, "n": {1: value}}).promote
 
 
 @pytest.mark.parametrize(
@@ -163,9 +179,21 @@ def test_other_addresses_are_refused_without_showing_credentials(uri: str) -> No
     ("text", "shown"),
     [
         ("at http://me:se@cret@host:1/x now", "at http://host:1/x now"),
-        ("postgresql://host/x?user=a&password=secret&b=c", "postgresql://host/x?user=a&password=&b=c"),
+        ("at http://me:se/cr@et@host:1/x now", "at http://host:1/x now"),
+        ("postgresql://host/x?user=a&password=secret&b=c", "postgresql://host/x"),
+        ("mssql+pyodbc:///?odbc_connect=DRIVER;PWD=secret", "mssql+pyodbc:///"),
+        ("postgresql://host/x?password=sec@ret and", "postgresql:// and"),
+        ("http://me:sec?ret@host", "http://"),
+        ("sqlite:////me@work/what?/mlflow.db", "sqlite:////me@work/what?/mlflow.db"),
         ("nothing: to hide @ all", "nothing: to hide @ all"),
     ],
 )
 def test_credentials_are_hidden(text: str, shown: str) -> None:
     assert hide_credentials(text) == shown
+
+
+@pytest.mark.parametrize("given", ["http://me:se/cret@host:x", ["http://me:secret@host"], {"uri": "http://a:secret@b"}])
+def test_a_mistake_in_settings_is_told_without_credentials(given: object) -> None:
+    with pytest.raises(UserError, match="recipe x: ") as refused:
+        validated(Place, {"registry": {"tracking_uri": given}}, "recipe x")
+    assert "cret" not in str(refused.value)

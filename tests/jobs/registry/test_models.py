@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.registry.models import ModelAddress, fetch_model, is_model_uri, model_address
+from jobs.registry.models import ModelAddress, fetch_model, is_model_uri, model_address, registered_models
 from jobs.registry.record import record
 from jobs.registry.server import connect, embedded_uri
 from pipelines.errors import UserError
@@ -78,4 +78,12 @@ def test_pickled_weights_are_not_fetched(work_dir: Path, make_outcome, tmp_path:
     client.log_artifact(made["run_id"], str(pickle), "model")  # past our own check
     with pytest.raises(UserError, match=r"pytorch_model.bin is pickled"):
         fetch_model("models:/fot/tiny/1", embedded_uri(work_dir), tmp_path / "fetched")
-    assert not [path for path in (tmp_path / "fetched").iterdir() if path.is_dir() and not path.name.startswith(".")]
+    assert not [path for path in (tmp_path / "fetched").iterdir() if path.is_dir()]
+
+
+def test_more_models_than_mlflow_gives_at_once_are_all_seen(work_dir: Path) -> None:
+    client = connect(embedded_uri(work_dir))
+    names = [f"fot.m{number:03}" for number in range(101)]
+    for name in names:
+        client.create_registered_model(name)
+    assert sorted(model.name for model in registered_models(client)) == names

@@ -34,16 +34,9 @@ def test_memory_layers_windows_and_gates_are_the_objectives(build) -> None:
     config = build(MEMORIZING).config
     assert (config.mem_layers, config.mem_gate) == ([1], True)
     assert build({**MEMORIZING, "gate": False}).config.mem_gate is False
-    assert (
-        build(
-            {
-                "kind": "transformer_xl",
-                "context": 8,
-                "contexts": 2,
-            }
-        ).config.local_context
-        is None
-    )
+    assert config.previous_context is False
+    chained = build({"kind": "transformer_xl", "context": 8, "contexts": 2}).config
+    assert (chained.local_context, chained.previous_context) == (None, True)
 
 
 def test_the_type_and_checkpointing_are_deepspeeds(build, spec: TrainSpec) -> None:
