@@ -237,7 +237,7 @@ def test_states_at_stages_2_and_3_are_as_deepspeed_estimates_them(ranks: int) ->
 
 
 ENGINES = """
-import gc, json, sys
+import gc, json, sys, time
 import deepspeed, torch
 from fot_model import FotLlamaConfig, FotLlamaForCausalLM
 
@@ -264,7 +264,11 @@ def held(stage, dtype):
         engine.backward(engine(ids, labels=ids, use_cache=False).loss)
         engine.step()
     engine.backward(engine(ids, labels=ids, use_cache=False).loss)  # the last of the second step
-    return live() - before
+    counts = []
+    for _ in range(3):  # another thread may just be letting a tensor of the backward pass go
+        time.sleep(0.1)
+        counts.append(live())
+    return min(counts) - before
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed.init_distributed("gloo")
