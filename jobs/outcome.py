@@ -16,6 +16,7 @@ from jobs.registry.server import Point
 from jobs.report import write_report
 from jobs.train.estimate import tokens_per_step
 from jobs.train.spec import MODEL
+from jobs.train.stages import origin
 from jobs.version import code_version
 from pipelines.files import write_atomically
 from pipelines.hashing import hash_json
@@ -97,7 +98,7 @@ def recipe_report(recipe: Recipe, made: Sequence[str]) -> Stage:
         decision = decide(recipe.registry.promote, metrics_by_name(metric_points(results)))
         return {
             "training": f"{recipe.finetune.objective.kind}, {recipe.finetune.steps:,} steps, {tokens:,} tokens",
-            "base": _origin(inputs["base"]),
+            "base": origin(inputs["base"] / MODEL),
             "data": f"{manifest.documents:,} documents, {manifest.tokens:,} tokens, manifest {manifest.hash}",
             "code": code_version(),
             "gate": "; ".join(decision.reasons),
@@ -113,7 +114,7 @@ def recipe_outcome(recipe: Recipe, inputs: Inputs) -> Outcome:
         "fot.kind": "recipe",
         "fot.recipe": hash_json(recipe.described()),
         "fot.manifest": manifest.hash,
-        "fot.base": _origin(inputs["base"]),
+        "fot.base": origin(inputs["base"] / MODEL),
         "fot.tokens_seen": str(tokens_per_step(recipe.finetune) * recipe.finetune.steps),
     }
     params = {
@@ -131,9 +132,3 @@ def recipe_outcome(recipe: Recipe, inputs: Inputs) -> Outcome:
     trainings = [inputs["base"], inputs["finetune"]]
     tasks, model = list(recipe.evaluation.tasks), inputs["finetune"] / MODEL
     return make_outcome(recipe.name, tasks, inputs, tags, params, model, trainings)
-
-
-def _origin(base: Path) -> str:
-    """Where a base came from: its directory, or the stage that made it."""
-    model = base / MODEL
-    return str(model.resolve()) if model.is_symlink() else f"pre-trained here, stage key {base.name}"

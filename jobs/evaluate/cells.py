@@ -48,17 +48,17 @@ def run_cells(name: str, cells: Sequence[Cell], output: Path) -> dict[str, Json]
     check_memory(cells)
     directory = output / CELLS
     done = {cell.key: _read(directory / f"{cell.key}.json") for cell in cells}
-    todo, gpus = [cell for cell in cells if done[cell.key] is None], _gpus()
+    left, gpus = [cell for cell in cells if done[cell.key] is None], _gpus()
     tasks = run_tasks(
         _run,
-        [(cell, (*cell.arguments, *([directory / cell.key] if cell.keeps else []))) for cell in todo],
+        [(cell, (*cell.arguments, *([directory / cell.key] if cell.keeps else []))) for cell in left],
         gpus=gpus,
-        memory=[_node_bytes(cell, gpus) for cell in todo],
+        memory=[_node_bytes(cell, gpus) for cell in left],
     )
     with Progress(name, sum(cell.tokens for cell in cells), "tokens") as progress, closing(tasks):
-        progress.resume_at(sum(cell.tokens for cell in cells) - sum(cell.tokens for cell in todo))
+        progress.resume_at(sum(cell.tokens for cell in cells) - sum(cell.tokens for cell in left))
         for number, result in tasks:
-            cell = todo[number]
+            cell = left[number]
             write_atomically(directory / f"{cell.key}.json", json.dumps(result).encode())
             done[cell.key] = result
             progress.advance(cell.tokens)

@@ -116,7 +116,7 @@ def _run_training(
         "fot.recipe": hash_json(described),
         "fot.code": code_version(),
         "fot.manifest": manifest.hash,
-        "fot.base": "a new model" if isinstance(base, ModelShape) else _origin(base),
+        "fot.base": "a new model" if isinstance(base, ModelShape) else origin(base),
     }
     facts = TrainingFacts(key, recipe.name, f"{recipe.name}: {name}", tags, _params(training, recipe), described)
     uri = tracking_uri(workspace.directory, recipe.registry.tracking_uri)
@@ -151,7 +151,8 @@ def _check_data(recipe: Recipe, training: Training, inputs: Inputs) -> None:
         choose_windows(dataset, training.objective.context, max(training.measure.contexts), 1, "measure.contexts")
 
 
-def _origin(base: Path) -> str:
+def origin(base: Path) -> str:
+    """Where a base model came from: its directory, or the stage that made it."""
     return str(base.resolve()) if base.is_symlink() else f"pre-trained here, stage key {base.parent.name}"
 
 
