@@ -31,7 +31,14 @@ def quiet(log: Path) -> Iterator[None]:
             os.dup2(file, 2)
             yield
     finally:
-        _flush()
+        try:
+            _flush()
+        except OSError:  # the log's disk is full: what it cannot take is lost, but not the program's voice
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            os.dup2(null, 2)
+            os.close(null)
+            _flush()
         for number, original in enumerate(saved, start=1):
             os.dup2(original, number)
             os.close(original)

@@ -72,6 +72,25 @@ def test_the_log_grows_from_run_to_run(tmp_path):
     assert (tmp_path / "logs/log.txt").read_text().count("native inside") == 2
 
 
+def test_a_log_on_a_full_disk_takes_no_voice_away(tmp_path):
+    script = """
+import sys
+from pathlib import Path
+from pipelines.progress import quiet, say
+try:
+    with quiet(Path("/dev/full")):
+        print("for the log")
+        raise RuntimeError("what happened")
+except RuntimeError as error:
+    print(error, file=sys.stderr)
+say("after")
+"""
+    finished = run(script, tmp_path)
+    assert finished.stderr.splitlines() == ["what happened", "after"]
+    assert finished.stdout == ""
+    assert finished.returncode == 0
+
+
 def test_without_a_terminal_progress_is_plain_lines(tmp_path):
     block = "    for _ in range(4):\n        bar.advance(500)"
     process = run(PROGRESS.format(before="progress.LINE_EVERY = 0", block=block), tmp_path)
