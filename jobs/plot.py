@@ -19,13 +19,18 @@ MARKERS = "osD^vPX*"
 Curve = Mapping[int, float]
 
 
-def plot_curves(curves: Mapping[str, Curve], steps_are: str, values_are: str, target: Path) -> None:
-    """Values by step, a line for each name; a step of 0 stands left of the logarithmic axis."""
+def plot_curves(
+    curves: Mapping[str, Curve], steps_are: str, values_are: str, target: Path, shares: bool = False
+) -> None:
+    """Values by step, a line for each name; a step of 0 stands left of the logarithmic axis. The axis of `shares` shows
+    0 to 1, so that small differences look small."""
     with _drawing(target) as axes:
         _lines(axes, curves)
         _tokens_axis(axes, {step for curve in curves.values() for step in curve})
         axes.set_xlabel(steps_are)
         axes.set_ylabel(values_are)
+        if shares:
+            axes.set_ylim(-0.02, 1.02)
         if len(curves) > 1:
             axes.legend(frameon=False)
 

@@ -122,6 +122,8 @@ def _neutralise_special_strings(tokenizer: Tokenizer, ends: list[str]) -> None:
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
     """Train a byte-level BPE on the texts and write it to the directory."""
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -132,9 +134,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    _write(PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS), directory)
 
 
 def import_tokenizer(path: str, directory: Path, revision: str | None = None) -> None:
@@ -153,6 +153,11 @@ def import_tokenizer(path: str, directory: Path, revision: str | None = None) ->
     for name in ("bos_token", "eos_token"):
         if getattr(tokenizer, name) is None:
             raise UserError(f"the tokenizer in {path} has no {name}: add it to its tokenizer_config.json")
+    _write(tokenizer, directory)
+
+
+def _write(tokenizer: Any, directory: Path) -> None:
+    """A transformers tokenizer as files; brought in again from these, it makes the same files."""
     tokenizer.save_pretrained(directory)
     config = json.loads((directory / "tokenizer_config.json").read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # which takes the tokenizer.json as it stands

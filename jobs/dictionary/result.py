@@ -31,7 +31,13 @@ def dictionary_result(
     curves: dict[str, dict[int, float]] = {}
     for row in rows:
         curves.setdefault(row.way, {})[row.tokens] = row.median
-    plot_curves(curves, "tokens of dictionary in memory", "accuracy on value tokens, median of seeds", output / PLOT)
+    plot_curves(
+        curves,
+        "tokens of dictionary in memory",
+        "accuracy on value tokens, median of seeds",
+        output / PLOT,
+        shares=True,
+    )
     points = [Point(name, step, value) for name, value, step in metrics]
     points += [Point("dictionary/cpu_minutes", seed, minutes) for seed, minutes in cpu_minutes.items()]
     return Result(TASK, settings.model_dump(mode="json"), points, [table], [PLOT])

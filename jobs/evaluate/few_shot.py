@@ -207,7 +207,7 @@ def summarize(kind: Kind, subject: Subject, settings: FewShot, results: Mapping[
     note = f"means of {len(results)} draws; the most frequent answer of all demonstrations scores {usual:.3f}"
     columns = ["tokens", "demonstrations", *(name for score in scores for name in (score, "95 % from", "to"))]
     plot = f"{kind.name}.png"
-    plot_curves(curves, "tokens of context", f"{kind.name}: share of questions answered", output / plot)
+    plot_curves(curves, "tokens of context", f"{kind.name}: share of questions answered", output / plot, shares=True)
     table = Table(f"{kind.name}: questions answered in context", columns, rows, note)
     return Result(kind.name, settings.model_dump(mode="json"), points, [table], [plot])
 

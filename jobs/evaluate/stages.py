@@ -1,6 +1,7 @@
 """Evaluations as stages of a workflow: one each, between the model and the registry."""
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,17 @@ def _stage(
         "seed": seed,
         "files": _named_files(settings, hashes),
     }
+    if name == "lm_eval":
+        params["version"] = _version("lm_eval")
     return Stage(name, run, params, inputs=(*texts, *seen.values()), version=3, content=RESULT)
+
+
+def _version(package: str) -> str | None:
+    """Of a package whose next version may ask other questions."""
+    try:
+        return version(package)
+    except PackageNotFoundError:  # as the task itself will say
+        return None
 
 
 def _named_files(settings: Part, hashes: FileHashes) -> dict[str, Any]:

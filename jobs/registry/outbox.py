@@ -31,13 +31,14 @@ class Outbox:
         return self.file(key).exists()
 
     def entries(self) -> list[Entry]:
-        """All entries: the trainings before the outcomes they led to, and these in the order of their time."""
-        entries = [json.loads(file.read_text()) for file in sorted(self.directory.glob("*.json"))]
+        """All entries: the trainings before the outcomes they led to, and these in the order of their time. Raises
+        UserError where one is damaged."""
+        entries = [_read(file) for file in sorted(self.directory.glob("*.json"))]
         return sorted(entries, key=lambda entry: (entry["kind"] != "training", entry.get("time", "")))
 
     def entry(self, key: str) -> Entry | None:
         """The entry with this key as it is now."""
-        return json.loads(self.file(key).read_text()) if self.has(key) else None
+        return _read(self.file(key)) if self.has(key) else None
 
     def check(self, path: Path, key: str) -> None:
         """Raises UserError where a file that the entry needs is gone."""
@@ -50,6 +51,16 @@ class Outbox:
 
     def file(self, key: str) -> Path:
         return self.directory / f"{key}.json"
+
+
+def _read(file: Path) -> Entry:
+    try:
+        entry: Entry = json.loads(file.read_text())
+    except ValueError:
+        raise UserError(
+            f"{file} is damaged: delete it and run its recipe again, which records what is missing"
+        ) from None
+    return entry
 
 
 def within(path: Path, work_dir: Path) -> str:

@@ -12,6 +12,10 @@ def draw_curves(target: Path, **changed: dict[int, float]) -> None:
     plot_curves({**CURVES, **changed}, "tokens of context", "perplexity", target)
 
 
+def draw_shares(target: Path, shares: bool = True) -> None:
+    plot_curves({"dense": {512: 0.99, 2048: 0.98}}, "tokens", "accuracy", target, shares=shares)
+
+
 def draw_mass(target: Path, **changed: dict[int, float]) -> None:
     plot_mass({"layer8": {1: 1.0, 64: 0.3, 256: 0.1}, **changed}, target)
 
@@ -20,7 +24,7 @@ def draw_maps(target: Path, last: float | None = None) -> None:
     plot_heat_maps({"exact": [[0.0, 1.0], [0.5, last]]}, [512, 2048], ["0 to 50%", "50 to 100%"], target)
 
 
-@pytest.mark.parametrize("draw", [draw_curves, draw_mass, draw_maps])
+@pytest.mark.parametrize("draw", [draw_curves, draw_shares, draw_mass, draw_maps])
 def test_a_plot_is_a_picture_and_the_same_bytes_again(draw, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         draw(tmp_path / name)
@@ -36,6 +40,7 @@ def test_a_plot_is_a_picture_and_the_same_bytes_again(draw, tmp_path: Path) -> N
     ("draw", "changes"),
     [
         (draw_curves, {"model": {0: 8.0, 512: 9.0}}),
+        (draw_shares, {"shares": False}),
         (draw_mass, {"layer8": {1: 1.0, 64: 0.4}}),
         (draw_maps, {"last": 0.9}),
     ],

@@ -213,6 +213,13 @@ def test_a_directory_with_a_sentencepiece_model_alone_is_imported(sentencepiece_
     assert load_tokenizer(directory).tokenizer.id_to_token(load_tokenizer(directory).eos) == "cat"
 
 
+def test_importing_what_was_made_here_changes_no_byte(tokenizer_directory, llama_directory, fresh, contents):
+    for made in (tokenizer_directory, llama_directory):
+        again = fresh()
+        import_tokenizer(str(made), again)
+        assert contents(again) == contents(made)
+
+
 def test_importing_twice_gives_the_same_bytes(sentencepiece_model, llama_directory, fresh, contents):
     again = fresh()
     import_tokenizer(str(sentencepiece_model), again)

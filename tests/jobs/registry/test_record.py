@@ -286,6 +286,14 @@ def test_sync_goes_on_where_files_are_gone_and_says_what_to_do(work_dir: Path, m
     assert [outbox.has(key) for key in ("one", "two", "gone")] == [True, False, True]
 
 
+def test_a_damaged_entry_is_one_line(work_dir: Path) -> None:
+    outbox = Outbox(work_dir)
+    outbox.keep("half", training_entry(work_dir, DOWN.tracking_uri, work_dir, "FINISHED"))
+    outbox.file("half").write_text(outbox.file("half").read_text()[:20])
+    with pytest.raises(UserError, match=r"half\.json is damaged: delete it and run its recipe again"):
+        list(sync(work_dir))
+
+
 def test_outcomes_that_waited_take_no_alias_from_newer_ones(work_dir: Path, make_outcome) -> None:
     def at(key: str, day: int, **changes: object) -> Outcome:
         points = [("passkey/exact", 0.95, 2048, 86400.0 * day)]
