@@ -14,8 +14,8 @@ from jobs.registry.gate import decide, metrics_by_name
 from jobs.registry.record import Outcome
 from jobs.registry.server import Point
 from jobs.report import write_report
-from jobs.train.estimate import tokens_per_step
-from jobs.train.spec import MODEL
+from jobs.train.metrics import last_metrics
+from jobs.train.spec import METRICS, MODEL
 from jobs.train.stages import origin
 from jobs.version import code_version
 from pipelines.files import write_atomically
@@ -89,15 +89,22 @@ def metric_points(results: Results) -> list[Point]:
     ]
 
 
+def _trained(inputs: Inputs) -> tuple[int, int]:
+    """Steps and tokens that the model was fine-tuned for, with those before it was continued."""
+    last = last_metrics(inputs["finetune"] / METRICS)
+    assert last is not None, "a finished training has metrics"
+    return int(last["step"]), int(last["tokens"])
+
+
 def recipe_report(recipe: Recipe, made: Sequence[str]) -> Stage:
     """The page of a recipe."""
 
     def facts(inputs: Inputs, results: Results) -> dict[str, str]:
         manifest = Manifest.read(inputs[SHARDS])
-        tokens = tokens_per_step(recipe.finetune) * recipe.finetune.steps
+        steps, tokens = _trained(inputs)
         decision = decide(recipe.registry.promote, metrics_by_name(metric_points(results)))
         return {
-            "training": f"{recipe.finetune.objective.kind}, {recipe.finetune.steps:,} steps, {tokens:,} tokens",
+            "training": f"{recipe.finetune.objective.kind}, {steps:,} steps, {tokens:,} tokens",
             "base": origin(inputs["base"] / MODEL),
             "data": f"{manifest.documents:,} documents, {manifest.tokens:,} tokens, manifest {manifest.hash}",
             "code": code_version(),
@@ -110,13 +117,16 @@ def recipe_report(recipe: Recipe, made: Sequence[str]) -> Stage:
 def recipe_outcome(recipe: Recipe, inputs: Inputs) -> Outcome:
     """What MLflow is told of a finished recipe."""
     manifest = Manifest.read(inputs[SHARDS])
+    steps, tokens = _trained(inputs)
     tags = {
         "fot.kind": "recipe",
         "fot.recipe": hash_json(recipe.described()),
         "fot.manifest": manifest.hash,
         "fot.base": origin(inputs["base"] / MODEL),
-        "fot.tokens_seen": str(tokens_per_step(recipe.finetune) * recipe.finetune.steps),
+        "fot.tokens_seen": str(tokens),
     }
+    if recipe.continues is not None:
+        tags["fot.continues"] = recipe.continues.model
     params = {
         "recipe": recipe.name,
         "seed": recipe.seed,
@@ -124,7 +134,7 @@ def recipe_outcome(recipe: Recipe, inputs: Inputs) -> Outcome:
         "tokens": manifest.tokens,
         "objective": recipe.finetune.objective.kind,
         "context": recipe.finetune.objective.context,
-        "steps": recipe.finetune.steps,
+        "steps": steps,
         "learning_rate": recipe.finetune.optimizer.learning_rate,
         "zero_stage": recipe.finetune.deepspeed.zero_stage,
         "workers": recipe.resources.workers,

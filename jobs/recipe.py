@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from jobs.evaluate.config import Evaluation
 from jobs.registry.config import Registry
 from jobs.settings import override, read_yaml, validated
-from jobs.train.config import FotObjective, MemorizingObjective, Positive, Resources, Training
+from jobs.train.config import Continued, FotObjective, MemorizingObjective, Positive, Resources, Training
 from pipelines.config import Data, Part, TokenizerPart
 from pipelines.errors import UserError
 
@@ -98,9 +98,11 @@ class Texts(Part):
 
 
 class Recipe(Texts):
-    """A whole run. `name` becomes the registered model's name."""
+    """A whole run. `name` becomes the registered model's name. With `continues` the fine-tuning goes on with that of a
+    registered model, on what the sources have gained since."""
 
     finetune: Training
+    continues: Continued | None = None
     evaluation: Evaluation = Evaluation()
     resources: Resources = Resources()
     registry: Registry = Registry()

@@ -24,10 +24,12 @@ def recipe_stages(workspace: Workspace) -> list[Stage]:
     Raises UserError for what is missing or unusable there.
     """
     recipe = workspace.recipe
+    start = workspace.start
     with workspace.hashes() as hashes:
         corpus = look_at_corpus(recipe, workspace.store, hashes)
-        readers = [base_stage(workspace, hashes), finetune_stage(workspace), *_evaluations(recipe, hashes)]
-        stages = [*data_stages(recipe, corpus), *(_repairing(recipe, corpus, stage) for stage in readers)]
+        training = [base_stage(workspace, hashes, start), finetune_stage(workspace, start)]
+        readers = [*training, *_evaluations(recipe, hashes)]
+        stages = [*data_stages(recipe, corpus, start), *(_repairing(recipe, corpus, stage) for stage in readers)]
     return [*stages, recipe_report(recipe, [stage.name for stage in stages])]
 
 

@@ -3,12 +3,14 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 from rich.markup import escape
 
 from jobs.recipe import Recipe
 from jobs.registry.models import fetch_model, is_model_uri
+from jobs.train.spec import Start
 from pipelines.cluster import ray_cluster
 from pipelines.errors import UserError
 from pipelines.hashing import FileHashes
@@ -72,6 +74,15 @@ class Workspace(WorkDir):
             here = str(fetch_model(checkpoint, uri, self.directory / MODELS))
             recipe = recipe.model_copy(update={"base": recipe.base.model_copy(update={"checkpoint": here})})
         self.recipe = recipe
+
+    @cached_property
+    def start(self) -> Start | None:
+        """Where the fine-tuning goes on from, in a recipe that continues. Raises UserError as `find_start` does."""
+        if self.recipe.continues is None:
+            return None
+        from jobs.train.start import find_start
+
+        return find_start(self.recipe, self.recipe.continues, self.directory, self.store)
 
 
 def _report(output: Output) -> None:

@@ -4,6 +4,8 @@ A long document fills groups on its own. What is left of it, and short documents
 groups, so that each holds few documents: those after the first lie between the eos of one document and the bos of the
 next. Every token of every document is used once, but for the remainder of the last, incomplete group of each source,
 which is counted. On disk a group is a row of an Arrow file, a source a file.
+
+For a training that goes on with another one's, what is new to it and what that one had are packed apart.
 """
 
 import json
@@ -19,8 +21,11 @@ import pyarrow as pa
 from pipelines.cluster import run_tasks
 from pipelines.dataset import TokenDataset
 from pipelines.files import complete_or_invisible, write_atomically
+from pipelines.fresh import fresh_documents
 
 REPORT = "report.json"
+FRESH = "fresh.npy"
+NEW, REPLAYED = "new", "replayed"
 COLUMNS = ("document", "start", "length")
 SCHEMA = pa.schema([(name, pa.large_list(pa.int64())) for name in COLUMNS])
 
@@ -79,28 +84,51 @@ def pack(documents: np.ndarray, lengths: np.ndarray, group_tokens: int) -> Group
     )
 
 
-def groups_file(source: int) -> str:
-    return f"groups-{source:03d}.arrow"
+def join_groups(parts: Sequence[Groups]) -> Groups:
+    """The groups of all parts, one part after the other."""
+    before = np.cumsum([0, *(len(part.document) for part in parts)])
+    offsets = [part.offsets[:-1] + first for part, first in zip(parts, before, strict=False)]
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS}
+    return Groups(np.concatenate([*offsets, before[-1:]]), **columns, dropped=sum(part.dropped for part in parts))
 
 
-def pack_dataset(shards: Path, index: Path, sources: Sequence[str], group_tokens: int, output: Path) -> dict[str, Any]:
-    """Pack the training documents of every source, a Ray task each. Returns the report, written beside the groups."""
-    arguments = [(shards, index, number, group_tokens, output) for number in range(len(sources))]
+def groups_file(source: int, age: str | None = None) -> str:
+    return f"groups-{source:03d}{'' if age is None else f'-{age}'}.arrow"
+
+
+def pack_dataset(
+    shards: Path, index: Path, sources: Sequence[str], group_tokens: int, output: Path, earlier: Path | None = None
+) -> dict[str, Any]:
+    """Pack the training documents of every source, a Ray task each. Returns the report, written beside the groups.
+
+    `earlier`: a data set whose documents are packed as REPLAYED, apart from those that are NEW to it.
+    """
+    ages: Sequence[str | None] = (None,) if earlier is None else (NEW, REPLAYED)
+    if earlier is not None:
+        with complete_or_invisible(output / FRESH) as temporary, open(temporary, "wb") as file:
+            np.save(file, fresh_documents(shards, earlier))
+    parts = [(number, age) for number in range(len(sources)) for age in ages]
+    arguments = [(shards, index, number, group_tokens, output, age) for number, age in parts]
+    names = [sources[number] if age is None else f"{sources[number]}, {age}" for number, age in parts]
     report = {}
     with closing(run_tasks(pack_source, arguments)) as results:
-        for number, counts in results:
-            report[sources[number]] = counts
-    report = {name: report[name] for name in sources}
+        for place, counts in results:
+            report[names[place]] = counts
+    report = {name: report[name] for name in names}
     write_atomically(output / REPORT, json.dumps(report, indent=1).encode())
     return report
 
 
-def pack_source(shards: Path, index: Path, source: int, group_tokens: int, output: Path) -> dict[str, int]:
+def pack_source(
+    shards: Path, index: Path, source: int, group_tokens: int, output: Path, age: str | None = None
+) -> dict[str, int]:
     """One task: the groups of a source. Returns its numbers of tokens, groups, pieces and dropped tokens."""
     dataset = TokenDataset(shards, index)
     documents = dataset.training[dataset.source[dataset.training] == source]
+    if age is not None:
+        documents = documents[np.load(output / FRESH)[documents] == (age == NEW)]
     groups = pack(documents, dataset.length[documents], group_tokens)
-    write_groups(groups, output / groups_file(source))
+    write_groups(groups, output / groups_file(source, age))
     return {
         "tokens": int(dataset.length[documents].sum()),
         "groups": len(groups),

@@ -66,15 +66,22 @@ class BatchShape:
 
 
 class CrossBatchSampler:
-    """Batches of a data set's groups (those of each source, in the recipe's order).
+    """Batches of a data set's groups (those of each source, in the recipe's order). `first`: the step at which the
+    order begins, in a training that goes on with another one's.
 
     Raises UserError where the groups do not fill one micro-batch, and where a source with a weight has none.
     """
 
     def __init__(
-        self, dataset: TokenDataset, groups: Sequence[Groups], sources: Sequence[Source], shape: BatchShape, seed: int
+        self,
+        dataset: TokenDataset,
+        groups: Sequence[Groups],
+        sources: Sequence[Source],
+        shape: BatchShape,
+        seed: int,
+        first: int = 0,
     ) -> None:
-        self.dataset, self.groups, self.sources, self.shape = dataset, groups, sources, shape
+        self.dataset, self.groups, self.sources, self.shape, self.first = dataset, groups, sources, shape, first
         self._order = f"{seed}/{dataset.manifest.hash}"
         self._ends = np.cumsum([len(own) for own in groups])
         weights = {source.name: source.weight for source in sources if source.weight is not None}
@@ -100,7 +107,7 @@ class CrossBatchSampler:
         return cls(dataset, groups, sources, shape, seed)
 
     def epochs(self, steps: int) -> dict[str, float]:
-        """How often each source is read in so many steps."""
+        """How often each source is read in the first so many steps."""
         places = steps * self.shape.groups_per_step
         if self._mixture is None:
             return {source.name: places / int(self._ends[-1]) for source in self.sources}
@@ -111,7 +118,8 @@ class CrossBatchSampler:
     def group_numbers(self, step: int, micro_batch: int) -> list[tuple[int, int]]:
         """Which groups the micro-batch of a step holds: (source, number among the source's groups)."""
         assert 0 <= micro_batch < self.shape.micro_batches
-        first = (step * self.shape.micro_batches + micro_batch) * self.shape.groups_per_micro_batch
+        assert step >= self.first
+        first = ((step - self.first) * self.shape.micro_batches + micro_batch) * self.shape.groups_per_micro_batch
         return [self._group_at(place) for place in range(first, first + self.shape.groups_per_micro_batch)]
 
     def _group_at(self, place: int) -> tuple[int, int]:

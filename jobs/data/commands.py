@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from jobs.data.batches import make_sampler
+from jobs.data.batches import last_step, make_sampler
 from jobs.data.stages import (
     DOCUMENTS,
     SHARDS,
@@ -15,7 +15,7 @@ from jobs.data.stages import (
     repair_shards,
 )
 from jobs.data.views import batch_view, plan_view, sample_view, source_view, training_view
-from jobs.recipe import Recipe, load_recipe
+from jobs.recipe import load_recipe
 from jobs.workspace import Workspace
 from pipelines.dataset import TokenDataset
 from pipelines.errors import UserError
@@ -36,7 +36,7 @@ def prepare(path: Path, overrides: Sequence[str]) -> None:
     """Build everything that the recipe's trainings read, and nothing more."""
     workspace = Workspace(load_recipe(path, overrides))
     with workspace.with_ray():
-        outputs, _ = workspace.run(lambda: data_stages(workspace.recipe, _corpus(workspace)))
+        outputs, _ = workspace.run(lambda: data_stages(workspace.recipe, _corpus(workspace), workspace.start))
     print(f"manifest {Manifest.read(outputs[SHARDS].path).hash} in {outputs[SHARDS].path}")
 
 
@@ -50,7 +50,7 @@ def verify(path: Path, overrides: Sequence[str]) -> None:
     check_manifest(manifest, workspace.recipe.data, Encoding(outputs["tokenizer"].path, backend, directory))
     with workspace.with_ray(), Progress("verify", len(manifest.shards), "shards") as progress:
         damage = list(find_damage(directory, manifest, progress).values())
-    for stage in data_stages(workspace.recipe, corpus):
+    for stage in data_stages(workspace.recipe, corpus, workspace.start):
         if stage.name not in outputs:
             damage.append(f"{workspace.store.root / stage.name} does not have what this recipe needs")
         elif stage.name != SHARDS:
@@ -74,7 +74,7 @@ def repair(path: Path, overrides: Sequence[str]) -> None:
         with workspace.store.locked(directory):
             damage = repair_shards(workspace.recipe.data, corpus.entries, outputs["tokenizer"].path, directory)
         mended = [f"{line}; it is made again" for line in damage]
-        for stage in data_stages(workspace.recipe, corpus):
+        for stage in data_stages(workspace.recipe, corpus, workspace.start):
             output = workspace.store.build(stage, outputs, mended.append)
             if stage.name not in outputs:
                 mended.append(f"{output.path} was missing; it is made again")
@@ -86,39 +86,47 @@ def repair(path: Path, overrides: Sequence[str]) -> None:
 
 def show(path: Path, overrides: Sequence[str], step: int, training: str) -> None:
     """Print the batch of a step: which documents, from which sources, and which serve which as negatives."""
-    recipe, sampler, _ = _open(path, overrides, training)
+    workspace, sampler, _ = _open(path, overrides, training)
+    recipe = workspace.recipe
     for line in batch_view(sampler, recipe.trainings[training].objective, step, recipe.seed):
         print(line)
 
 
 def inspect(path: Path, overrides: Sequence[str], training: str) -> None:
     """Print sources, document lengths, what the training reads, and a few samples with the plan."""
-    recipe, sampler, outputs = _open(path, overrides, training)
-    objective = recipe.trainings[training].objective
-    batch = sampler.micro_batch(0, 0)
+    workspace, sampler, outputs = _open(path, overrides, training)
+    recipe = workspace.recipe
+    settings = recipe.trainings[training]
+    objective, first = settings.objective, sampler.first
+    last = last_step(sampler, settings, workspace.start)
+    batch = sampler.micro_batch(first, 0)
     views = [
         source_view(outputs[DOCUMENTS].path),
-        training_view(sampler, outputs[f"{training}-groups"].path, training, recipe.trainings[training].steps),
+        training_view(sampler, training, last),
         sample_view(sampler, load_tokenizer(outputs["tokenizer"].path), SAMPLES),
-        plan_view(batch, objective, recipe.seed),
+        plan_view(batch, objective, first, recipe.seed),
     ]
     for number, view in enumerate(views):
         print(*([] if number == 0 else [""]), *view, sep="\n")
 
 
-def _open(path: Path, overrides: Sequence[str], training: str) -> tuple[Recipe, CrossBatchSampler, dict[str, Output]]:
-    recipe = load_recipe(path, overrides)
+def _open(
+    path: Path, overrides: Sequence[str], training: str
+) -> tuple[Workspace, CrossBatchSampler, dict[str, Output]]:
+    workspace = Workspace(load_recipe(path, overrides))
+    recipe = workspace.recipe
     if training not in recipe.trainings:
         raise UserError(f"--training {training}: the recipe trains {' and '.join(recipe.trainings)}")
-    _, outputs = _newest(Workspace(recipe))
+    _, outputs = _newest(workspace)
     groups = f"{training}-groups"
     if groups not in outputs:
         raise UserError(f"the data is not packed for {training} yet: make it with `fot data prepare {path}`")
     if damaged := [*damage_of(outputs[DOCUMENTS]), *damage_of(outputs[groups])]:
         raise UserError(f"{damaged[0]} is damaged: mend it with `fot data repair {path}`")
     dataset = TokenDataset(outputs[SHARDS].path, outputs[DOCUMENTS].path)
-    sampler = make_sampler(dataset, outputs[groups].path, recipe.trainings[training], recipe.data, recipe.seed)
-    return recipe, sampler, outputs
+    settings = recipe.trainings[training]
+    sampler = make_sampler(dataset, outputs[groups].path, settings, recipe.data, recipe.seed, workspace.start)
+    return workspace, sampler, outputs
 
 
 def _corpus(workspace: Workspace) -> Corpus:
@@ -141,4 +149,4 @@ def _newest(workspace: Workspace) -> tuple[Corpus, dict[str, Output]]:
         say(f"{new} new files are not in the data set yet: `fot data prepare RECIPE` adds them")
     directory = corpus.generation.parent
     corpus = replace(corpus, generation=finished_generation(directory, Manifest.read(directory)))
-    return corpus, finished_outputs(data_stages(workspace.recipe, corpus), workspace.store)
+    return corpus, finished_outputs(data_stages(workspace.recipe, corpus, workspace.start), workspace.store)

@@ -12,6 +12,7 @@ from typing import Any
 from jobs.data.batches import batch_shape, make_sampler
 from jobs.recipe import Recipe, Texts
 from jobs.train.config import Training
+from jobs.train.spec import Start
 from pipelines.config import Data
 from pipelines.corpus import Document, Entry, Unit
 from pipelines.dataset import TokenDataset
@@ -68,9 +69,10 @@ def look_at_corpus(recipe: Texts, store: Store, hashes: FileHashes) -> Corpus:
     return Corpus(entries, *with_tokenizer(known))
 
 
-def data_stages(recipe: Recipe, corpus: Corpus) -> list[Stage]:
-    """From the corpus to what the recipe's trainings read."""
-    groups = [groups_stage(recipe, f"{name}-groups", training) for name, training in recipe.trainings.items()]
+def data_stages(recipe: Recipe, corpus: Corpus, start: Start | None = None) -> list[Stage]:
+    """From the corpus to what the recipe's trainings read; with a `start` the base is there already."""
+    trainings = recipe.trainings if start is None else {"finetune": recipe.finetune}
+    groups = [groups_stage(recipe, f"{name}-groups", training, start) for name, training in trainings.items()]
     return [corpus.tokenizer, shards_stage(recipe, corpus), documents_stage(recipe), *groups]
 
 
@@ -230,17 +232,19 @@ def documents_stage(recipe: Texts) -> Stage:
     return Stage(DOCUMENTS, run, params, inputs=(SHARDS,))
 
 
-def groups_stage(recipe: Texts, name: str, training: Training) -> Stage:
-    """The documents packed into groups, for one shape of training."""
+def groups_stage(recipe: Texts, name: str, training: Training, start: Start | None = None) -> Stage:
+    """The documents packed into groups, for one shape of training; what is new since the `start` apart."""
     shape = batch_shape(training)
 
     def run(output: Path, inputs: Inputs) -> None:
         sources = [source.name for source in recipe.data.sources]
         with Progress(name, 1, "packings") as progress:
-            report = pack_dataset(inputs[SHARDS], inputs[DOCUMENTS], sources, shape.group_tokens, output)
+            earlier = None if start is None else start.data
+            report = pack_dataset(inputs[SHARDS], inputs[DOCUMENTS], sources, shape.group_tokens, output, earlier)
             progress.advance(1)
         dataset = TokenDataset(inputs[SHARDS], inputs[DOCUMENTS])
-        make_sampler(dataset, output, training, recipe.data, recipe.seed)  # found out now, not after hours of training
+        # Found out now, not after hours of training.
+        make_sampler(dataset, output, training, recipe.data, recipe.seed, start)
         for source, counts in report.items():
             used = 1 - counts["dropped"] / max(1, counts["tokens"])
             _say(
@@ -249,7 +253,7 @@ def groups_stage(recipe: Texts, name: str, training: Training) -> Stage:
                 f"a group"
             )
 
-    params = {
+    params: dict[str, Any] = {
         "group_tokens": shape.group_tokens,
         "checked": {  # decides nothing of the groups, but whether the training can read them
             "groups_per_step": [shape.groups_per_micro_batch, shape.micro_batches],
@@ -257,6 +261,8 @@ def groups_stage(recipe: Texts, name: str, training: Training) -> Stage:
             "sources": [[source.weight, source.max_epochs] for source in recipe.data.sources],
         },
     }
+    if start is not None:
+        params |= {"earlier": start.manifest, "replay": start.replay}
     return Stage(name, run, params, inputs=(SHARDS, DOCUMENTS))
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from jobs.train.config import Objective
 from jobs.train.objective import plan_of
 from pipelines.documents import REPORT
-from pipelines.packing import REPORT as PACKING_REPORT
 from pipelines.progress import human
 from pipelines.sampler import CrossBatchSampler, MicroBatch
 from pipelines.tokenizer import TextTokenizer
@@ -43,10 +42,10 @@ def source_view(documents: Path) -> Iterator[str]:
         yield f"{human(least):>8} to {human(2 * least):<8} {lengths[least]:>9}  {bar}"
 
 
-def training_view(sampler: CrossBatchSampler, groups: Path, name: str, steps: int) -> Iterator[str]:
-    """What a training reads of each source."""
-    report, epochs = json.loads((groups / PACKING_REPORT).read_text()), sampler.epochs(steps)
-    shape = sampler.shape
+def training_view(sampler: CrossBatchSampler, name: str, last: int) -> Iterator[str]:
+    """What a training reads of each source until its last step."""
+    shape, steps = sampler.shape, last - sampler.first
+    epochs = sampler.epochs(steps)
     groups_of = f"groups of {shape.contexts_per_group} x {shape.context}"
     yield f"{name}: {steps} steps of {human(shape.tokens_per_step)} tokens, in {groups_of}"
     header = ("source", "groups", "documents a group", "tokens used", "left over", "epochs")
@@ -54,21 +53,21 @@ def training_view(sampler: CrossBatchSampler, groups: Path, name: str, steps: in
         header,
         [
             (
-                source,
-                human(counts["groups"]),
-                f"{counts['pieces'] / max(1, counts['groups']):.2f}",
-                f"{1 - counts['dropped'] / max(1, counts['tokens']):.2%}",
-                human(counts["dropped"]),
-                f"{epochs[source]:.2f}",
+                source.name,
+                human(len(groups)),
+                f"{len(groups.document) / max(1, len(groups)):.2f}",
+                f"{1 - groups.dropped / max(1, groups.dropped + len(groups) * shape.group_tokens):.2%}",
+                human(groups.dropped),
+                f"{epochs[source.name]:.2f}",
             )
-            for source, counts in report.items()
+            for source, groups in zip(sampler.sources, sampler.groups, strict=True)
         ],
     )
 
 
 def sample_view(sampler: CrossBatchSampler, tokenizer: TextTokenizer, count: int) -> Iterator[str]:
     """A few groups of the first micro-batch, decoded: each context's beginning and end, documents marked."""
-    numbers = sampler.group_numbers(0, 0)[:count]
+    numbers = sampler.group_numbers(sampler.first, 0)[:count]
     context = sampler.shape.context
     for source, number in numbers:
         yield f"sample: group {number} of {sampler.sources[source].name}"
@@ -89,10 +88,10 @@ def excerpt(text: str) -> str:
     return line if len(line) <= 2 * EXCERPT else f"{line[:EXCERPT]} ... {line[-EXCERPT:]}"
 
 
-def plan_view(batch: MicroBatch, objective: Objective, seed: int) -> Iterator[str]:
-    """The plan of a micro-batch as a grid: which row (line) sees which other (column)."""
+def plan_view(batch: MicroBatch, objective: Objective, step: int, seed: int) -> Iterator[str]:
+    """The plan of a step's micro-batch as a grid: which row (line) sees which other (column)."""
     yield "plan of the first micro-batch (a line a context: L itself, P positive, N negative, . unseen)"
-    plan = _seen(objective, batch, 0, seed)
+    plan = _seen(objective, batch, step, seed)
     for row, seen in enumerate(plan):
         marks = ["."] * len(plan)
         marks[row] = "L"

@@ -98,7 +98,8 @@ class Checkpoints:
         complete = [checkpoint for checkpoint in found if checkpoint.complete]
         if complete:
             self._store.check_identity(complete[-1], self._identity)
-        restored = next((checkpoint for checkpoint in reversed(complete) if self._load(engine, checkpoint)), None)
+        store = self._store
+        restored = next((found for found in reversed(complete) if self._load(engine, store, found)), None)
         if restored is None and (complete or any(checkpoint.unreadable for checkpoint in found)):
             raise UserError(
                 f"{self._store.name}: none of the {len(found)} checkpoints can be read whole: bring their files "
@@ -115,6 +116,16 @@ class Checkpoints:
         self._timings["checkpoint_restore_seconds"] = seconds = time.monotonic() - began
         say(f"checkpoint {step_name(restored.step)} restored in {seconds:.1f} s")
         return restored.step, dict(restored.records[0].state)
+
+    def take_over(self, engine: Any, where: str, step: int) -> tuple[int, dict[str, Any]]:
+        """Load the checkpoint of another training under `where`. Returns its (step, state). Raises UserError where it
+        is not there whole."""
+        store = CheckpointStore(where)
+        found = next((each for each in _of_rank_0(store.all) if each.step == step and each.complete), None)
+        if found is None or not self._load(engine, store, found):
+            raise UserError(f"{store.name} has no whole checkpoint of step {step}, which this training goes on from")
+        say(f"goes on from {step_name(step)} of {store.name}")
+        return step, dict(found.records[0].state)
 
     def _own(self) -> str:
         """From now on what an earlier start of this training may still be writing counts for nothing."""
@@ -172,13 +183,13 @@ class Checkpoints:
             for checkpoint in superseded(self._store.all(), keep, keep_hours, time.time()):
                 self._store.remove(checkpoint)
 
-    def _load(self, engine: Any, checkpoint: Checkpoint) -> bool:
+    def _load(self, engine: Any, store: CheckpointStore, checkpoint: Checkpoint) -> bool:
         """Load a complete checkpoint. False if a file is damaged."""
-        name, local = step_name(checkpoint.step), self._store.local
+        name, local = step_name(checkpoint.step), store.local
         convert = engine.zero_optimization() and checkpoint.records[0].world != self._world
         with _node_directory() as temporary:
             target = None if local is not None else temporary / name
-            damaged = self._store.damaged(checkpoint.step, self._to_read(checkpoint, convert), target)
+            damaged = store.damaged(checkpoint.step, self._to_read(checkpoint, convert), target)
             first = next((file for file in _of_all_ranks(damaged) if file is not None), None)
             if first is not None:
                 if self._rank == 0:

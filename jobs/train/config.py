@@ -254,6 +254,19 @@ class Training(Part):
         return self
 
 
+class Continued(Part):
+    """Going on with what trained a registered model, on documents that it has not read.
+
+    `model`: models:/fot/NAME@champion or a version. Its last checkpoint's weights, optimizer, learning rate and step go
+    on. `epochs`: how often the new documents are read, which says how many steps follow. `replay`: the share of groups
+    that come from the documents read before, against forgetting.
+    """
+
+    model: Annotated[str, Field(pattern=r"^models:/.")]
+    epochs: Rate = 1.0
+    replay: Annotated[float, Field(ge=0, lt=1)] = 0.25
+
+
 class Resources(Part):
     """Training workers (ranks), and what Ray reserves for each.
 

@@ -96,7 +96,7 @@ def parameter_groups(model: torch.nn.Module, settings: Optimizer) -> list[dict[s
 
 
 def schedule_factor(schedule: Schedule, step: int, steps: int) -> float:
-    """What peak learning rates are multiplied with at a step (0 to steps - 1)."""
+    """What peak learning rates are multiplied with at a step, of `steps`; a cosine stays at its floor after them."""
     warmup = schedule.warmup_steps
     if step < warmup:
         return (step + 1) / warmup
@@ -104,5 +104,5 @@ def schedule_factor(schedule: Schedule, step: int, steps: int) -> float:
         return 1.0
     if schedule.kind == "inverse_sqrt":
         return math.sqrt(max(1, warmup) / (step + 1))
-    progress = (step - warmup) / max(1, steps - warmup)
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     return schedule.floor + (1 - schedule.floor) * (1 + math.cos(math.pi * progress)) / 2

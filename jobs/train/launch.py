@@ -120,7 +120,7 @@ def _follow(fit: _Fit, spec: TrainSpec, on_metrics: Callable[[Path], None]) -> N
     wanted = WantedWorkers(
         resources.workers, resources.cpus_per_worker, resources.gpus_per_worker, 60 * resources.wait_minutes
     )
-    with Progress(spec.name, spec.training.steps, "steps") as progress:
+    with Progress(spec.name, spec.last, "steps") as progress:
         fit.start()
         while fit.is_alive():
             fit.join(POLL)

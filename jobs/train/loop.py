@@ -21,7 +21,7 @@ from jobs.data.batches import make_sampler
 from jobs.evaluate.windows import choose_windows
 from jobs.train.bad_loss import BadLossError, LossWatch, SkippedSteps
 from jobs.train.checkpoints import Checkpoints
-from jobs.train.config import FotObjective, Resources, Training
+from jobs.train.config import FotObjective, Resources
 from jobs.train.engine import make_engine, schedule_factor, take_step
 from jobs.train.estimate import Shape, peak_flops, step_flops, tokens_per_step
 from jobs.train.export import export_checkpoint
@@ -30,7 +30,7 @@ from jobs.train.measure import evaluating, held_out_perplexity, mass_on_positive
 from jobs.train.metrics import MetricsFile
 from jobs.train.model import build_model
 from jobs.train.objective import batch_loss, d_at
-from jobs.train.spec import METRICS, MODEL, TrainSpec
+from jobs.train.spec import METRICS, MODEL, Start, TrainSpec
 from pipelines.dataset import TokenDataset
 from pipelines.errors import UserError
 from pipelines.loader import rank_batches
@@ -39,7 +39,7 @@ from pipelines.sampler import CrossBatchSampler
 
 
 def train_loop(spec: TrainSpec) -> None:
-    """Train from the newest checkpoint, or the base, to the last step, then export the model.
+    """Train from the newest checkpoint, or where it starts, to the last step, then export the model.
 
     Raises BadLossError, DamagedShardError, and UserError for what does not go together.
     """
@@ -55,21 +55,21 @@ def train_loop(spec: TrainSpec) -> None:
     engine = make_engine(model, training, accumulation)
     peaks = [group["lr"] for group in engine.optimizer.param_groups]
     dataset = TokenDataset(spec.shards, spec.documents)
-    sampler = make_sampler(dataset, spec.groups, training, spec.data, seed)
+    sampler = make_sampler(dataset, spec.groups, training, spec.data, seed, spec.start)
     skipped = SkippedSteps(spec.output, training.bad_loss)
     machine = MachineWatch(ranks.device)
 
     while True:
         restored = checkpoints.restore(engine)
-        done, state = restored or (0, {})
-        check_done(done, training, spec.checkpoints)
+        done, state = restored or begin(engine, checkpoints, spec.start)
+        check_done(done, spec.last, spec.checkpoints)
         skipped.remember(state.get("skipped", {}), write=ranks.rank == 0)
         watch = LossWatch(training.bad_loss, state.get("losses", []))
         metrics = MetricsFile(spec.output / METRICS, done)
-        steps = [step for step in range(done, training.steps) if step not in skipped]
+        steps = [step for step in range(done, spec.last) if step not in skipped]
         batches = rank_batches(sampler, steps, ranks.rank, ranks.world, ranks.readers, ranks.team_size)
         if restored is None and training.bad_loss.action == "skip":
-            checkpoints.save(engine, 0, {})  # what there is to go back to
+            checkpoints.save(engine, done, state)  # what there is to go back to
         try:
             for step in steps:
                 began = time.monotonic()
@@ -97,15 +97,15 @@ def train_loop(spec: TrainSpec) -> None:
                     values |= {} if norm is None else {"gradient_norm": norm}
                     values |= measured | checkpoints.timings() | machine.look()
                     metrics.write(step + 1, values)
-                if (step + 1) % training.checkpoints.every == 0 and step + 1 < training.steps:
+                if (step + 1) % training.checkpoints.every == 0 and step + 1 < spec.last:
                     checkpoints.save(engine, step + 1, {"losses": watch.recent, "skipped": dict(skipped.reasons)})
             break
         except BadLossError as bad:
             skipped.add(bad, write=ranks.rank == 0)
             say(f"step {bad.step + 1}: {bad.what}: back to the last checkpoint, and on without it")
 
-    if done < training.steps:
-        checkpoints.save(engine, training.steps, {"losses": watch.recent, "skipped": dict(skipped.reasons)})
+    if done < spec.last:
+        checkpoints.save(engine, spec.last, {"losses": watch.recent, "skipped": dict(skipped.reasons)})
     checkpoints.wait()
     if ranks.rank == 0 and not (spec.output / MODEL).exists():
         export_checkpoint(spec.checkpoints, spec.output / MODEL, training.deepspeed.dtype)
@@ -141,11 +141,16 @@ class Ranks:
         return int(self.device.type == "cuda")
 
 
-def check_done(done: int, training: Training, where: str) -> None:
+def begin(engine: Any, checkpoints: Checkpoints, start: Start | None) -> tuple[int, dict[str, Any]]:
+    """Where there is no checkpoint yet: the base at step 0, or the end of the training that is gone on with."""
+    return (0, {}) if start is None else checkpoints.take_over(engine, start.checkpoints, start.step)
+
+
+def check_done(done: int, last: int, where: str) -> None:
     """Raises UserError where the checkpoints are further than the training is to go."""
-    if done > training.steps:
+    if done > last:
         raise UserError(
-            f"the checkpoints in {where} are at step {done}, the training is to end at {training.steps}: raise its "
+            f"the checkpoints in {where} are at step {done}, the training is to end at {last}: raise its "
             f"steps to {done} or more, export an earlier checkpoint with `fot export`, or set another checkpoints.path"
         )
 
@@ -158,7 +163,7 @@ def measure(
     settings, objective = spec.training.measure, spec.training.objective
     assert settings is not None
     windows = choose_windows(dataset, objective.context, max(settings.contexts), settings.windows, "measure.contexts")
-    beyond = spec.training.steps
+    beyond = spec.last
     batch = next(rank_batches(sampler, [beyond], ranks.rank, ranks.world, spread=ranks.team_size)).to(ranks.device)
     with evaluating(model):
         found = held_out_perplexity(

@@ -15,10 +15,31 @@ CHECKPOINTS = "checkpoints"  # of work_dir, where the recipe names no other plac
 
 
 @dataclass(frozen=True)
+class Start:
+    """Where a training that goes on with another one's begins.
+
+    `model`: the version that is continued; `checkpoints`, `step`: its state, whose content `files` names; `data`: the
+    data set it was trained on, of hash `manifest`; `base`: the LLaMA that it began with. `epochs`, `replay`: as in the
+    recipe.
+    """
+
+    model: str
+    checkpoints: str
+    step: int
+    files: str
+    data: Path
+    manifest: str
+    base: Path
+    epochs: float
+    replay: float
+
+
+@dataclass(frozen=True)
 class TrainSpec:
     """`base`: a LLaMA directory to start from, or the shape of one to make. `shards`, `documents`, `groups`: data set,
     index and packing. `output`: where results are written; `logs`: where workers' output goes. `checkpoints`: a path or
-    URL; `identity`: what decides the training, which a checkpoint must have been made with to go on from it."""
+    URL; `identity`: what decides the training, which a checkpoint must have been made with to go on from it. `last`:
+    the step after which it ends; `start`: where it begins, if not with the base at step 0."""
 
     name: str
     training: Training
@@ -34,3 +55,10 @@ class TrainSpec:
     logs: Path
     checkpoints: str
     identity: Mapping[str, Any]
+    last: int
+    start: Start | None = None
+
+    @property
+    def first(self) -> int:
+        """The step it begins at."""
+        return 0 if self.start is None else self.start.step

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.base import asked_mem_layers, check_llama, check_tokens, read_llama_config
+from jobs.data.batches import last_step, make_sampler
 from jobs.data.stages import DOCUMENTS, SHARDS, Inputs, directory_files
 from jobs.evaluate import attention_mass, lm_eval_tasks, passkey, perplexity, trec, webquestions
 from jobs.evaluate.windows import choose_windows
@@ -15,7 +16,7 @@ from jobs.tracking import TrainingFacts, TrainingRun
 from jobs.train.checkpoint_store import CheckpointStore, place_of
 from jobs.train.config import Training
 from jobs.train.launch import train
-from jobs.train.spec import CHECKPOINTS, METRICS, MODEL, TrainSpec
+from jobs.train.spec import CHECKPOINTS, METRICS, MODEL, Start, TrainSpec
 from jobs.version import code_version
 from jobs.workspace import Workspace
 from pipelines.dataset import TokenDataset
@@ -31,11 +32,14 @@ from pipelines.tokenizer import load_tokenizer
 NOT_DECIDING = {"checkpoints", "measure", "bad_loss"}  # settings that may change while a training goes on
 
 
-def base_stage(workspace: Workspace, hashes: FileHashes) -> Stage:
-    """The given LLaMA, looked at, or one that is pre-trained. Raises UserError for what is no LLaMA."""
+def base_stage(workspace: Workspace, hashes: FileHashes, start: Start | None = None) -> Stage:
+    """The LLaMA that is given (or was, where a `start` is gone on from), looked at, or one that is pre-trained.
+
+    Raises UserError for what is no LLaMA.
+    """
     recipe = workspace.recipe
     checkpoint, pretrain = recipe.base.checkpoint, recipe.base.pretrain
-    if pretrain is not None:
+    if pretrain is not None and start is None:
 
         def make(output: Path, inputs: Inputs) -> None:
             _run_training(workspace, "base", pretrain.training, pretrain.shape, output, inputs)
@@ -44,8 +48,9 @@ def base_stage(workspace: Workspace, hashes: FileHashes) -> Stage:
         inputs = ("tokenizer", SHARDS, DOCUMENTS, "base-groups")
         return Stage("base", make, {**params, **_what_else_decides(recipe)}, inputs=inputs, content=MODEL)
 
-    assert checkpoint is not None, "a recipe has one of the two"
-    path = Path(checkpoint).expanduser().resolve()
+    given = checkpoint if start is None else start.base
+    assert given is not None, "a recipe has one of the two"
+    path = Path(given).expanduser().resolve()
     if not path.is_dir():
         raise UserError(f"base.checkpoint {path} is no directory: give a Hugging Face LLaMA directory")
     config = read_llama_config(path, recipe.base.shape)
@@ -64,24 +69,32 @@ def base_stage(workspace: Workspace, hashes: FileHashes) -> Stage:
     return Stage("base", bring, {"path": str(path), "files": files, **needs}, inputs=("tokenizer",))
 
 
-def finetune_stage(workspace: Workspace) -> Stage:
-    """The base, trained with the recipe's objective."""
+def finetune_stage(workspace: Workspace, start: Start | None = None) -> Stage:
+    """The base, trained with the recipe's objective; or what was so trained before, from a `start` on."""
     recipe = workspace.recipe
 
     def run(output: Path, inputs: Inputs) -> None:
-        _run_training(workspace, "finetune", recipe.finetune, inputs["base"] / MODEL, output, inputs)
+        _run_training(workspace, "finetune", recipe.finetune, inputs["base"] / MODEL, output, inputs, start)
 
-    params = {"training": _deciding(recipe.finetune), **_what_else_decides(recipe)}
+    params = {"training": _deciding(recipe.finetune), **_what_else_decides(recipe), **_continuing(start)}
     inputs = ("tokenizer", SHARDS, DOCUMENTS, "finetune-groups", "base")
     return Stage("finetune", run, params, inputs=inputs, content=MODEL)
 
 
 def _run_training(
-    workspace: Workspace, name: str, training: Training, base: Path | ModelShape, output: Path, inputs: Inputs
+    workspace: Workspace,
+    name: str,
+    training: Training,
+    base: Path | ModelShape,
+    output: Path,
+    inputs: Inputs,
+    start: Start | None = None,
 ) -> None:
     """The training as an MLflow run, which a training that goes on after a crash continues."""
-    recipe, manifest = workspace.recipe, Manifest.read(inputs[SHARDS])
-    _check_data(recipe, training, inputs)
+    recipe, manifest, groups = workspace.recipe, Manifest.read(inputs[SHARDS]), inputs[f"{name}-groups"]
+    dataset = TokenDataset(inputs[SHARDS], inputs[DOCUMENTS])
+    _check_data(recipe, training, dataset, inputs)
+    sampler = make_sampler(dataset, groups, training, recipe.data, recipe.seed, start)
     key = f"{name}-{output.stem}"
     where = training.checkpoints.path or str(workspace.directory / CHECKPOINTS)
     read = {"base": "base", "held_out and duplicates": DOCUMENTS, "packing": f"{name}-groups"}
@@ -92,6 +105,7 @@ def _run_training(
         "seed": recipe.seed,
         "sources": _weights(recipe),
         "training": _deciding(training, also={"steps"} if training.schedule.kind != "cosine" else set()),
+        **_continuing(start),
     }
     spec = TrainSpec(
         name=name,
@@ -102,12 +116,14 @@ def _run_training(
         base=base,
         shards=inputs[SHARDS],
         documents=inputs[DOCUMENTS],
-        groups=inputs[f"{name}-groups"],
+        groups=groups,
         tokenizer=inputs["tokenizer"],
         output=output,
         logs=workspace.logs / key,
-        checkpoints=place_of(where, name if training.checkpoints.path else key),
+        checkpoints=place_of(where, name if training.checkpoints.path and start is None else key),
         identity=identity,
+        last=last_step(sampler, training, start),
+        start=start,
     )
     described = recipe.described()
     tags = {
@@ -117,6 +133,7 @@ def _run_training(
         "fot.code": code_version(),
         "fot.manifest": manifest.hash,
         "fot.base": "a new model" if isinstance(base, ModelShape) else origin(base),
+        **({} if start is None else {"fot.continues": f"{start.model}, step {start.step}"}),
     }
     facts = TrainingFacts(key, recipe.name, f"{recipe.name}: {name}", tags, _params(training, recipe), described)
     uri = tracking_uri(workspace.directory, recipe.registry.tracking_uri)
@@ -129,9 +146,8 @@ def _run_training(
     run.finish(output / METRICS)
 
 
-def _check_data(recipe: Recipe, training: Training, inputs: Inputs) -> None:
+def _check_data(recipe: Recipe, training: Training, dataset: TokenDataset, inputs: Inputs) -> None:
     """Find out before hours of training whether all that comes after has what it needs."""
-    dataset = TokenDataset(inputs[SHARDS], inputs[DOCUMENTS])
     backend = dataset.manifest.tokenizer["backend"]
     check_manifest(dataset.manifest, recipe.data, Encoding(inputs["tokenizer"], backend, inputs[SHARDS]))
     local, settings = recipe.finetune.objective.context, recipe.evaluation
@@ -163,6 +179,13 @@ def _weights(recipe: Recipe) -> dict[str, float | None]:
 def _what_else_decides(recipe: Recipe) -> dict[str, Any]:
     """A training's numbers depend on these too. (On the number of ranks only in the last bits of sums over them.)"""
     return {"seed": recipe.seed, "weights": _weights(recipe)}
+
+
+def _continuing(start: Start | None) -> dict[str, Any]:
+    """What decides a training that goes on with another one's, besides: its state, and how much of what it reads."""
+    if start is None:
+        return {}
+    return {"continues": {"step": start.step, "files": start.files, "epochs": start.epochs, "replay": start.replay}}
 
 
 def _deciding(training: Training, also: Set[str] = frozenset()) -> dict[str, Any]:

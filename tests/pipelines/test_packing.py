@@ -7,7 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.packing import COLUMNS, REPORT, groups_file, pack, pack_dataset, pack_source, read_groups, write_groups
+from pipelines.packing import (
+    COLUMNS,
+    NEW,
+    REPLAYED,
+    REPORT,
+    groups_file,
+    join_groups,
+    pack,
+    pack_dataset,
+    pack_source,
+    read_groups,
+    write_groups,
+)
 
 lengths_of_documents = st.lists(st.integers(0, 200), max_size=40)
 sizes_of_groups = st.integers(1, 64)
@@ -174,3 +186,30 @@ def test_the_same_data_set_makes_the_same_groups(dataset, fresh, contents):
         pack_source(dataset.directory, dataset.directory, 0, 16, directory)
     assert contents(directories[0]) == contents(directories[1])
     assert contents(directories[0]).keys() == {groups_file(0)}
+
+
+def test_what_an_earlier_data_set_lacks_is_packed_apart(local_ray, dataset, dataset_of, fresh):
+    kinds = range(0, 44, 2)  # every other document was there, under another id
+    hashes = [f"hash of id {kind}" for kind in kinds]
+    earlier = dataset_of([9] * len(kinds), [f"other id {kind}" for kind in kinds], hashes).directory
+    output = fresh()
+    report = pack_dataset(dataset.directory, dataset.directory, [*SOURCES], 16, output, earlier)
+    assert list(report) == [f"{name}, {age}" for name in SOURCES for age in (NEW, REPLAYED)]
+    numbers = [*range(44), *range(7)]
+    for number in range(len(SOURCES)):
+        for age in (NEW, REPLAYED):
+            own = [
+                document
+                for document in dataset.training.tolist()
+                if dataset.source[document] == number and (numbers[document] % 2 == 0) == (age == REPLAYED)
+            ]
+            expected, _ = packed([int(dataset.length[document]) for document in own], 16, own)
+            assert same(read_groups(output / groups_file(number, age)), expected)
+
+
+@given(st.lists(lengths_of_documents, min_size=1, max_size=4), sizes_of_groups)
+def test_joined_groups_are_those_of_each_part_in_turn(parts, group_tokens):
+    made = [packed(lengths, group_tokens, range(100 * n, 100 * n + len(lengths))) for n, lengths in enumerate(parts)]
+    joined = join_groups([groups for groups, _ in made])
+    assert [joined.pieces(group) for group in range(len(joined))] == [piece for _, pieces in made for piece in pieces]
+    assert joined.dropped == sum(groups.dropped for groups, _ in made)

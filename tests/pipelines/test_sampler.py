@@ -20,7 +20,7 @@ ARRAYS = ("input_ids", "labels", "document_ids")
 REST = ("group", "segment", "related", "documents", "sources", "first")
 
 
-def sampler(dataset, weights=None, seed=0, **shape):
+def sampler(dataset, weights=None, seed=0, first=0, **shape):
     """Over all training documents, sources by number: {name: weight or None}."""
     weights = weights or {"s": None}
     shape = BatchShape(**{**SHAPE, **shape})
@@ -29,7 +29,7 @@ def sampler(dataset, weights=None, seed=0, **shape):
         own = dataset.training[dataset.source[dataset.training] == number]
         groups.append(pack(own, dataset.length[own], shape.group_tokens))
     sources = [Source(name=name, path="x", weight=weight) for name, weight in weights.items()]
-    return CrossBatchSampler(dataset, groups, sources, shape, seed)
+    return CrossBatchSampler(dataset, groups, sources, shape, seed, first)
 
 
 def same(one, other):
@@ -40,6 +40,15 @@ def same(one, other):
 @pytest.fixture(scope="module")
 def dataset(dataset_of):
     return dataset_of(LENGTHS, shards=3)
+
+
+@pytest.mark.parametrize("weights", [None, {"s": 1.0}])
+def test_an_order_that_begins_later_is_the_same_order(dataset, weights):
+    plain, later = sampler(dataset, weights), sampler(dataset, weights, first=1000)
+    for step in range(3):
+        assert same(plain.micro_batch(step, 1), later.micro_batch(1000 + step, 1))
+    with pytest.raises(AssertionError):
+        later.micro_batch(999, 0)
 
 
 corpora = st.lists(st.integers(1, 60), min_size=2, max_size=15)

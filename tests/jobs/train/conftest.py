@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import Module
+from torch.optim import Optimizer
 
 from jobs.data.batches import batch_shape, make_sampler
 from jobs.recipe import Recipe
@@ -63,6 +65,7 @@ def spec(local_ray, recipe: dict, tmp_path: Path) -> TrainSpec:
         logs=tmp_path / "logs",
         checkpoints=str(output / CHECKPOINTS),
         identity={"training": "a test"},
+        last=made.finetune.steps,
     )
     torch.manual_seed(1)
     build_model(spec).save_pretrained(tmp_path / "base")
@@ -86,6 +89,7 @@ def changed(spec: TrainSpec, tmp_path: Path) -> Changed:
             resources=spec.resources.model_copy(update=dict(resources)),
             output=output,
             checkpoints=str(output / CHECKPOINTS),
+            last=int(settings["steps"]),
         )
         if "objective" in settings and made.training.objective.contexts != spec.training.objective.contexts:
             groups = tmp_path / f"{name}-groups"
@@ -103,9 +107,9 @@ def losses():
     return _losses
 
 
-def _losses(output: Path) -> list[float]:
+def _losses(output: Path, first: int = 0) -> list[float]:
     entries = read_metrics(output / METRICS)
-    assert [entry["step"] for entry in entries] == list(range(1, len(entries) + 1))
+    assert [entry["step"] for entry in entries] == list(range(first + 1, first + len(entries) + 1))
     return [entry["loss"] for entry in entries]
 
 
@@ -115,14 +119,23 @@ def plain_torch_losses():
     return _plain_torch_losses
 
 
-def _plain_torch_losses(spec: TrainSpec, without: Collection[int] = ()) -> list[float]:
-    training, settings = spec.training, spec.training.optimizer
+def _plain_torch_losses(spec: TrainSpec, without: Collection[int] = (), then: TrainSpec | None = None) -> list[float]:
+    """`then`: a training that goes on with the first one's model and optimizer."""
+    settings = spec.training.optimizer
     model = build_model(spec)
-    dataset = TokenDataset(spec.shards, spec.documents)
-    sampler = make_sampler(dataset, spec.groups, training, spec.data, spec.seed)
     optimizer = torch.optim.AdamW(parameter_groups(model, settings), betas=settings.betas)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    steps = [step for step in range(training.steps) if step not in without]
+    curve = _plain_torch_steps(spec, model, optimizer, peaks, without)
+    return curve if then is None else curve + _plain_torch_steps(then, model, optimizer, peaks, without)
+
+
+def _plain_torch_steps(
+    spec: TrainSpec, model: Module, optimizer: Optimizer, peaks: list[float], without: Collection[int]
+) -> list[float]:
+    training, settings = spec.training, spec.training.optimizer
+    dataset = TokenDataset(spec.shards, spec.documents)
+    sampler = make_sampler(dataset, spec.groups, training, spec.data, spec.seed, spec.start)
+    steps = [step for step in range(spec.first, spec.last) if step not in without]
     batches = rank_batches(sampler, steps, rank=0, world=1)
     curve = []
     for step in steps:

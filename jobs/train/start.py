@@ -1,0 +1,64 @@
+"""Finding where a training that goes on with another one's begins: what trained a registered model, and on what."""
+
+from pathlib import Path
+
+from jobs.data.stages import finished_data_sets
+from jobs.recipe import Recipe
+from jobs.registry.models import find_version, model_address
+from jobs.registry.runs import children
+from jobs.registry.server import connect, talking_to, tracking_uri
+from jobs.train.checkpoint_store import CheckpointStore
+from jobs.train.config import Continued
+from jobs.train.spec import MODEL, Start
+from pipelines.errors import UserError
+from pipelines.hashing import hash_json
+from pipelines.store import Store
+
+
+def find_start(recipe: Recipe, continued: Continued, work_dir: Path, store: Store) -> Start:
+    """The last checkpoint of the registered model that the recipe continues.
+
+    Raises UserError where there is no such model, and where its checkpoint, its data set or its base is gone.
+    """
+    model, where = _trained_by(continued, tracking_uri(work_dir, recipe.registry.tracking_uri))
+    where = _with_options(where, recipe.finetune.checkpoints.path)
+    complete = [found for found in CheckpointStore(where).all() if found.complete]
+    if not complete:
+        raise UserError(f"{model}: its checkpoints in {CheckpointStore(where).name} are gone: it cannot be continued")
+    last = complete[-1]
+    identity = last.records[0].identity
+    data = [directory for directory, manifest, _ in finished_data_sets(store) if manifest.hash == identity["manifest"]]
+    bases = [output.path for output in store.finished("base") if output.hash == identity["base"]]
+    for found, what in ((data, "data set"), (bases, "base")):
+        if not found:
+            raise UserError(f"{model}: the {what} it was trained with is not in {store.root}: run in its work_dir")
+    return Start(
+        model=model,
+        checkpoints=where,
+        step=last.step,
+        files=hash_json({name: list(file) for name, file in last.files.items()}),
+        data=data[0],
+        manifest=identity["manifest"],
+        base=(bases[0] / MODEL).resolve(),
+        epochs=continued.epochs,
+        replay=continued.replay,
+    )
+
+
+def _trained_by(continued: Continued, uri: str) -> tuple[str, str]:
+    """The version that is continued, and the checkpoints of its training."""
+    address = model_address(continued.model)
+    with talking_to(uri):
+        client = connect(uri)
+        version = find_version(client, address)
+        trainings = children(client, client.get_run(version.run_id))
+    shown = f"{address.shown}/{version.version}"
+    if not trainings or not (where := trainings[-1].data.tags.get("fot.checkpoints")):
+        raise UserError(f"{shown}: its run {version.run_id} has no training with checkpoints: it cannot be continued")
+    return shown, where
+
+
+def _with_options(where: str, path: str | None) -> str:
+    """The place with what the recipe's own URL says after the question mark (an endpoint, say): runs do not show it."""
+    _, mark, options = (path or "").partition("?")
+    return f"{where}{mark}{options}" if mark and where.startswith(CheckpointStore(path or "").name) else where
