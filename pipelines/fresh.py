@@ -6,11 +6,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.shards import Manifest
+from pipelines.dataset import DamagedShardError
+from pipelines.shards import REPAIR, Manifest
 
 
 def fresh_documents(shards: Path, earlier: Path) -> np.ndarray:
-    """For each document of the data set in `shards` whether that in `earlier` lacks its text: bool [N]."""
+    """For each document of the data set in `shards` whether that in `earlier` lacks its text: bool [N].
+
+    Raises DamagedShardError where a shard is missing.
+    """
     return ~pc.is_in(_contents(shards), value_set=_contents(earlier)).to_numpy()
 
 
@@ -18,7 +22,10 @@ def _contents(directory: Path) -> pa.ChunkedArray:
     """The content hash of each document, in manifest order."""
     columns: list[pa.Array] = []
     for shard in Manifest.read(directory).shards:
-        reader = pa.ipc.open_file(pa.memory_map(str(directory / shard.file)))
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(directory / shard.file)))
+        except FileNotFoundError:
+            raise DamagedShardError(f"{directory / shard.file} is missing: {REPAIR}") from None
         batches = (reader.get_batch(place) for place in range(reader.num_record_batches))
         columns += [batch.column("content_hash").cast(pa.large_string()) for batch in batches]
     return pa.chunked_array(columns, pa.large_string())

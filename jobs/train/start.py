@@ -1,13 +1,16 @@
 """Finding where a training that goes on with another one's begins: what trained a registered model, and on what."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jobs.data.stages import finished_data_sets
 from jobs.recipe import Recipe
 from jobs.registry.models import find_version, model_address
 from jobs.registry.runs import children
 from jobs.registry.server import connect, talking_to, tracking_uri
-from jobs.train.checkpoint_store import CheckpointStore
+from jobs.train.checkpoint_store import CheckpointStore, difference
 from jobs.train.config import Continued
 from jobs.train.spec import MODEL, Start
 from pipelines.errors import UserError
@@ -18,7 +21,8 @@ from pipelines.store import Store
 def find_start(recipe: Recipe, continued: Continued, work_dir: Path, store: Store) -> Start:
     """The last checkpoint of the registered model that the recipe continues.
 
-    Raises UserError where there is no such model, and where its checkpoint, its data set or its base is gone.
+    Raises UserError where there is no such model, where its checkpoint, its data set or its base is gone, and where the
+    recipe would train something else.
     """
     model, where = _trained_by(continued, tracking_uri(work_dir, recipe.registry.tracking_uri))
     where = _with_options(where, recipe.finetune.checkpoints.path)
@@ -27,6 +31,12 @@ def find_start(recipe: Recipe, continued: Continued, work_dir: Path, store: Stor
         raise UserError(f"{model}: its checkpoints in {CheckpointStore(where).name} are gone: it cannot be continued")
     last = complete[-1]
     identity = last.records[0].identity
+    if other := difference(_same(identity["training"]), _same(json.loads(recipe.finetune.model_dump_json()))):
+        key, theirs, ours = other
+        raise UserError(
+            f"{model} was trained with finetune.{key} {json.dumps(theirs)}, the recipe says {json.dumps(ours)}: a "
+            f"training that goes on keeps it"
+        )
     data = [directory for directory, manifest, _ in finished_data_sets(store) if manifest.hash == identity["manifest"]]
     bases = [output.path for output in store.finished("base") if output.hash == identity["base"]]
     for found, what in ((data, "data set"), (bases, "base")):
@@ -43,6 +53,12 @@ def find_start(recipe: Recipe, continued: Continued, work_dir: Path, store: Stor
         epochs=continued.epochs,
         replay=continued.replay,
     )
+
+
+def _same(training: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a checkpoint's model and optimizer are shaped by."""
+    groups = {"groups": training["optimizer"]["groups"]}
+    return {"objective": training["objective"], "deepspeed": training["deepspeed"], "optimizer": groups}
 
 
 def _trained_by(continued: Continued, uri: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.dataset import DamagedShardError
 from pipelines.fresh import fresh_documents
 
 
@@ -28,3 +29,10 @@ def test_fresh_is_what_the_earlier_data_set_lacks_in_whatever_order_or_file(writ
 
 def test_of_a_grown_data_set_the_end_is_fresh(written):
     assert np.flatnonzero(fresh_documents(written("abcdef"), written("abc"))).tolist() == [3, 4, 5]
+
+
+def test_a_missing_shard_is_one_line(written):
+    earlier = written("abc")
+    next(earlier.glob("*.arrow")).unlink()
+    with pytest.raises(DamagedShardError, match=r"shard-0\.arrow is missing: rebuild it"):
+        fresh_documents(written("ab"), earlier)

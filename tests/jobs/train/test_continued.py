@@ -128,6 +128,11 @@ def test_a_recipe_continues_its_champion_on_new_documents_alone(
     assert nothing.returncode == 2
     assert "training tokens that models:/fot/tiny/1 has not read" in nothing.stdout.splitlines()[-1]
 
+    other = fot_here(*going_on, "--set", "finetune.deepspeed.zero_stage=1")
+    assert other.returncode == 2
+    said = "models:/fot/tiny/1 was trained with finetune.deepspeed.zero_stage 2, the recipe says 1: a training that"
+    assert said in other.stdout.splitlines()[-1]
+
     (directory / "second.jsonl").write_text("".join(lines[16:]))
     answer = fot_here(*going_on)
     assert answer.returncode == 0, answer.stdout
