@@ -87,6 +87,25 @@ def plan(recipe: Path, overrides: tuple[str, ...], device: str, mfu: float) -> N
 
 
 @fot.command()
+@recipe_argument
+@set_option
+@click.option("--image", required=True, metavar="IMAGE", help="Holds this package, and Ray of its version.")
+@click.option(
+    "--claim", required=True, metavar="PVC", help="The PersistentVolumeClaim (ReadWriteMany) for work_dir and corpora."
+)
+@click.option("--namespace", metavar="NAME")
+@click.option("--secret", metavar="NAME", help="Its keys become environment variables: credentials of buckets, MLflow.")
+@click.option("--gpus-per-node", default=8, show_default=True, type=click.IntRange(1))
+@click.option("--cron", metavar="LINE", help='Again and again instead of once: "0 2 * * *".')
+@click.option("--time-zone", default="UTC", show_default=True, metavar="NAME", help="What --cron is read in.")
+def manifest(recipe: Path, overrides: tuple[str, ...], **settings: Any) -> None:
+    """Print what runs RECIPE on Kubernetes, for `kubectl apply -f -`: a RayJob, or with --cron a RayCronJob."""
+    from jobs.manifest import Deployment, show_manifest
+
+    show_manifest(recipe, overrides, Deployment(**settings))
+
+
+@fot.command()
 @click.argument("checkpoint")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--dtype", metavar="NAME", help="float32, bfloat16 or float16; by default what was trained in.")

@@ -18,7 +18,7 @@ from jobs.train.spec import METRICS, MODEL
 from jobs.variants import Comparison, load_comparison
 from jobs.views import print_results
 from jobs.workspace import WorkDir, Workspace, duration
-from pipelines.cluster import WantedWorkers
+from pipelines.cluster import WantedWorkers, autoscales
 from pipelines.progress import console, say
 from pipelines.store import Output, Stage, Store
 from pipelines.workflow import finished_outputs, workflow_status
@@ -82,10 +82,12 @@ def _run_and_register(workspace: Workspace) -> Made:
 
 
 def _stages_with_workers(workspace: Workspace) -> list[Stage]:
-    """The recipe's stages, once the cluster has room for the workers that some of them need."""
+    """The recipe's stages, once the cluster has room for the workers that some of them need; one that launches nodes by
+    itself does so when a training asks for them."""
     stages, resources = recipe_stages(workspace), workspace.recipe.resources
-    patience = 60 * resources.wait_minutes
-    WantedWorkers(resources.workers, resources.cpus_per_worker, resources.gpus_per_worker, patience).wait()
+    if not autoscales():
+        patience = 60 * resources.wait_minutes
+        WantedWorkers(resources.workers, resources.cpus_per_worker, resources.gpus_per_worker, patience).wait()
     return stages
 
 

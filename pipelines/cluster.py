@@ -18,6 +18,8 @@ Result = TypeVar("Result")
 SAY_EVERY = 30.0  # seconds between lines that say what is waited for
 CANCELS = 10  # attempts to stop a task, a second each
 OBJECT_STORE_BYTES = 200_000_000  # tasks pass paths and counts, not data
+AHEAD = 256  # tasks that a cluster which grows is shown: it launches nodes for those that wait
+KEEP_OFF = {"role": "!training"}  # tasks without GPUs stay away from nodes labelled so
 
 
 @contextmanager
@@ -104,16 +106,16 @@ def run_tasks(
     """Run `function(*arguments[i])` for every i as Ray tasks of one CPU; yields (i, result) as done.
 
     `gpus`: for each; `memory[i]`: bytes that Ray reserves for it. Few are handed to Ray at a time, so there may be
-    millions. A task whose worker or node died is run again. Raises what a task raised; those still running are then
-    stopped.
+    millions. Without GPUs they keep off nodes labelled for training, so that these come and go with trainings alone. A
+    task whose worker or node died is run again. Raises what a task raised; those still running are then stopped.
     """
-    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=5)(function)
-    at_once = 2 * int(ray.cluster_resources().get("CPU", 1))
+    where = {} if gpus else {"label_selector": KEEP_OFF}
+    task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=5, **where)(function)
     running: dict[ray.ObjectRef, int] = {}
     pending = iter(range(len(arguments)))
     try:
         for _ in arguments:
-            for number in itertools.islice(pending, at_once - len(running)):
+            for number in itertools.islice(pending, max(0, _at_once() - len(running))):
                 asked = task if memory is None else task.options(memory=memory[number])
                 running[asked.remote(*arguments[number])] = number
             (done,), _ = ray.wait(list(running), num_returns=1)
@@ -127,6 +129,18 @@ def run_tasks(
             yield number, result
     finally:
         _stop(list(running))
+
+
+def autoscales() -> bool:
+    """Whether the cluster launches nodes for what waits for them."""
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    return bool(is_autoscaler_v2())
+
+
+def _at_once() -> int:
+    """Tasks that Ray holds at a time."""
+    return max(AHEAD if autoscales() else 2, 2 * int(ray.cluster_resources().get("CPU", 0)))
 
 
 def _stop(tasks: list[ray.ObjectRef]) -> None:
