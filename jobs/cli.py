@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from jobs.stop import STOPPED, StoppedError
 from pipelines.environment import prepare_environment
 from pipelines.errors import UserError
 
@@ -20,15 +21,17 @@ DISK_FULL = (
     "PytorchStreamWriter failed",
     "unexpected pos",
 )
+OF_A_CLUSTER = ("submit", "jobs", "status", "logs", "stop", "resume")
 INTERRUPTED = 130
 USER_ERROR = 2
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="fot", prog_name="fot")
-def fot() -> None:
+@click.pass_context
+def fot(context: click.Context) -> None:
     """Turn an existing LLaMA into one that reads far beyond its context (Focused Transformer)."""
-    prepare_environment()
+    prepare_environment(own_ray=context.invoked_subcommand not in OF_A_CLUSTER)
 
 
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
@@ -58,14 +61,86 @@ def run(recipe: Path, overrides: tuple[str, ...]) -> None:
         run_recipe(recipe, overrides)
 
 
+address_option = click.option("--address", metavar="URL", help="The cluster's dashboard: http://HOST:8265.")
+follow_option = click.option("-f", "--follow", "log", is_flag=True, help="Print what it prints until it has ended.")
+wait_option = click.option("--wait", is_flag=True, help="Wait until it has ended.")
+job_argument = click.argument("job")
+
+
+@fot.command()
+@click.argument("recipe_or_job")
+@set_option
+@address_option
+def status(recipe_or_job: str, overrides: tuple[str, ...], address: str | None) -> None:
+    """Show the stages of a recipe or of a job: state, duration, output."""
+    if Path(recipe_or_job).exists() or recipe_or_job.endswith((".yaml", ".yml")):
+        from jobs.run import show_status
+
+        show_status(Path(recipe_or_job), overrides)
+    else:
+        from jobs.submit import commands
+
+        commands.show_job(recipe_or_job, address)
+
+
 @fot.command()
 @recipe_argument
 @set_option
-def status(recipe: Path, overrides: tuple[str, ...]) -> None:
-    """Show a recipe's stages: state, duration, output."""
-    from jobs.run import show_status
+@address_option
+@click.option("--name", metavar="NAME", help="The job's; by default the recipe's.")
+@click.option("--owner", metavar="NAME", help="Whose job it is; by default who you are here.")
+@click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE", help="For finding it again (repeat).")
+@follow_option
+@wait_option
+def submit(recipe: Path, overrides: tuple[str, ...], **request: Any) -> None:
+    """Run a recipe on a Ray cluster, which needs nobody to watch it."""
+    from jobs.submit import commands
 
-    show_status(recipe, overrides)
+    commands.submit(commands.Request(recipe=recipe, overrides=overrides, **request))
+
+
+@fot.command("jobs")
+@address_option
+@click.option("--owner", metavar="NAME")
+@click.option("--name", metavar="NAME")
+def jobs_(address: str | None, owner: str | None, name: str | None) -> None:
+    """List a cluster's jobs, the newest first."""
+    from jobs.submit import commands
+
+    commands.show_jobs(address, owner, name)
+
+
+@fot.command()
+@job_argument
+@address_option
+@follow_option
+def logs(job: str, address: str | None, log: bool) -> None:
+    """Print what a JOB has printed."""
+    from jobs.submit import commands
+
+    commands.show_log(job, address, log)
+
+
+@fot.command()
+@job_argument
+@address_option
+def stop(job: str, address: str | None) -> None:
+    """Stop a JOB, a training after a checkpoint."""
+    from jobs.submit import commands
+
+    commands.stop(job, address)
+
+
+@fot.command()
+@job_argument
+@address_option
+@follow_option
+@wait_option
+def resume(job: str, address: str | None, log: bool, wait: bool) -> None:
+    """Run a JOB again; it goes on from where it is."""
+    from jobs.submit import commands
+
+    commands.resume(job, address, log, wait)
 
 
 @fot.command()
@@ -285,6 +360,9 @@ def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, an interruption 130."""
     try:
         fot()
+    except StoppedError as error:
+        print(f"fot: {error}", file=sys.stderr)
+        sys.exit(STOPPED)
     except Exception as error:
         if (message := user_message(error)) is None:
             raise

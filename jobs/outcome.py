@@ -17,7 +17,7 @@ from jobs.report import write_report
 from jobs.train.metrics import last_metrics
 from jobs.train.spec import METRICS, MODEL
 from jobs.train.stages import origin
-from jobs.version import code_version
+from jobs.version import code_version, made_by
 from pipelines.files import write_atomically
 from pipelines.hashing import hash_json
 from pipelines.shards import MANIFEST, Manifest
@@ -70,7 +70,7 @@ def make_outcome(
     return Outcome(
         key=report.name,  # the hash of all that led to it
         name=name,
-        tags={"fot.code": code_version(), **tags},
+        tags={**made_by(), **tags},
         params={"tasks": ", ".join(tasks), **params},
         metrics=metric_points(results),
         artifacts=artifacts,

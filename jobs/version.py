@@ -1,8 +1,17 @@
-"""Which code this is."""
+"""Which code this is, and which job it runs in."""
 
+import os
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
+
+JOB = "FOT_JOB"  # the environment variable that names the job of a cluster to what it runs
+
+
+def made_by() -> dict[str, str]:
+    """Tags of a run."""
+    job = os.environ.get(JOB)
+    return {"fot.code": code_version(), **({"fot.job": job} if job else {})}
 
 
 def code_version() -> str:

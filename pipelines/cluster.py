@@ -19,6 +19,7 @@ SAY_EVERY = 30.0  # seconds between lines that say what is waited for
 CANCELS = 10  # attempts to stop a task, a second each
 OBJECT_STORE_BYTES = 200_000_000  # tasks pass paths and counts, not data
 AHEAD = 256  # tasks that a cluster which grows is shown: it launches nodes for those that wait
+MOST_CPUS = "FOT_MAX_CPUS"  # the environment variable that limits what a job takes
 KEEP_OFF = {"role": "!training"}  # tasks without GPUs stay away from nodes labelled so
 
 
@@ -139,8 +140,9 @@ def autoscales() -> bool:
 
 
 def _at_once() -> int:
-    """Tasks that Ray holds at a time."""
-    return max(AHEAD if autoscales() else 2, 2 * int(ray.cluster_resources().get("CPU", 0)))
+    """Tasks that Ray holds at a time, of one CPU each; a job is not allowed more than so many."""
+    wanted = max(AHEAD if autoscales() else 2, 2 * int(ray.cluster_resources().get("CPU", 0)))
+    return min(wanted, int(os.environ.get(MOST_CPUS) or wanted))
 
 
 def _stop(tasks: list[ray.ObjectRef]) -> None:

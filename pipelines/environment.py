@@ -32,11 +32,14 @@ OWN_RAY = {
 }
 
 
-def prepare_environment() -> None:
-    """Set them for this process and those it starts. To be called before any of these libraries is imported."""
+def prepare_environment(own_ray: bool = True) -> None:
+    """Set them for this process and those it starts. To be called before any of these libraries is imported.
+
+    `own_ray`: where no cluster is named, a Ray of this machine's own is meant, whose token nobody else has.
+    """
     os.environ.update(WORKERS)
     for name, value in UNLESS_SET.items():
         os.environ.setdefault(name, value)
-    if os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
+    if own_ray and os.environ.get("RAY_ADDRESS", "local") in ("", "local"):
         os.environ.update(OWN_RAY)
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

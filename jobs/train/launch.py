@@ -12,6 +12,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from jobs.stop import ending_by_itself
 from jobs.train.checkpoint_store import check_identity
 from jobs.train.metrics import last_metrics
 from jobs.train.spec import METRICS, MODEL, TrainSpec
@@ -34,7 +35,7 @@ def train(spec: TrainSpec, on_metrics: Callable[[Path], None] = lambda path: Non
     every second or so, and at the end.
 
     Raises UserError where the checkpoints there are of another training and where the cluster lacks the workers for too
-    long, and what a worker raised.
+    long, StoppedError where it was asked to stop, and what a worker raised.
     """
     if (spec.output / MODEL).exists():  # all done but for marking the stage complete
         on_metrics(spec.output / METRICS)
@@ -61,17 +62,18 @@ def train(spec: TrainSpec, on_metrics: Callable[[Path], None] = lambda path: Non
         ),
     )
     fit = _Fit(trainer)
-    try:
-        _follow(fit, spec, on_metrics)
-    finally:
-        on_metrics(spec.output / METRICS)
-    if failure.exists():
-        error = pickle.loads(failure.read_bytes())
-        failure.unlink()
-        raise error
-    if fit.error is not None:
-        raise _cause(fit.error) from fit.error
-    shutil.rmtree(ray_directory)
+    with ending_by_itself():
+        try:
+            _follow(fit, spec, on_metrics)
+        finally:
+            on_metrics(spec.output / METRICS)
+        if failure.exists():
+            error = pickle.loads(failure.read_bytes())
+            failure.unlink()
+            raise error
+        if fit.error is not None:
+            raise _cause(fit.error) from fit.error
+        shutil.rmtree(ray_directory)
 
 
 def _worker(config: dict[str, Any]) -> None:

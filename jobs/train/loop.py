@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 
 from jobs.data.batches import make_sampler
 from jobs.evaluate.windows import choose_windows
+from jobs.stop import StoppedError
 from jobs.train.bad_loss import BadLossError, LossWatch, SkippedSteps
 from jobs.train.checkpoints import Checkpoints
 from jobs.train.config import FotObjective, Resources
@@ -41,7 +42,8 @@ from pipelines.sampler import CrossBatchSampler
 def train_loop(spec: TrainSpec) -> None:
     """Train from the newest checkpoint, or where it starts, to the last step, then export the model.
 
-    Raises BadLossError, DamagedShardError, and UserError for what does not go together.
+    Raises BadLossError, DamagedShardError, UserError for what does not go together, and StoppedError where it was asked
+    to stop.
     """
     training, objective, seed = spec.training, spec.training.objective, spec.seed
     ranks = Ranks.of(spec.resources)
@@ -83,8 +85,9 @@ def train_loop(spec: TrainSpec) -> None:
                     engine.backward(loss)
                     norm = take_step(engine)  # applies the gradients at the last micro-batch of the step
                     total += loss.detach() / accumulation
-                torch.distributed.all_reduce(total)
-                loss_of_step = total.item() / ranks.world
+                asked = torch.tensor(float(spec.stop is not None and spec.stop.exists()), device=ranks.device)
+                torch.distributed.all_reduce(sums := torch.stack([total, asked]))
+                loss_of_step, stops = sums[0].item() / ranks.world, sums[1].item() > 0
                 watch.check(step, loss_of_step, norm)
                 seconds = time.monotonic() - began
 
@@ -97,8 +100,11 @@ def train_loop(spec: TrainSpec) -> None:
                     values |= {} if norm is None else {"gradient_norm": norm}
                     values |= measured | checkpoints.timings() | machine.look()
                     metrics.write(step + 1, values)
-                if (step + 1) % training.checkpoints.every == 0 and step + 1 < spec.last:
+                if (stops or (step + 1) % training.checkpoints.every == 0) and step + 1 < spec.last:
                     checkpoints.save(engine, step + 1, {"losses": watch.recent, "skipped": dict(skipped.reasons)})
+                if stops and step + 1 < spec.last:
+                    checkpoints.wait()
+                    raise StoppedError(f"stopped at step {step + 1} of {spec.last}, with a checkpoint")
             break
         except BadLossError as bad:
             skipped.add(bad, write=ranks.rank == 0)

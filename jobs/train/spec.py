@@ -39,7 +39,8 @@ class TrainSpec:
     """`base`: a LLaMA directory to start from, or the shape of one to make. `shards`, `documents`, `groups`: data set,
     index and packing. `output`: where results are written; `logs`: where workers' output goes. `checkpoints`: a path or
     URL; `identity`: what decides the training, which a checkpoint must have been made with to go on from it. `last`:
-    the step after which it ends; `start`: where it begins, if not with the base at step 0."""
+    the step after which it ends; `start`: where it begins, if not with the base at step 0; `stop`: a file that asks it
+    to end with a checkpoint, once it is there."""
 
     name: str
     training: Training
@@ -57,6 +58,7 @@ class TrainSpec:
     identity: Mapping[str, Any]
     last: int
     start: Start | None = None
+    stop: Path | None = None
 
     @property
     def first(self) -> int:

@@ -12,12 +12,13 @@ from jobs.evaluate import attention_mass, lm_eval_tasks, passkey, perplexity, tr
 from jobs.evaluate.windows import choose_windows
 from jobs.recipe import ModelShape, Recipe
 from jobs.registry.server import tracking_uri
+from jobs.stop import stop_file
 from jobs.tracking import TrainingFacts, TrainingRun
 from jobs.train.checkpoint_store import CheckpointStore, place_of
 from jobs.train.config import Training
 from jobs.train.launch import train
 from jobs.train.spec import CHECKPOINTS, METRICS, MODEL, Start, TrainSpec
-from jobs.version import code_version
+from jobs.version import made_by
 from jobs.workspace import Workspace
 from pipelines.dataset import TokenDataset
 from pipelines.errors import UserError
@@ -124,13 +125,14 @@ def _run_training(
         identity=identity,
         last=last_step(sampler, training, start),
         start=start,
+        stop=stop_file(),
     )
     described = recipe.described()
     tags = {
         "fot.stage": str(output.with_suffix("")),
         "fot.checkpoints": CheckpointStore(spec.checkpoints).name,
         "fot.recipe": hash_json(described),
-        "fot.code": code_version(),
+        **made_by(),
         "fot.manifest": manifest.hash,
         "fot.base": "a new model" if isinstance(base, ModelShape) else origin(base),
         **({} if start is None else {"fot.continues": f"{start.model}, step {start.step}"}),

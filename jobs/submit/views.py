@@ -1,0 +1,57 @@
+"""Jobs in the terminal."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+from jobs.submit.job import Job
+from jobs.submit.progress import Row, read_made, read_progress
+from jobs.submit.watch import last_words
+from jobs.workspace import duration
+
+JOBS = ("job", "name", "owner", "state", "since", "duration", "tags")
+
+
+def state_of(job: Job) -> str:
+    """In words: 'running', 'failed with exit code 2'."""
+    state = job.state.lower()
+    return f"{state} with exit code {job.exit_code}" if job.state == "FAILED" and job.exit_code else state
+
+
+def clock(seconds: float) -> str:
+    """A time since 1970, as this machine's clock shows it."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+def taken(job: Job) -> str:
+    """How long it took, or has taken so far."""
+    return duration(max(0.0, (job.ended or time.time()) - job.began))
+
+
+def job_row(job: Job) -> Sequence[str]:
+    tags = ", ".join(f"{tag}={value}" for tag, value in job.tags.items())
+    return (job.id, job.name, job.owner, state_of(job), clock(job.began), taken(job), tags)
+
+
+def job_view(job: Job, log: str) -> Iterator[str]:
+    """A job's state and what it made, then its stages with how far they are."""
+    facts = {"job": job.id, "owner": job.owner, "state": state_of(job), "since": f"{clock(job.began)}, {taken(job)}"}
+    if job.tags:
+        facts["tags"] = job_row(job)[-1]
+    if job.state in ("FAILED", "STOPPED"):
+        facts["last words"] = last_words(log)
+    yield from columns([*facts.items(), *read_made(log)])
+    if rows := read_progress(log):
+        yield ""
+        yield from columns([("recipe", "stage", "state", "progress"), *(_stage_row(row, job) for row in rows)])
+
+
+def columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of columns as wide as they need."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _stage_row(row: Row, job: Job) -> Sequence[str]:
+    state = "unfinished" if row.state == "running" and job.has_ended else row.state
+    return (row.of, row.stage, state, row.detail)

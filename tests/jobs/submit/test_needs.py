@@ -1,0 +1,61 @@
+"""What a job needs, against what a cluster has."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.recipe import load_recipe
+from jobs.submit.cluster import Cluster
+from jobs.submit.needs import check_fits, counted, fitting, needs_view, planned
+from jobs.submit.package import load_any
+from pipelines.errors import UserError
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+GPU_NODE = {"CPU": 8.0, "GPU": 4.0, "memory": 1e9}
+
+
+def cluster(*nodes: dict[str, float], grows: bool = False) -> Cluster:
+    return Cluster("2", "3.11.1", "python", nodes, {"CPU": 1.0, "GPU": 0.0}, grows)
+
+
+def test_a_worker_fits_a_node_with_all_that_it_asks_for() -> None:
+    nodes = cluster(GPU_NODE, {"CPU": 64.0}, {"CPU": 3.0, "GPU": 8.0})
+    assert fitting({"CPU": 1.0, "GPU": 1.0}, nodes) == 4 + 0 + 3
+    assert fitting({"CPU": 16.0}, nodes) == 4
+
+
+def test_what_never_fits_is_refused_unless_the_cluster_grows() -> None:
+    recipe = load_recipe(RECIPES / "longllama_3b.yaml")  # 8 GPUs or more
+    with pytest.raises(UserError, match=r"room for 4 and does not grow: lower resources.workers .*workers=4\) or use"):
+        check_fits(recipe, cluster(GPU_NODE))
+    with pytest.raises(UserError, match=r"room for 0 and does not grow: use a larger cluster$"):
+        check_fits(recipe, cluster({"CPU": 8.0}))
+    assert "room for 4, the autoscaler must add nodes" in str(check_fits(recipe, cluster(GPU_NODE, grows=True)))
+    assert check_fits(recipe, cluster(*[GPU_NODE] * 8)) is None
+
+
+def test_a_dictionary_has_no_training_workers_and_fits_anywhere() -> None:
+    recipe = load_any(RECIPES / "dictionary.yaml")
+    assert check_fits(recipe, cluster({"CPU": 1.0})) is None
+    assert [what for what, _ in needs_view(recipe, cluster({"CPU": 1.0}))] == ["needs", "cluster"]
+
+
+def test_a_need_is_told_in_words_with_the_plan_of_each_training() -> None:
+    recipe = load_recipe(RECIPES / "quickstart.yaml")
+    told = dict(needs_view(recipe, cluster(GPU_NODE, GPU_NODE)))
+    assert told["training"].startswith("2 x (1 CPU): 2 CPUs;")
+    assert told["cluster"] == "2 nodes, 16 CPUs and 8 GPUs, free now 1 CPU"
+    steps = recipe.finetune.steps
+    assert f" tokens in {steps:,} steps, " in told["finetune"]
+    assert "GB a worker" in told["base"]
+
+
+def test_a_base_whose_shape_nothing_tells_here_has_no_plan() -> None:
+    changes = ["base.checkpoint=/on/the/cluster", "data.sources.0.path=x"]
+    assert list(planned(load_recipe(RECIPES / "finetune.yaml", changes))) == []
+
+
+def test_counts_are_words() -> None:
+    assert counted({"CPU": 1.0, "GPU": 0.0}) == "1 CPU"
+    assert counted({"CPU": 2.0, "GPU": 1.0}) == "2 CPUs and 1 GPU"
+    assert counted({}) == "nothing"
