@@ -6,6 +6,7 @@ special token: a literal `</s>` in a document is tokenized as the characters it 
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,8 @@ from pipelines.long_text import encode_texts
 from pipelines.shards import token_dtype
 
 BOS, EOS = "<s>", "</s>"
+JSON, CONFIG = "tokenizer.json", "tokenizer_config.json"
+TRAINED_HERE = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}  # the config then
 HUB_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"]
 
 PROBES = (
@@ -122,8 +125,6 @@ def _neutralise_special_strings(tokenizer: Tokenizer, ends: list[str]) -> None:
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
     """Train a byte-level BPE on the texts and write it to the directory."""
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -134,36 +135,43 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    _write(PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS), directory)
+    tokenizer.save(str(directory / JSON))
+    (directory / CONFIG).write_text(json.dumps(TRAINED_HERE, indent=1))
 
 
 def import_tokenizer(path: str, directory: Path, revision: str | None = None) -> None:
     """Bring a tokenizer into the directory: a Hugging Face tokenizer directory, a SentencePiece model file, or a hub id
     (`organisation/name`, at a `revision`).
 
-    A `tokenizer.json` is taken as it stands. Raises UserError where there is no tokenizer, and where it has no bos or
-    eos token.
+    A `tokenizer.json` is taken as it stands, and what was trained or brought in here gives the same bytes again. Raises
+    UserError where there is no tokenizer, and where it has no bos or eos token.
     """
     origin = Path(path).expanduser()
     if not origin.exists():
         origin = _download(path, revision)
+    if _was_trained_here(origin):
+        for name in (JSON, CONFIG):
+            shutil.copyfile(origin / name, directory / name)
+        return
     model = origin / "tokenizer.model" if origin.is_dir() else origin
     has_json = (origin / "tokenizer.json").exists()
     tokenizer = _convert(model) if model.is_file() and not has_json else _open(origin, path)
     for name in ("bos_token", "eos_token"):
         if getattr(tokenizer, name) is None:
             raise UserError(f"the tokenizer in {path} has no {name}: add it to its tokenizer_config.json")
-    _write(tokenizer, directory)
-
-
-def _write(tokenizer: Any, directory: Path) -> None:
-    """A transformers tokenizer as files; brought in again from these, it makes the same files."""
     tokenizer.save_pretrained(directory)
     config = json.loads((directory / "tokenizer_config.json").read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # which takes the tokenizer.json as it stands
     for where_from in ("is_local", "local_files_only"):
         config.pop(where_from, None)
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+
+
+def _was_trained_here(directory: Path) -> bool:
+    try:
+        return bool(json.loads((directory / CONFIG).read_text()) == TRAINED_HERE) and (directory / JSON).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _open(origin: Path, path: str) -> Any:

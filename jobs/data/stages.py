@@ -108,7 +108,6 @@ def _tokenizer_stage(
             "tokenizer",
             learn,
             {"corpus": corpus, "vocab_size": recipe.tokenizer.vocab_size, "held_out": held_out(recipe)},
-            version=2,
         )
 
     path = Path(given).expanduser()
