@@ -14,9 +14,10 @@ from jobs.registry.gate import decide, metrics_by_name
 from jobs.registry.record import Outcome
 from jobs.registry.server import Point
 from jobs.report import write_report
+from jobs.tracking import TrainingFacts
 from jobs.train.metrics import last_metrics
 from jobs.train.spec import METRICS, MODEL
-from jobs.train.stages import origin
+from jobs.train.stages import CONTINUES, origin
 from jobs.version import code_version, made_by
 from pipelines.files import write_atomically
 from pipelines.hashing import hash_json
@@ -125,8 +126,7 @@ def recipe_outcome(recipe: Recipe, inputs: Inputs) -> Outcome:
         "fot.base": origin(inputs["base"] / MODEL),
         "fot.tokens_seen": str(tokens),
     }
-    if recipe.continues is not None:
-        tags["fot.continues"] = recipe.continues.model
+    tags |= {name: value for name, value in TrainingFacts.read(inputs["finetune"]).tags.items() if name == CONTINUES}
     params = {
         "recipe": recipe.name,
         "seed": recipe.seed,

@@ -6,12 +6,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 JOB = "FOT_JOB"  # the environment variable that names the job of a cluster to what it runs
+JOB_TAG = "fot.job"  # by which its runs name it
 
 
 def made_by() -> dict[str, str]:
     """Tags of a run."""
     job = os.environ.get(JOB)
-    return {"fot.code": code_version(), **({"fot.job": job} if job else {})}
+    return {"fot.code": code_version(), **({JOB_TAG: job} if job else {})}
 
 
 def code_version() -> str:

@@ -13,6 +13,7 @@ from mlflow.tracking import MlflowClient
 from jobs.registry.models import find_version, model_address, registered_models
 from jobs.registry.record import TRAININGS
 from jobs.registry.server import KEY, KIND
+from jobs.version import JOB_TAG
 from pipelines.errors import UserError
 
 PAGE = 1000
@@ -26,6 +27,7 @@ OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 }
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 FILTER = re.compile(rf"metric\s+(\S+?)(?:@(\d+))?\s*(>=|<=|!=|>|<|=)\s*({NUMBER})")
+JOB_ID = re.compile(r"[A-Za-z0-9_.-]+")
 ID, SHORT_ID = re.compile(r"[0-9a-f]{4,32}"), re.compile(r"[0-9a-f]{1,3}")
 LATEST = ("perplexity/model", "passkey/exact", "loss")  # what a line about a run shows, where it is measured
 
@@ -76,9 +78,14 @@ def list_runs(client: MlflowClient, experiment: str | None, asked: str | None) -
 
 
 def find(client: MlflowClient, asked: str) -> Run:
-    """The run whose id begins so, or that made the model's version. Raises UserError for none and for several."""
+    """The run whose id begins so, that a cluster's job made last, or that made the model's version. Raises UserError
+    for none and for several."""
+    everywhere = [each.experiment_id for each in client.search_experiments()]
+    if JOB_ID.fullmatch(asked):
+        by_job = f"tags.`{JOB_TAG}` = '{asked}' and tags.`{KIND}` = 'recipe'"
+        if (last := next(_pages(client, everywhere, by_job), None)) is not None:
+            return last
     if ID.fullmatch(asked):
-        everywhere = [each.experiment_id for each in client.search_experiments()]
         found = [run for run in _pages(client, everywhere, "") if run.info.run_id.startswith(asked)]
         if len(found) > 1:
             raise UserError(f"{asked} begins {len(found)} runs' ids: give more of it")

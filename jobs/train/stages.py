@@ -30,6 +30,7 @@ from pipelines.store import RECORD, Stage
 from pipelines.tokenize import Encoding
 from pipelines.tokenizer import load_tokenizer
 
+CONTINUES = "fot.continues"  # tag: the version that a training goes on with
 NOT_DECIDING = {"checkpoints", "measure", "bad_loss"}  # settings that may change while a training goes on
 
 
@@ -135,7 +136,7 @@ def _run_training(
         **made_by(),
         "fot.manifest": manifest.hash,
         "fot.base": "a new model" if isinstance(base, ModelShape) else origin(base),
-        **({} if start is None else {"fot.continues": f"{start.model}, step {start.step}"}),
+        **({} if start is None else {CONTINUES: f"{start.model}, step {start.step}"}),
     }
     facts = TrainingFacts(key, recipe.name, f"{recipe.name}: {name}", tags, _params(training, recipe), described)
     uri = tracking_uri(workspace.directory, recipe.registry.tracking_uri)

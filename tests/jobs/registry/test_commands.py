@@ -100,6 +100,18 @@ def test_a_run_is_shown_by_id_and_by_model_with_gate_and_lineage(run_fot, three_
     assert "gate: not promoted" in run_fot("show", "tiny@candidate")[1]
 
 
+def test_a_run_is_shown_by_the_job_that_made_it(run_fot, work_dir: Path, make_outcome) -> None:
+    for key in ("one", "two", "three"):
+        job = {} if key == "three" else {"fot.job": "tiny-43ea7c57"}
+        made = record(make_outcome(key, tags=job), work_dir)
+        if key == "two":
+            wanted = str(made["run_id"])
+    code, printed = run_fot("show", "tiny-43ea7c57")
+    assert code == 0
+    assert printed.startswith(f"tiny: recipe {wanted}")
+    assert ["fot.job", "tiny-43ea7c57"] in [line.split() for line in printed.splitlines()]
+
+
 def test_runs_are_compared_by_what_differs(run_fot, three_runs: list[dict]) -> None:
     code, printed = run_fot("compare", "tiny/1", "tiny/2")
     assert code == 0

@@ -148,7 +148,7 @@ def test_a_recipe_continues_its_champion_on_new_documents_alone(
     champion = client.get_model_version_by_alias("fot.tiny", "champion")
     assert str(champion.version) == "2"
     tags = client.get_run(champion.run_id).data.tags
-    assert tags["fot.continues"] == "models:/fot/tiny@champion"
+    assert tags["fot.continues"] == "models:/fot/tiny/1, step 6"
     tokens = 2 * 2 * 2 * 16  # of a step
     steps = int(client.get_run(champion.run_id).data.params["steps"])
     assert int(tags["fot.tokens_seen"]) == steps * tokens
