@@ -43,7 +43,7 @@ def quiet(log: Path) -> Iterator[None]:
             os.dup2(original, number)
             os.close(original)
         os.close(file)
-        console.file = os.fdopen(os.dup(2), "w", buffering=1)
+        console.file = None  # type: ignore[assignment]  # whatever sys.stderr is
 
 
 def _flush() -> None:
