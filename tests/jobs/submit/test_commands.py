@@ -1,6 +1,7 @@
 """The commands, on a real Ray head; and what they refuse before they start anything."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from jobs.submit.commands import Request, resume, show_job, show_jobs, show_log,
 from jobs.submit.dashboard import Dashboard, NoJobError
 from jobs.submit.progress import read_progress
 from jobs.submit.watch import was_checked
+from jobs.train.metrics import read_metrics
 from pipelines.errors import UserError
 
 
@@ -127,7 +129,11 @@ submit(Request(Path({str(path)!r}), address={head!r}, owner="ann", tags=["projec
     assert "project=code" in shown
 
     stop(job_id, head)
-    assert f"stopped as asked; `fot resume {job_id}` goes on from here" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    stopped = re.search(
+        rf"stopped at step (\d+) of 400, with a checkpoint; `fot resume {job_id}` goes on from here", said
+    )
+    assert stopped, said
     assert dashboard.job(job_id).state == "STOPPED"
     assert (tmp_path / "runs" / "jobs" / f"{job_id}.stop").exists()
     with pytest.raises(StoppedError, match=f"job {job_id} was stopped"):
@@ -142,6 +148,9 @@ submit(Request(Path({str(path)!r}), address={head!r}, owner="ann", tags=["projec
     assert was_checked(log)
     assert "shards found" in log
     assert "report done in" in log
+    metrics = next((tmp_path / "runs" / "store" / "base").glob("*/metrics.jsonl"))
+    assert [entry["step"] for entry in read_metrics(metrics)] == list(range(1, 401))
+    assert f"step-{int(stopped[1]):08d} restored" in worker_log(tmp_path)
     again = dashboard.job(f"{job_id}-2")
     assert (again.state, again.first, again.attempt, again.owner) == ("SUCCEEDED", job_id, 2, "ann")
     assert yaml.safe_load(again.recipe)["work_dir"] == str(tmp_path / "runs")
@@ -153,6 +162,11 @@ submit(Request(Path({str(path)!r}), address={head!r}, owner="ann", tags=["projec
     told = str(dashboard.get("/api/jobs/")) + log
     assert os.environ["RAY_AUTH_TOKEN_PATH"] not in told
     assert Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text() not in told
+
+
+def worker_log(tmp_path: Path) -> str:
+    """What rank 0 of the base's training printed."""
+    return next((tmp_path / "runs" / "logs").glob("base-*/rank0.log")).read_text()
 
 
 def wait_until(holds, seconds: float = 300) -> None:
