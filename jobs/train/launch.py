@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.actor import ActorHandle
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs.stop import ending_by_itself
@@ -48,7 +49,7 @@ def train(spec: TrainSpec, on_metrics: Callable[[Path], None] = lambda path: Non
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _worker,
         train_loop_config={"spec": spec, "failure": failure},
         torch_config=TorchConfig("nccl" if resources.gpus_per_worker else "gloo", timeout_s=PATIENCE),
@@ -61,18 +62,25 @@ def train(spec: TrainSpec, on_metrics: Callable[[Path], None] = lambda path: Non
             failure_config=ray.train.FailureConfig(max_failures=resources.restarts),
         ),
     )
-    fit = _Fit(trainer)
+    follower = _Follower(spec, on_metrics, trainer.abort)
+    fit_error: Exception | None = None
     with ending_by_itself():
+        follower.start()
         try:
-            _follow(fit, spec, on_metrics)
+            trainer.fit()
+        except Exception as caught:
+            fit_error = caught
         finally:
+            follower.end()
             on_metrics(spec.output / METRICS)
+        if follower.error is not None:
+            raise follower.error
         if failure.exists():
             error = pickle.loads(failure.read_bytes())
             failure.unlink()
             raise error
-        if fit.error is not None:
-            raise _cause(fit.error) from fit.error
+        if fit_error is not None:
+            raise _cause(fit_error) from fit_error
         shutil.rmtree(ray_directory)
 
 
@@ -101,40 +109,63 @@ def _cause(error: Exception) -> Exception:
     return error
 
 
-class _Fit(threading.Thread):
-    """`trainer.fit()` in a thread: in the main one Ray Train takes Ctrl-C for itself and ends the process with 1."""
+class _Trainer(TorchTrainer):
+    """Ray Train's, but that Ctrl-C is a KeyboardInterrupt here: its own handler ends the process with 1. And another
+    thread can end it."""
 
-    def __init__(self, trainer: TorchTrainer) -> None:
+    _controller: ActorHandle | None = None
+    _aborted = False
+
+    def abort(self) -> None:
+        """End the training, from another thread: `fit` raises."""
+        self._aborted = True
+        if self._controller is not None:
+            ray.kill(self._controller)
+
+    def _register_sigint_handler(self, controller: ActorHandle) -> None:  # what `fit` calls when it has its controller
+        self._controller = controller
+        if self._aborted:
+            ray.kill(controller)
+
+
+class _Follower(threading.Thread):
+    """Shows the metrics that rank 0 writes as a progress bar while the main thread is in `fit`, and aborts that where
+    it cannot go on. Ray must not be shut down before `end`: it ends a process that uses it afterwards."""
+
+    def __init__(self, spec: TrainSpec, on_metrics: Callable[[Path], None], abort: Callable[[], None]) -> None:
         super().__init__(daemon=True)
-        self.trainer = trainer
+        self._spec, self._on_metrics, self._abort = spec, on_metrics, abort
+        self._ended = threading.Event()
         self.error: Exception | None = None
+
+    def end(self) -> None:
+        self._ended.set()
+        self.join()
 
     def run(self) -> None:
         try:
-            self.trainer.fit()
+            self._follow()
         except Exception as error:
             self.error = error
+            self._abort()
 
-
-def _follow(fit: _Fit, spec: TrainSpec, on_metrics: Callable[[Path], None]) -> None:
-    """Show the metrics that rank 0 writes as a progress bar, until the training ends."""
-    begun, resources = False, spec.resources
-    wanted = WantedWorkers(
-        resources.workers, resources.cpus_per_worker, resources.gpus_per_worker, 60 * resources.wait_minutes
-    )
-    with Progress(spec.name, spec.last, "steps") as progress:
-        fit.start()
-        while fit.is_alive():
-            fit.join(POLL)
-            if wanted.grows and fit.is_alive():
-                wanted.check()  # a node that was lost may not come back
-            on_metrics(spec.output / METRICS)
-            last = last_metrics(spec.output / METRICS)
-            if last is not None:
-                if not begun:
-                    begun = True
-                    progress.resume_at(last["step"])
-                progress.set(last["step"], progress_note(last))
+    def _follow(self) -> None:
+        spec, begun, resources = self._spec, False, self._spec.resources
+        wanted = WantedWorkers(
+            resources.workers, resources.cpus_per_worker, resources.gpus_per_worker, 60 * resources.wait_minutes
+        )
+        with Progress(spec.name, spec.last, "steps") as progress:
+            while not self._ended.is_set():
+                self._ended.wait(POLL)
+                if wanted.grows and not self._ended.is_set():
+                    wanted.check()  # a node that was lost may not come back
+                self._on_metrics(spec.output / METRICS)
+                last = last_metrics(spec.output / METRICS)
+                if last is not None:
+                    if not begun:
+                        begun = True
+                        progress.resume_at(last["step"])
+                    progress.set(last["step"], progress_note(last))
 
 
 def progress_note(last: dict[str, float]) -> str:
