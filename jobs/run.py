@@ -21,7 +21,7 @@ from jobs.workspace import WorkDir, Workspace, duration
 from pipelines.cluster import WantedWorkers, autoscales
 from pipelines.progress import console, say
 from pipelines.store import Output, Stage, Store
-from pipelines.workflow import finished_outputs, workflow_status
+from pipelines.workflow import Around, as_it_is, finished_outputs, workflow_status
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def run_recipe(path: Path, overrides: Sequence[str]) -> None:
         return
     workspace = Workspace(load_recipe(path, overrides))
     with workspace.with_ray():
-        made = _run_and_register(workspace)
+        made = make(workspace)
     print_results(read_results(list(workspace.recipe.evaluation.tasks), made.paths))
     _say_done(workspace.recipe, made)
 
@@ -60,7 +60,7 @@ def _run_comparison(comparison: Comparison) -> None:
         for name, variant in comparison.variants.items():
             base = None if variant.after is None else made[variant.after].paths["finetune"] / MODEL
             workspace = Workspace(comparison.recipe(name, base))
-            made[name] = _run_and_register(workspace)
+            made[name] = make(workspace)
             _say_done(workspace.recipe, made[name])
         stages, outputs = comparison_stages(comparison, {name: each.outputs for name, each in made.items()})
         for stage in stages:
@@ -73,9 +73,9 @@ def _run_comparison(comparison: Comparison) -> None:
     say(f"  MLflow run  {recorded['run_id'] or 'kept for `fot registry sync`'}")
 
 
-def _run_and_register(workspace: Workspace) -> Made:
-    """The recipe's stages, and what came of them in MLflow."""
-    outputs, seconds = workspace.run(lambda: _stages_with_workers(workspace))
+def make(workspace: Workspace, around: Around = as_it_is) -> Made:
+    """The recipe's stages, on the Ray there is, and what came of them in MLflow."""
+    outputs, seconds = workspace.run(lambda: _stages_with_workers(workspace), around)
     recipe, paths = workspace.recipe, {name: output.path for name, output in outputs.items()}
     recorded = register(recipe_outcome(recipe, paths), workspace.directory, recipe.registry)
     return Made(outputs, paths, recorded, seconds)

@@ -16,7 +16,7 @@ from pipelines.errors import UserError
 from pipelines.hashing import FileHashes
 from pipelines.progress import console, quiet, say
 from pipelines.store import Output, Stage, Store
-from pipelines.workflow import run_workflow
+from pipelines.workflow import Around, as_it_is, run_workflow
 
 MODELS = "models"  # of work_dir: registered models that were fetched
 
@@ -51,13 +51,15 @@ class WorkDir:
         with quiet(self.log), ray_cluster():
             yield
 
-    def run(self, make_stages: Callable[[], Sequence[Stage]]) -> tuple[dict[str, Output], float]:
+    def run(
+        self, make_stages: Callable[[], Sequence[Stage]], around: Around = as_it_is
+    ) -> tuple[dict[str, Output], float]:
         """Build the stages that are not built yet. Returns all outputs by stage name, and the seconds it took."""
         began = time.monotonic()
         stages = make_stages()
         log = escape(str(self.log))
         console.print(f"[bold]{self.name}[/bold]: {len(stages)} stages; library output goes to {log}")
-        outputs = run_workflow(stages, self.store, report=_report, warn=say)
+        outputs = run_workflow(stages, self.store, report=_report, warn=say, around=around)
         return outputs, time.monotonic() - began
 
 

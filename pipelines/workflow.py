@@ -1,17 +1,31 @@
 """Runs the stages of a workflow one after the other through the store."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from pipelines.store import Output, Stage, State, Store
 
+Around = Callable[[str, Callable[[], Output]], Output]
+
+
+def as_it_is(stage: str, build: Callable[[], Output]) -> Output:
+    """Builds the stage, and nothing else."""
+    return build()
+
 
 def run_workflow(
-    stages: Sequence[Stage], store: Store, *, report: Callable[[Output], None], warn: Callable[[str], None]
+    stages: Sequence[Stage],
+    store: Store,
+    *,
+    report: Callable[[Output], None],
+    warn: Callable[[str], None],
+    around: Around = as_it_is,
 ) -> dict[str, Output]:
-    """Build every stage in order; `report` is told of each as it is done. Returns the outputs by stage name."""
+    """Build every stage in order; `report` is told of each as it is done, and `around(name, build)` builds it, for who
+    wants to see each begin and end. Returns the outputs by stage name."""
     outputs: dict[str, Output] = {}
     for stage in stages:
-        outputs[stage.name] = store.build(stage, outputs, warn)
+        outputs[stage.name] = around(stage.name, partial(store.build, stage, outputs, warn))
         report(outputs[stage.name])
     return outputs
 
