@@ -1,15 +1,19 @@
-"""The code in docs/model.md runs as it stands, on a LLaMA made on the spot."""
+"""The code in docs/model.md runs as it stands, on a LLaMA made on the spot; the commands of all pages are there."""
 
 import re
+import shlex
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from jobs.cli import fot
 from pipelines.tokenizer import train_tokenizer
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 
 def test_the_code_of_the_model_page_runs_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,3 +39,42 @@ def test_the_code_of_the_model_page_runs_in_order(tmp_path: Path, monkeypatch: p
     assert names["text"].shape[1] == names["book"].shape[1] + 20
     assert len(names["cache"].memory) > 0
     assert LlamaForCausalLM.from_pretrained("fot").config.num_hidden_layers == 3
+
+
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PROMPT = r"^\s*(?:\$ )?(?:\.venv/bin/)?(?=fot )"
+
+
+def shown_commands(page: Path) -> list[str]:
+    """Every `fot ...` line to type, without prompt, remarks, pipes and the marks for what may be left out."""
+    lines = page.read_text().replace("\\\n", " ").splitlines()
+    typed = [re.sub(PROMPT, "", line) for line in lines if re.match(PROMPT, line)]
+    return [re.split(r" #|\s{3,}| \| ", line)[0] for line in typed]
+
+
+def named_commands(page: Path) -> list[str]:
+    """Every `fot ...` in a sentence or a table."""
+    return re.findall(r"`(?:\.venv/bin/)?(fot [^`]+)`", page.read_text())
+
+
+def command_of(line: str) -> tuple[click.Command, list[str]]:
+    command, arguments = fot, shlex.split(re.sub(r"(?<=\s)\[(.*?)\](?=\s|$)", r"\1", line).replace("...", ""))[1:]
+    while isinstance(command, click.Group) and arguments:
+        name, *arguments = arguments
+        found = command.get_command(click.Context(command), name.rstrip(","))
+        assert found is not None, line
+        command = found
+    return command, arguments
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_the_pages_is_one_that_there_is(page: Path) -> None:
+    shown, named = shown_commands(page), named_commands(page)
+    assert shown or named or page.name == "model.md"
+    for line in shown:
+        command, arguments = command_of(line)
+        command.make_context(command.name, arguments)  # refuses what is no option, and what is missing
+    for line in named:
+        command, arguments = command_of(line)
+        there = {option for parameter in command.params for option in parameter.opts}
+        assert {word for word in arguments if word.startswith("-")} <= there, line

@@ -55,7 +55,7 @@ def run(given: Given) -> None:
     path = directory / f"{given.job_id}.yaml"
     write_atomically(path, given.recipe.encode())
     check_limits(load_any(path))
-    with ray_cluster(), exiting(given.job_id):  # it is said how it ended before Ray is left, which may end the process
+    with ray_cluster():
         nodes = check_nodes(content, path)
         say(f"{CHECKED} {'the one node sees' if nodes == 1 else f'all {nodes} nodes see'} what the recipe names")
         with stopping_on_sigterm(directory / f"{given.job_id}.stop"):  # after Ray, which takes SIGTERM for itself

@@ -1,11 +1,16 @@
-"""A corpus, a recipe and a `fot` small enough for tests, all made on the spot."""
+"""A corpus, a recipe and a `fot` small enough for tests, all made on the spot; a tracking server of MLflow's
+own that can be killed and started again."""
 
 import json
 import os
 import random
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -149,3 +154,68 @@ def work_dir(tmp_path: Path, empty_database: Path) -> Path:
     directory.mkdir()
     shutil.copy(empty_database, directory)
     return directory
+
+
+@pytest.fixture
+def port() -> int:
+    """A free one."""
+    return free_port()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def wait_for(url: str, process: subprocess.Popen) -> None:
+    for _ in range(600):
+        assert process.poll() is None, process.communicate()
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=2).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"nothing answers at {url}")
+
+
+class Server:
+    """`mlflow server` on a port of its own, with a database and files that outlive it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.port = directory, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        if self._process is not None:
+            return
+        database, files = self.directory / "mlflow.db", self.directory / "files"
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
+                *("--workers", "1", "--backend-store-uri", f"sqlite:///{database}"),
+                *("--artifacts-destination", str(files)),
+            ],
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        wait_for(self.uri, self._process)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture(scope="session")
+def tracking_server(tmp_path_factory, empty_database: Path):
+    """Not started: a test starts it, and may kill it."""
+    directory = tmp_path_factory.mktemp("server")
+    (directory / "mlflow.db").write_bytes(empty_database.read_bytes())
+    server = Server(directory)
+    yield server
+    server.kill()

@@ -11,11 +11,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 import pytest
 
 from jobs.submit import package
@@ -117,46 +119,106 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+class RealCluster:
+    """Ray with token authentication: a head and nodes, every one by a `ray start` of its own, on the loopback address.
+
+    `environment`: what whoever runs the cluster says to it; `client`: what its users' environment holds.
+    """
+
+    def __init__(self, head_cpus: int, environment: dict[str, str] | None = None) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="fot", dir="/tmp"))  # its sockets have no room for a longer path
+        token = self.directory / "token"
+        token.write_text(TOKEN)
+        self.client = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        given = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self._environment = {**given, **self.client, "RAY_USAGE_STATS_ENABLED": "0", **(environment or {})}
+        self._head_cpus, self._port, self._pages, self._agent = head_cpus, free_port(), free_port(), free_port()
+        self.address = DEFAULT.rpartition(":")[0] + f":{self._pages}"
+        self.nodes: list[subprocess.Popen] = []
+
+    def start_head(self) -> None:
+        self.head = self._start(
+            "--head",
+            f"--num-cpus={self._head_cpus}",
+            f"--port={self._port}",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={self._pages}",
+            f"--dashboard-agent-listen-port={self._agent}",
+            f"--temp-dir={self.directory / 'ray'}",
+        )
+        self.wait_for_nodes(1)
+
+    def add_node(self, cpus: int) -> None:
+        agent = f"--dashboard-agent-listen-port={free_port()}"
+        self.nodes.append(self._start(f"--address=127.0.0.1:{self._port}", f"--num-cpus={cpus}", agent))
+        self.wait_for_nodes(1 + len(self.nodes))
+
+    def wait_for_nodes(self, count: int) -> None:
+        until = time.monotonic() + 180
+        while self._alive() != count:
+            for process in (self.head, *self.nodes):
+                assert process.poll() is None, self.printed()
+            assert time.monotonic() < until, self.printed()
+            time.sleep(0.5)
+
+    def kill(self, process: subprocess.Popen) -> None:
+        """SIGKILL for a node, whose processes are all those of its session, and what they started."""
+        for member in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait(30)
+
+    def end(self) -> None:
+        for process in (*self.nodes, self.head):
+            process.send_signal(signal.SIGTERM)
+        for process in (*self.nodes, self.head):
+            process.wait(60)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def printed(self) -> str:
+        return (self.directory / "log").read_text()
+
+    def _alive(self) -> int:
+        try:
+            nodes = Dashboard(self.address).get("/api/v0/nodes?limit=10000")["result"]["result"]
+        except DashboardDownError:
+            return 0
+        return sum(node["state"] == "ALIVE" for node in nodes)
+
+    def _start(self, *options: str) -> subprocess.Popen:
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--node-ip-address=127.0.0.1"]
+        command += ["--object-store-memory=100000000", *options]
+        with open(self.directory / "log", "a") as log:
+            return subprocess.Popen(command, env=self._environment, stdout=log, stderr=log, start_new_session=True)
+
+
 @pytest.fixture(scope="module")
 def head():
-    """The address of a real Ray with token authentication, four CPUs, and at most three for a job."""
-    directory = Path(tempfile.mkdtemp(prefix="fot", dir="/tmp"))  # its sockets have no room for a longer path
-    token = directory / "token"
-    token.write_text(TOKEN)
-    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
-    given = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    ports = {"port": free_port(), "dashboard-port": free_port(), "dashboard-agent-listen-port": free_port()}
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=4"]
-    command += ["--object-store-memory=200000000", f"--temp-dir={directory / 'ray'}", "--dashboard-host=127.0.0.1"]
-    command += [f"--{name}={port}" for name, port in ports.items()]
-    with pytest.MonkeyPatch.context() as patched, open(directory / "log", "w") as log:
-        for name, value in own.items():
-            patched.setenv(name, value)
-        patched.delenv("RAY_AUTH_TOKEN", raising=False)
-        process = subprocess.Popen(
-            command, env={**given, **own, "FOT_MAX_CPUS": "3"}, stdout=log, stderr=subprocess.STDOUT
-        )
-        try:
-            address = DEFAULT.rpartition(":")[0] + f":{ports['dashboard-port']}"
-            wait_for_nodes(address, process, directory / "log")
-            yield address
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
-            shutil.rmtree(directory, ignore_errors=True)
+    """The address of a real Ray with four CPUs, and at most three for a job."""
+    cluster = RealCluster(4, {"FOT_MAX_CPUS": "3"})
+    with pytest.MonkeyPatch.context() as patched:
+        as_its_user(cluster, patched)
+        cluster.start_head()
+        yield cluster.address
+        cluster.end()
 
 
-def wait_for_nodes(address: str, process: subprocess.Popen, log: Path) -> None:
-    until = time.monotonic() + 180
-    while time.monotonic() < until:
-        assert process.poll() is None, log.read_text()
-        try:
-            if Dashboard(address).get("/api/v0/nodes?limit=10000")["result"]["result"]:
-                return
-        except DashboardDownError:
-            pass
-        time.sleep(0.5)
-    raise AssertionError(f"no dashboard at {address}: is ray[default] installed? {log.read_text()}")
+@pytest.fixture
+def cluster(monkeypatch):
+    """A head that only drives, and two nodes with a CPU each."""
+    cluster = RealCluster(0)
+    as_its_user(cluster, monkeypatch)
+    cluster.start_head()
+    for _ in range(2):
+        cluster.add_node(1)
+    yield cluster
+    cluster.end()
+
+
+def as_its_user(cluster: RealCluster, patched: pytest.MonkeyPatch) -> None:
+    patched.delenv("RAY_AUTH_TOKEN", raising=False)
+    for name, value in cluster.client.items():
+        patched.setenv(name, value)
 
 
 @pytest.fixture(scope="module")
