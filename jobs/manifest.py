@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import yaml
 
+from jobs.cron import check_cron
 from jobs.recipe import Recipe, load_recipe
-from jobs.registry.config import hide_credentials
 from jobs.settings import Content, override, read_yaml
+from jobs.submit.package import holds_credentials
 from jobs.train.config import Resources
 from jobs.variants import load_comparison
 from pipelines.errors import UserError
@@ -73,10 +73,10 @@ def manifests(content: Content, recipe: Recipe, deployment: Deployment) -> list[
     """
     _check_paths(content)
     text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120)
-    if hide_credentials(text) != text:
+    if (key := holds_credentials(content)) is not None:
         raise UserError(
-            "the recipe has a URL with a name, a password or a query, and a manifest is no secret: put it into a "
-            "Secret as an environment variable (MLFLOW_TRACKING_URI, AWS_ACCESS_KEY_ID), and name that with --secret"
+            f"{key} holds credentials, and a manifest is no secret: put them into a Secret as environment variables "
+            f"(MLFLOW_TRACKING_URI, AWS_ACCESS_KEY_ID), and name that with --secret"
         )
     name = kubernetes_name(recipe.name)
     place = {} if deployment.namespace is None else {"namespace": deployment.namespace}
@@ -89,7 +89,7 @@ def manifests(content: Content, recipe: Recipe, deployment: Deployment) -> list[
     spec = ray_job_spec(f"{name}-recipe", recipe.resources, deployment)
     kind = "RayJob"
     if deployment.cron is not None:
-        _check_cron(deployment.cron, deployment.time_zone)
+        check_cron(deployment.cron, deployment.time_zone)
         kind = "RayCronJob"
         spec = {"schedule": deployment.cron, "timeZone": deployment.time_zone, "jobTemplate": spec}
     job = {"apiVersion": "ray.io/v1", "kind": kind, "metadata": {"name": name, **place}, "spec": spec}
@@ -111,9 +111,9 @@ def ray_job_spec(recipe: str, resources: Resources, deployment: Deployment) -> M
     head["spec"]["containers"][0]["env"] = [{"name": "RAY_USAGE_STATS_ENABLED", "value": "0"}]
     _add_volume(head, "recipe", str(PurePosixPath(RECIPE).parent), {"configMap": {"name": recipe}})
     return {
-        "entrypoint": f"cd {SHARED} && fot run {RECIPE}",
+        "entrypoint": f"bash -c 'cd {SHARED} && fot run {RECIPE}'",  # one word: KubeRay puts it into a shell's line
         "shutdownAfterJobFinishes": True,
-        "backoffLimit": RETRIES,
+        "backoffLimit": RETRIES if deployment.cron is None else 0,  # by cron the next firing goes on
         "rayClusterSpec": {
             "rayVersion": version("ray"),
             "authOptions": {"mode": "token"},
@@ -201,15 +201,6 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, dict | list):
         for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _texts(inner, f"{key}.{name}" if key else str(name))
-
-
-def _check_cron(cron: str, time_zone: str) -> None:
-    if not re.fullmatch(r"[0-9A-Za-z*/,-]+( +[0-9A-Za-z*/,-]+){4}", cron):
-        raise UserError(f'--cron {cron!r}: give minute, hour, day of month, month and day of week: "0 2 * * *"')
-    try:
-        ZoneInfo(time_zone)
-    except (KeyError, ValueError, OSError):
-        raise UserError(f"--time-zone {time_zone}: no such time zone: one like Europe/Berlin or UTC") from None
 
 
 class _Dumper(yaml.SafeDumper):

@@ -69,7 +69,7 @@ def ending_by_itself() -> Iterator[None]:
     token = _ends_by_itself.set(True)
     try:
         yield
-        if stop_requested():
-            raise StoppedError("stopped as asked, with this stage's work done")
     finally:
         _ends_by_itself.reset(token)
+    if stop_requested():  # from here on a stop interrupts
+        raise StoppedError("stopped as asked, with this stage's work done")

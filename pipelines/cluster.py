@@ -19,7 +19,7 @@ SAY_EVERY = 30.0  # seconds between lines that say what is waited for
 CANCELS = 10  # attempts to stop a task, a second each
 OBJECT_STORE_BYTES = 200_000_000  # tasks pass paths and counts, not data
 AHEAD = 256  # tasks that a cluster which grows is shown: it launches nodes for those that wait
-MOST_CPUS = "FOT_MAX_CPUS"  # the environment variable that limits what a job takes
+LIMITS = {"CPU": "FOT_MAX_CPUS", "GPU": "FOT_MAX_GPUS"}  # environment variables, for what a job may take
 KEEP_OFF = {"role": "!training"}  # tasks without GPUs stay away from nodes labelled so
 
 
@@ -116,7 +116,7 @@ def run_tasks(
     pending = iter(range(len(arguments)))
     try:
         for _ in arguments:
-            for number in itertools.islice(pending, max(0, _at_once() - len(running))):
+            for number in itertools.islice(pending, max(0, _at_once(gpus) - len(running))):
                 asked = task if memory is None else task.options(memory=memory[number])
                 running[asked.remote(*arguments[number])] = number
             (done,), _ = ray.wait(list(running), num_returns=1)
@@ -139,10 +139,23 @@ def autoscales() -> bool:
     return bool(is_autoscaler_v2())
 
 
-def _at_once() -> int:
-    """Tasks that Ray holds at a time, of one CPU each; a job is not allowed more than so many."""
-    wanted = max(AHEAD if autoscales() else 2, 2 * int(ray.cluster_resources().get("CPU", 0)))
-    return min(wanted, int(os.environ.get(MOST_CPUS) or wanted))
+def job_limit(kind: str) -> int | None:
+    """How many CPUs or GPUs a job may take, where the cluster limits that. Raises UserError for what is no number."""
+    text = os.environ.get(LIMITS[kind])
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) == 0:
+        raise UserError(f"{LIMITS[kind]}={text} in the environment of the cluster's nodes: make it a number above 0")
+    return int(text)
+
+
+def _at_once(gpus: int) -> int:
+    """Tasks that Ray holds at a time, of one CPU and so many GPUs each."""
+    most = [max(AHEAD if autoscales() else 2, 2 * int(ray.cluster_resources().get("CPU", 0)))]
+    for kind, each in (("CPU", 1), ("GPU", gpus)):
+        if each and (limit := job_limit(kind)) is not None:
+            most.append(max(1, limit // each))
+    return min(most)
 
 
 def _stop(tasks: list[ray.ObjectRef]) -> None:

@@ -26,6 +26,7 @@ from ray.scripts.scripts import start
 
 from jobs.manifest import Deployment, ray_job_spec
 from jobs.train.config import Resources
+from pipelines.cluster import KEEP_OFF
 
 ROOT = Path(__file__).parents[1]
 AWS, GCP, LOCAL = ROOT / "ray_cluster.yaml", ROOT / "clusters/gcp.yaml", ROOT / "clusters/on_premises.yaml"
@@ -272,7 +273,7 @@ def test_a_task_that_asks_for_memory_gets_a_data_worker(autoscaling) -> None:
 def test_more_tokenization_than_all_data_workers_take_waits_if_it_keeps_off_training_workers(autoscaling) -> None:
     data = autoscaling.get_node_type_configs()["data"]
     all_of_them = data.max_worker_nodes * int(data.resources["CPU"])
-    assert decide(autoscaling, tasks(all_of_them + 5, {"role": "!training"}))[:2] == (
+    assert decide(autoscaling, tasks(all_of_them + 5, KEEP_OFF))[:2] == (
         {"data": data.max_worker_nodes},
         5,
     )

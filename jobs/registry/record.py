@@ -35,6 +35,7 @@ from jobs.registry.server import (
     tracking_uri,
 )
 from jobs.tracking import RUN, TrainingFacts, upload_training
+from jobs.version import JOB_TAG
 from pipelines.errors import UserError
 from pipelines.progress import say
 
@@ -81,11 +82,14 @@ def registered_name(name: str) -> str:
 
 
 def register(outcome: Outcome, work_dir: Path, registry: Registry = DEFAULT) -> dict[str, str | None]:
-    """As `record`, of an outcome that may have been recorded: what MLflow has of it is looked up and left as it is."""
+    """As `record`, of an outcome that may have been recorded: what MLflow has of it is looked up and left as it is, but
+    that it has now come of this job, too."""
     uri = tracking_uri(work_dir, registry.tracking_uri)
     try:
         with talking_to(uri):
-            known = _recorded(connect(uri), outcome)
+            known = _recorded(client := connect(uri), outcome)
+            if known is not None:
+                _add_job(client, str(known["run_id"]), outcome.tags.get(JOB_TAG, ""))
     except TrackingDownError:
         known = None
     return known or record(outcome, work_dir, registry)
@@ -223,6 +227,12 @@ def _recorded(client: MlflowClient, outcome: Outcome) -> dict[str, str | None] |
     if gate is None or version not in {str(each.version) for each in _versions(client, model)}:
         return None
     return {**made, "model": model, "version": version, "gate": gate}
+
+
+def _add_job(client: MlflowClient, run_id: str, job: str) -> None:
+    jobs = client.get_run(run_id).data.tags.get(JOB_TAG, "").split()
+    if job and job not in jobs:
+        client.set_tag(run_id, JOB_TAG, " ".join([*jobs, job])[-TAG_LENGTH:])
 
 
 def _versions(client: MlflowClient, model: str) -> list[ModelVersion]:

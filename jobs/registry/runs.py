@@ -82,9 +82,10 @@ def find(client: MlflowClient, asked: str) -> Run:
     for none and for several."""
     everywhere = [each.experiment_id for each in client.search_experiments()]
     if JOB_ID.fullmatch(asked):
-        by_job = f"tags.`{JOB_TAG}` = '{asked}' and tags.`{KIND}` = 'recipe'"
-        if (last := next(_pages(client, everywhere, by_job), None)) is not None:
-            return last
+        by_job = f"tags.`{JOB_TAG}` LIKE '%{asked}%' and tags.`{KIND}` != 'training'"
+        for run in _pages(client, everywhere, by_job):
+            if asked in run.data.tags[JOB_TAG].split():
+                return run
     if ID.fullmatch(asked):
         found = [run for run in _pages(client, everywhere, "") if run.info.run_id.startswith(asked)]
         if len(found) > 1:

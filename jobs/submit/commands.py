@@ -15,7 +15,7 @@ import yaml
 
 from jobs.stop import STOPPED, StoppedError
 from jobs.submit.cluster import look_at
-from jobs.submit.dashboard import Dashboard, JobExistsError, dashboard_address
+from jobs.submit.dashboard import Dashboard, DashboardDownError, JobExistsError, dashboard_address
 from jobs.submit.job import Job
 from jobs.submit.needs import check_fits, needs_view
 from jobs.submit.package import Submission, code_here, load_any, make_submission, refuse_credentials
@@ -50,7 +50,7 @@ def submit(request: Request) -> None:
     for fails.
     """
     submission = make_submission(request.recipe, request.overrides, request.name)
-    owner, tags = request.owner or getpass.getuser(), dict(map(_tag, request.tags))
+    owner, tags = request.owner or _login(), dict(map(_tag, request.tags))
     refuse_credentials({"owner": owner, "tag": tags}, "submit")
     if submission.recipe.registry.tracking_uri is None and "MLFLOW_TRACKING_URI" in os.environ:
         say("MLFLOW_TRACKING_URI stays here: the job uses registry.tracking_uri, or what the cluster's nodes have")
@@ -124,10 +124,10 @@ def stop(job_id: str, address: str | None) -> None:
         return
     dashboard.stop(job_id)
     say(f"job {job_id} was asked to stop: a training takes a checkpoint first, in at most {STOP_SECONDS // 60} minutes")
-    with _leaving(job_id):
+    with _leaving(f"job {job_id} will stop: `fot status {job_id}` shows whether it has"):
         job = follow(dashboard, job_id, lambda text: None)
     if job.state == "STOPPED":
-        say(last_words(dashboard.log(job_id)))
+        say(last_words(_log_of(dashboard, job_id)))
     else:
         say(f"job {job_id} has ended by itself: {state_of(job)}")
 
@@ -157,9 +157,9 @@ def _send(dashboard: Dashboard, submission: Submission, job_id: str, metadata: M
     except JobExistsError:
         raise UserError(f"job {job_id} was submitted by somebody else at this moment: `fot logs {job_id} -f`") from None
     print(job_id, flush=True)
-    with _leaving(job_id):
+    with _leaving(_goes_on(job_id)):
         job = follow(dashboard, job_id, lambda text: None, until=was_checked)
-    log = dashboard.log(job_id)
+    log = _log_of(dashboard, job_id) if job.has_ended else ""
     if job.has_ended and not was_checked(log):
         raise UserError(f"job {job_id} did not start ({state_of(job)}): {_why(job, log)}")
     say("its paths are there; it needs nobody to watch it")
@@ -170,15 +170,14 @@ def _attend(dashboard: Dashboard, job_id: str, log: bool, wait: bool) -> None:
     """Stay until the job has ended. Raises UserError where it failed, StoppedError where it was stopped."""
     if not log and not wait:
         return
-    with _leaving(job_id):
+    with _leaving(_goes_on(job_id)):
         job = follow(dashboard, job_id, _write if log else lambda text: None)
     if job.state == "SUCCEEDED":
         say(f"job {job_id} is done")
         return
-    why = _why(job, dashboard.log(job_id))
     if job.state == "STOPPED" or job.exit_code == STOPPED:
         raise StoppedError(f"job {job_id} was stopped: `fot resume {job_id}` goes on with it")
-    raise UserError(f"job {job_id} {state_of(job)}: {why}")
+    raise UserError(f"job {job_id} {state_of(job)}: {_why(job, _log_of(dashboard, job_id))}")
 
 
 def _refuse_beside(jobs: Sequence[Job], recipe: str) -> None:
@@ -199,6 +198,13 @@ def _why(job: Job, log: str) -> str:
     return said
 
 
+def _login() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        raise UserError("who you are here has no name: give --owner NAME") from None
+
+
 def _tag(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key:
@@ -207,13 +213,25 @@ def _tag(text: str) -> tuple[str, str]:
 
 
 @contextmanager
-def _leaving(job_id: str) -> Iterator[None]:
-    """Ctrl-C in the block leaves the job alone; exit code 130."""
+def _leaving(words: str) -> Iterator[None]:
+    """Ctrl-C in the block leaves the job alone: the words and exit code 130."""
     try:
         yield
     except KeyboardInterrupt:
-        say(f"job {job_id} goes on: `fot logs {job_id} -f` follows it, `fot stop {job_id}` stops it")
+        say(words)
         sys.exit(INTERRUPTED)
+
+
+def _goes_on(job_id: str) -> str:
+    return f"job {job_id} goes on: `fot logs {job_id} -f` follows it, `fot stop {job_id}` stops it"
+
+
+def _log_of(dashboard: Dashboard, job_id: str) -> str:
+    """What a job that has ended printed; "" where that is lost with the node that it ran on."""
+    try:
+        return dashboard.log(job_id)
+    except DashboardDownError:
+        return ""
 
 
 def _write(text: str) -> None:

@@ -43,7 +43,7 @@ def dashboard_address(given: str | None) -> str:
     """
     if given is None:
         found = (os.environ.get(name, "") for name in ADDRESSES)
-        return next((address for address in found if address.startswith(("http://", "https://"))), DEFAULT).rstrip("/")
+        given = next((address for address in found if address.startswith(("http://", "https://"))), DEFAULT)
     address = given if "://" in given else f"http://{given}"
     try:
         parts = urlsplit(address)
@@ -53,8 +53,8 @@ def dashboard_address(given: str | None) -> str:
         right = False
     if not right:
         raise UserError(
-            f"--address {hide_credentials(address)}: give the address of Ray's dashboard, http://HOST:8265 (not that "
-            f"of a Ray client, ray://, nor of the cluster itself)"
+            f"{hide_credentials(address)}: give the address of Ray's dashboard, http://HOST:8265, without a password "
+            f"(not that of a Ray client, ray://, nor of the cluster itself)"
         )
     return address.rstrip("/")
 
@@ -74,14 +74,12 @@ class Dashboard:
     def get(self, page: str) -> Any:
         """The content of an answer in JSON, which Ray wraps in `data`."""
         try:
-            answer = json.loads(self._ask("GET", page))
-            return answer["data"] if isinstance(answer, dict) and "data" in answer else answer
+            answer = self._json(page)
         except _NoSuchPageError:
             raise UserError(
                 f"Ray {self.ray_version} at {self.address} has no page {page}: use this one's version"
             ) from None
-        except ValueError:
-            raise DashboardDownError(f"Ray's dashboard at {self.address} answers with what is no JSON") from None
+        return answer["data"] if isinstance(answer, dict) and "data" in answer else answer
 
     def jobs(self) -> list[Job]:
         """Our jobs, the newest first."""
@@ -91,7 +89,7 @@ class Dashboard:
     def job(self, job_id: str) -> Job:
         """One of them. Raises NoJobError, with the nearest ids, where there is none."""
         try:
-            job = read_job(json.loads(self._ask("GET", f"/api/jobs/{quote(job_id, safe='')}")))
+            job = read_job(self._json(f"/api/jobs/{quote(job_id, safe='')}"))
         except _NoSuchPageError:
             job = None
         if job is None:
@@ -102,8 +100,11 @@ class Dashboard:
         return job
 
     def log(self, job_id: str) -> str:
-        """All that a job has printed so far."""
-        return str(json.loads(self._ask("GET", f"/api/jobs/{quote(job_id, safe='')}/logs"))["logs"])
+        """All that a job has printed so far. Raises NoJobError where there is no such job."""
+        try:
+            return str(self._json(f"/api/jobs/{quote(job_id, safe='')}/logs")["logs"])
+        except _NoSuchPageError:
+            raise NoJobError(f"no job {job_id} at {self.address}: `fot jobs` lists those that are there") from None
 
     def upload(self, uri: str, content: bytes) -> None:
         """Put a package of code, gcs://NAME.zip, where the cluster's nodes find it, if it is not there."""
@@ -120,6 +121,13 @@ class Dashboard:
     def stop(self, job_id: str) -> None:
         """Have Ray send the job's driver SIGTERM, and kill it some time after that. Returns at once."""
         self._ask("POST", f"/api/jobs/{quote(job_id, safe='')}/stop")
+
+    def _json(self, page: str) -> Any:
+        answer = self._ask("GET", page)
+        try:
+            return json.loads(answer)
+        except ValueError:
+            raise DashboardDownError(f"Ray's dashboard at {self.address} answers with what is no JSON") from None
 
     def _ask(self, method: str, page: str, content: bytes | None = None, patience: float | None = None) -> bytes:
         kind = {"Content-Type": "application/json"} if method == "POST" else {}

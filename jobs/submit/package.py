@@ -41,8 +41,8 @@ READ = re.compile(
     r"|evaluation\.lm_eval\.include"
 )
 WRITTEN = re.compile(rf"{WORK_DIR}|(base\.pretrain\.training|finetune)\.checkpoints\.path")
-SECRET = re.compile(r"[?&][^=&#]*(sign|token|secret|password|key)[^=&#]*=", re.IGNORECASE)  # in a URL's query
-USER_IN_URL = re.compile(r"://[^/?#\s]*@")
+SECRET = re.compile(r"[?&]([^=&#]*(sign|token|secret|passw|pwd|auth|key)[^=&#]*|sig)=", re.IGNORECASE)  # in a query
+USER_IN_URL = re.compile(r"(?<!abfs)(?<!abfss)://[^/?#\s]*@|://[^/?#\s]*:[^/?#\s]*@")  # abfs://CONTAINER@ACCOUNT
 EARLIEST = (1980, 1, 1, 0, 0, 0)  # that a zip file can say
 
 
@@ -146,15 +146,22 @@ def local_paths(content: Content, keys: re.Pattern[str]) -> Iterator[tuple[str, 
 
 def refuse_credentials(content: Content, where: str) -> None:
     """Raises UserError where a value would show a password or a signature to all who can see the job."""
+    if (key := holds_credentials(content)) is not None:
+        raise UserError(
+            f"{where}: {key} holds credentials, which all who see the job would see: leave them out, and set them "
+            f"in the environment that the cluster's nodes are started with"
+        )
+
+
+def holds_credentials(content: Content) -> str | None:
+    """The first key whose value shows a password or a signature."""
     for key, value in _leaves("", content):
         if not isinstance(value, str):
             continue
         hidden = key == "registry.tracking_uri" and hide_credentials(value) != value
         if hidden or USER_IN_URL.search(value) or (is_url(value) and SECRET.search(value)):
-            raise UserError(
-                f"{where}: {key} holds credentials, which all who see the job would see: leave them out, and set them "
-                f"in the environment that the cluster's nodes are started with"
-            )
+            return key
+    return None
 
 
 def pack_code(root: Path) -> Code:

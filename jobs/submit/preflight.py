@@ -12,18 +12,18 @@ from jobs.settings import Content
 from jobs.submit.needs import per_worker, workers
 from jobs.submit.package import READ, WORK_DIR, WRITTEN, local_paths
 from jobs.version import code_version
+from pipelines.cluster import LIMITS, job_limit
 from pipelines.errors import UserError
 
 CHECKED = "checked:"  # how the line begins that says that all is well
-LIMITS = {"CPU": "FOT_MAX_CPUS", "GPU": "FOT_MAX_GPUS"}  # in the environment of the cluster's nodes
 PATIENCE = 10.0  # seconds until a node sees, through a shared file system, what was written on another
 
 
 def check_limits(recipe: Recipe | DictionaryRecipe) -> None:
     """Raises UserError where a job's training workers ask for more than this cluster lets a job take."""
     for kind, count in per_worker(recipe).items():
-        total, limit = int(workers(recipe) * count), os.environ.get(LIMITS[kind])
-        if limit and total > int(limit):
+        total, limit = int(workers(recipe) * count), job_limit(kind)
+        if limit is not None and total > limit:
             raise UserError(
                 f"resources: the training workers take {total} {kind}s, this cluster allows a job {limit} "
                 f"({LIMITS[kind]}): lower resources.workers, or ask who runs the cluster"
@@ -53,8 +53,6 @@ def unseen(paths: Iterable[tuple[str, str]], probe: Path) -> str | None:
     """What this machine does not see of the paths that a recipe reads, by key, and of a file that was just written to
     its work_dir; None where it sees all."""
     for key, path in paths:
-        if not os.path.exists(path) and not glob.has_magic(path):
-            return f"{key} {path}"
         if not os.path.exists(path) and not any(glob.iglob(path, recursive=True)):
             return f"{key} {path}"
     until = time.monotonic() + PATIENCE

@@ -5,6 +5,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import ray.train
 from ray.actor import ActorHandle
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from jobs.stop import ending_by_itself
+from jobs.stop import StoppedError, ending_by_itself
 from jobs.train.checkpoint_store import check_identity
 from jobs.train.metrics import last_metrics
 from jobs.train.spec import METRICS, MODEL, TrainSpec
@@ -41,6 +42,7 @@ def train(spec: TrainSpec, on_metrics: Callable[[Path], None] = lambda path: Non
     if (spec.output / MODEL).exists():  # all done but for marking the stage complete
         on_metrics(spec.output / METRICS)
         return
+    assert threading.current_thread() is threading.main_thread(), "Ray Train hands out its controller there alone"
     check_identity(spec.checkpoints, spec.identity)
     # What a worker raises that starting again would not mend; of this start alone.
     failure, ray_directory = spec.output / f".failure-{secrets.token_hex(8)}.tmp", spec.output / RAY_DIRECTORY
@@ -140,7 +142,9 @@ class _Follower(threading.Thread):
 
     def end(self) -> None:
         self._ended.set()
-        self.join()
+        while self.is_alive():
+            with suppress(KeyboardInterrupt):  # a second Ctrl-C changes nothing
+                self.join()
 
     def run(self) -> None:
         try:
@@ -154,6 +158,7 @@ class _Follower(threading.Thread):
         wanted = WantedWorkers(
             resources.workers, resources.cpus_per_worker, resources.gpus_per_worker, 60 * resources.wait_minutes
         )
+        before = last_metrics(spec.output / METRICS)
         with Progress(spec.name, spec.last, "steps") as progress:
             while not self._ended.is_set():
                 self._ended.wait(POLL)
@@ -161,6 +166,8 @@ class _Follower(threading.Thread):
                     wanted.check()  # a node that was lost may not come back
                 self._on_metrics(spec.output / METRICS)
                 last = last_metrics(spec.output / METRICS)
+                if last == before and spec.stop is not None and spec.stop.exists():
+                    raise StoppedError("stopped before its first step")  # workers look only between steps
                 if last is not None:
                     if not begun:
                         begun = True

@@ -12,7 +12,7 @@ from jobs.evaluate import attention_mass, lm_eval_tasks, passkey, perplexity, tr
 from jobs.evaluate.windows import choose_windows
 from jobs.recipe import ModelShape, Recipe
 from jobs.registry.server import tracking_uri
-from jobs.stop import stop_file
+from jobs.stop import StoppedError, stop_file
 from jobs.tracking import TrainingFacts, TrainingRun
 from jobs.train.checkpoint_store import CheckpointStore, place_of
 from jobs.train.config import Training
@@ -144,7 +144,7 @@ def _run_training(
     try:
         train(spec, run.update)
     except BaseException as error:
-        run.abandon("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        run.abandon("KILLED" if isinstance(error, KeyboardInterrupt | StoppedError) else "FAILED")
         raise
     run.finish(output / METRICS)
 

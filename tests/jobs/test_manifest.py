@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
@@ -206,7 +207,11 @@ def test_every_pod_has_the_claim_and_the_secret(of) -> None:
         assert mounts["shared"] == "/shared"
         assert set(mounts) == set(volumes)
         assert container["envFrom"] == [{"secretRef": {"name": "fot"}}]
-    assert job["spec"]["jobTemplate"]["entrypoint"].startswith("cd /shared && ")
+    entrypoint = job["spec"]["jobTemplate"]["entrypoint"]  # KubeRay writes it into such a line, without quotes
+    line = f"ray() {{ printf '%s\\n' \"$@\"; }}; if true ; then ray job submit -- {entrypoint} ; fi"
+    submitted = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert submitted == ["job", "submit", "--", "bash", "-c", "cd /shared && fot run /etc/fot/recipe.yaml"]
+    assert job["spec"]["jobTemplate"]["backoffLimit"] == 0
 
 
 def test_a_cron_line_has_its_time_zone_and_all_is_in_the_namespace(of) -> None:

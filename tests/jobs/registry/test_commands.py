@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from jobs.cli import fot, user_message
 from jobs.registry.config import Registry
-from jobs.registry.record import record
+from jobs.registry.record import record, register
 
 GATE = Registry.model_validate({"promote": [{"metric": "passkey/exact", "at": 2048, "least": 0.9}]})
 
@@ -110,6 +110,11 @@ def test_a_run_is_shown_by_the_job_that_made_it(run_fot, work_dir: Path, make_ou
     assert code == 0
     assert printed.startswith(f"tiny: recipe {wanted}")
     assert ["fot.job", "tiny-43ea7c57"] in [line.split() for line in printed.splitlines()]
+    register(make_outcome("two", tags={"fot.job": "tiny-43ea7c57-2"}), work_dir)  # everything was there
+    code, printed = run_fot("show", "tiny-43ea7c57-2")
+    assert (code, printed.startswith(f"tiny: recipe {wanted}")) == (0, True)
+    assert ["fot.job", "tiny-43ea7c57", "tiny-43ea7c57-2"] in [line.split() for line in printed.splitlines()]
+    assert run_fot("show", "tiny-43ea7c57")[1].startswith(f"tiny: recipe {wanted}")
 
 
 def test_runs_are_compared_by_what_differs(run_fot, three_runs: list[dict]) -> None:

@@ -26,6 +26,9 @@ def test_the_address_is_the_one_given_else_the_environments_else_this_machines(m
     assert dashboard_address(None) == "https://a"
     assert dashboard_address("c:8265") == "http://c:8265"
     assert dashboard_address("https://c/ray/") == "https://c/ray"
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://me:secret@h:8265")
+    with pytest.raises(UserError, match="http://h:8265: give the address of Ray's dashboard"):
+        dashboard_address(None)
 
 
 @pytest.mark.parametrize("address", ["ray://h:10001", "http://h:x", "http://", "http://me:secret@h:8265"])

@@ -95,6 +95,9 @@ def test_every_shipped_recipe_means_the_same_when_it_arrives(path: Path, tmp_pat
     [
         "data.sources.0.path=s3://key:secret@bucket/x",
         "data.sources.0.path='https://h/x?X-Amz-Signature=secret'",
+        "data.sources.0.path='https://h/x?sv=1&sig=secret'",
+        "data.sources.0.path='https://h/x?pwd=secret'",
+        "data.sources.0.path=abfs://me:secret@h/x",
         "registry.tracking_uri=http://me:secret@h:5000",
         "registry.tracking_uri=postgresql://h/db?password=secret",
         "finetune.checkpoints.path=s3://key:secret@bucket/x",
@@ -107,7 +110,12 @@ def test_credentials_in_a_recipe_are_refused_and_not_repeated(recipe, write_reci
 
 
 def test_urls_without_credentials_are_taken(recipe, write_recipe) -> None:
-    for url in ("hf://datasets/org/name@main/x.parquet", "https://h/x?version=2", "s3://bucket/x"):
+    for url in (
+        "hf://datasets/org/name@main/x.parquet",
+        "https://h/x?version=2",
+        "s3://bucket/x",
+        "abfss://container@account.dfs.core.windows.net/x",
+    ):
         assert url in make_submission(write_recipe(recipe), [f"data.sources.0.path='{url}'"], None).text
 
 

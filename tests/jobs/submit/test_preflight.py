@@ -24,6 +24,10 @@ def test_a_limit_of_the_cluster_is_on_what_all_training_workers_take(recipe, wri
     monkeypatch.setenv("FOT_MAX_CPUS", "5")
     with pytest.raises(UserError, match="take 6 CPUs, this cluster allows a job 5"):
         check_limits(asked)
+    for wrong in ("many", "0", "-1"):
+        monkeypatch.setenv("FOT_MAX_CPUS", wrong)
+        with pytest.raises(UserError, match=f"FOT_MAX_CPUS={wrong} in the environment of the cluster's nodes: make"):
+            check_limits(asked)
 
 
 def test_another_version_of_the_code_is_refused() -> None:

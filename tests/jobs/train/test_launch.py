@@ -1,10 +1,12 @@
 """Real Ray Train workers with real DeepSpeed."""
 
+import errno
 import os
 import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pyarrow as pa
@@ -61,10 +63,21 @@ def _is_worker(process: psutil.Process) -> bool:
     return any("ray::RayTrainWorker" in part for part in process.info["cmdline"] or [])
 
 
-def test_a_workers_error_reaches_the_driver(spec: TrainSpec) -> None:
+def test_a_workers_error_reaches_the_driver(changed) -> None:
+    spec = changed("broken", {}, {"restarts": 0})
     shutil.rmtree(spec.shards)
     with pytest.raises(FileNotFoundError, match=r"manifest\.json"):
         train(spec)
+    assert not (spec.output / MODEL).exists()
+
+
+def test_who_follows_a_training_and_fails_ends_it(spec: TrainSpec) -> None:
+    def on_metrics(path: Path) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        train(spec, on_metrics)
     assert not (spec.output / MODEL).exists()
 
 

@@ -37,7 +37,23 @@ def test_a_training_stops_with_a_checkpoint_and_goes_on_bit_for_bit(spec: TrainS
 def test_a_stop_that_comes_after_the_last_step_ends_the_job_after_it(spec: TrainSpec, changed, tmp_path: Path) -> None:
     file = tmp_path / "asked.stop"
     short = replace(changed("short", {"steps": 3}), stop=file, last=1)
-    threading.Timer(1, file.touch).start()
+
+    def ask_after_the_last_step() -> None:
+        while last_metrics(short.output / METRICS) is None:
+            time.sleep(0.01)
+        file.touch()
+
+    threading.Thread(target=ask_after_the_last_step, daemon=True).start()
     with stopping_on_sigterm(file), pytest.raises(StoppedError, match="with this stage's work done"):
         train(short)
     assert (short.output / "model" / "model.safetensors").exists()
+
+
+def test_a_training_that_waits_for_its_workers_stops_at_once(spec: TrainSpec, changed) -> None:
+    file = spec.output / "asked.stop"
+    waiting = replace(changed("waiting", {"checkpoints": {"every": 1000}}, {"cpus_per_worker": 1000}), stop=file)
+    threading.Timer(3, file.touch).start()
+    with pytest.raises(StoppedError, match="stopped before its first step"):
+        train(waiting)
+    file.unlink()
+    assert not (waiting.output / METRICS).exists()
