@@ -26,7 +26,18 @@ INTERRUPTED = 130
 USER_ERROR = 2
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Ctrl-C is a line and exit code 130, in whatever command."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("fot: interrupted", file=sys.stderr)
+            sys.exit(INTERRUPTED)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="fot", prog_name="fot")
 @click.pass_context
 def fot(context: click.Context) -> None:
@@ -354,6 +365,107 @@ def sync(recipe: Path | None, work_dir: Path, uri: str | None) -> None:
             commands.sync_all(work_dir, uri)
         else:
             commands.sync_recipe(recipe, uri)
+
+
+@fot.group()
+def schedule() -> None:
+    """Run a recipe by cron on what is new, going on with its champion."""
+
+
+schedule_name = click.argument("name")
+
+
+@schedule.command("add")
+@recipe_argument
+@set_option
+@click.option("--cron", required=True, metavar="LINE", help='Minute, hour, day, month, weekday: "0 2 * * *".')
+@click.option("--name", metavar="NAME", help="The schedule's; by default the recipe's.")
+@click.option("--time-zone", default="UTC", show_default=True, metavar="NAME", help="What --cron is read in.")
+@click.option(
+    "--missed",
+    type=click.Choice(["catch_up", "skip"]),
+    default="catch_up",
+    show_default=True,
+    help="Firings that nobody was there for: one for all of them, or none.",
+)
+@click.option("--retries", default=2, show_default=True, type=click.IntRange(0), help="Of a firing that failed.")
+@click.option("--retry-minutes", default=5.0, show_default=True, type=click.FloatRange(0), help="Between them.")
+def add_schedule(recipe: Path, overrides: tuple[str, ...], **request: Any) -> None:
+    """Fire RECIPE by cron, from now on."""
+    from jobs.schedule import commands
+
+    commands.add(commands.Request(recipe=recipe, overrides=overrides, **request))
+
+
+@schedule.command("list")
+@registry_work_dir
+def list_schedules(work_dir: Path) -> None:
+    """List schedules: when they fire next, what they came to last."""
+    from jobs.schedule import commands
+
+    commands.show_list(work_dir)
+
+
+@schedule.command("pause")
+@schedule_name
+@registry_work_dir
+def pause_schedule(name: str, work_dir: Path) -> None:
+    """Have NAME fire no more by cron."""
+    from jobs.schedule import commands
+
+    commands.pause(work_dir, name)
+
+
+@schedule.command("resume")
+@schedule_name
+@registry_work_dir
+def resume_schedule(name: str, work_dir: Path) -> None:
+    """Have NAME fire by cron again."""
+    from jobs.schedule import commands
+
+    commands.resume(work_dir, name)
+
+
+@schedule.command("remove")
+@schedule_name
+@registry_work_dir
+def remove_schedule(name: str, work_dir: Path) -> None:
+    """Remove NAME; its history is kept aside."""
+    from jobs.schedule import commands
+
+    commands.remove_schedule(work_dir, name)
+
+
+@schedule.command("run-now")
+@schedule_name
+@registry_work_dir
+def run_now(name: str, work_dir: Path) -> None:
+    """Fire NAME here and now."""
+    with goes_on_later():
+        from jobs.schedule import commands
+
+        commands.run_now(work_dir, name)
+
+
+@schedule.command("history")
+@schedule_name
+@registry_work_dir
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw perplexity over time, as PNG.")
+def show_history(name: str, work_dir: Path, plot: Path | None) -> None:
+    """Show what NAME has fired, and perplexity over time."""
+    from jobs.schedule import commands
+
+    commands.show_history(work_dir, name, plot)
+
+
+@schedule.command("serve")
+@registry_work_dir
+@click.option("--port", default=4200, show_default=True, type=click.IntRange(1, 65535), help="Of Prefect's pages.")
+def serve_schedules(work_dir: Path, port: int) -> None:
+    """Fire schedules by cron and show Prefect's pages, until Ctrl-C or SIGTERM."""
+    from jobs.schedule import commands
+
+    commands.serve(work_dir, port)
 
 
 def main() -> None:

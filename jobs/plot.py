@@ -5,6 +5,7 @@ The same values give the same bytes. Tokens stand on a logarithmic axis and are 
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,23 @@ def plot_curves(
             axes.set_ylim(-0.02, 1.02)
         if len(curves) > 1:
             axes.legend(frameon=False)
+
+
+def plot_times(curves: Mapping[str, Mapping[datetime, float]], values_are: str, target: Path) -> None:
+    """Values by time (UTC), a line for each name."""
+    from matplotlib.dates import date2num
+
+    with _drawing(target) as axes:
+        for number, (name, curve) in enumerate(curves.items()):
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+            times = sorted(curve)
+            values = [curve[time] for time in times]
+            axes.plot(date2num(times), values, label=name, color=colour, marker=marker, markersize=5)
+        axes.xaxis_date()
+        axes.set_xlabel("time (UTC)")
+        axes.set_ylabel(values_are)
+        axes.tick_params(axis="x", labelrotation=30)
+        axes.legend(frameon=False)
 
 
 def plot_mass(curves: Mapping[str, Curve], target: Path) -> None:

@@ -3,12 +3,9 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +15,7 @@ from typing import Any
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from jobs.child import HOST, answers, end, is_taken
 from jobs.registry.config import SERVERS, Place, check_tracking_uri, hide_credentials
 from jobs.registry.record import GATE, REASONS
 from jobs.registry.runs import children, find, histories, list_runs
@@ -97,9 +95,9 @@ def open_pages(work_dir: Path, uri: str | None, port: int) -> None:
         print(f"MLflow's pages are at {hide_credentials(uri)}")
         return
     connect(uri)
-    if _is_taken(port):
+    if is_taken(port):
         raise UserError(f"port {port} is taken, by other pages perhaps: try --port with another one")
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     command += ["--default-artifact-root", (work_dir / "mlartifacts").resolve().as_uri()]
     for sign in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(sign) is not signal.SIG_IGN:  # as `nohup` has it
@@ -113,17 +111,17 @@ def open_pages(work_dir: Path, uri: str | None, port: int) -> None:
             start_new_session=True,
         )
         try:
-            if not _answers(server, port):
+            if not answers(server, f"http://{HOST}:{port}/health"):
                 log.seek(0)
                 last = (log.read().decode(errors="replace").strip().splitlines() or ["it says nothing"])[-1]
                 raise UserError(f"MLflow's pages do not start on port {port} ({last}): try --port with another one")
-            print(f"MLflow's pages are at http://127.0.0.1:{port} (Ctrl-C ends them)", flush=True)
+            print(f"MLflow's pages are at http://{HOST}:{port} (Ctrl-C ends them)", flush=True)
             server.wait()
             raise UserError("MLflow's pages ended by themselves: start them again")
         except KeyboardInterrupt:
             print("ended")
         finally:
-            _end(server)
+            end(server)
 
 
 def sync_all(work_dir: Path, uri: str | None) -> None:
@@ -156,41 +154,6 @@ def _sync(work_dir: Path, uri: str | None, recipes: str | None) -> None:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
-
-
-def _is_taken(port: int) -> bool:
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", port))
-        except OSError:
-            return True
-    return False
-
-
-def _answers(server: "subprocess.Popen[bytes]", port: int) -> bool:
-    """Whether the server answers before it ends, or two minutes are over."""
-    for _ in range(600):
-        if server.poll() is not None:
-            return False
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                return server.poll() is None
-        except OSError:
-            time.sleep(0.2)
-    return False
-
-
-def _end(server: "subprocess.Popen[bytes]") -> None:
-    """End the server and the processes it started, whatever signals come meanwhile."""
-    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(sign, signal.SIG_IGN)
-    for sign, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, None)):
-        try:
-            os.killpg(server.pid, sign)
-            server.wait(patience)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
 
 
 def _address(work_dir: Path, uri: str | None) -> str:

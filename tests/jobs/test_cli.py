@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from ray.exceptions import RayTaskError
 
+from jobs.cli import fot as fot_group
 from jobs.cli import user_message
 from pipelines.errors import UserError
 
@@ -22,6 +23,17 @@ def test_help_answers_in_under_a_second(fot) -> None:
 
 def test_an_unknown_command_is_a_usage_error(fot) -> None:
     assert fot("rnu").returncode == 2
+
+
+def test_ctrl_c_in_any_command_is_one_line_and_130(monkeypatch, capsys) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jobs.submit.commands.show_jobs", interrupted)
+    monkeypatch.setattr("jobs.cli.prepare_environment", lambda **_: None)
+    with pytest.raises(SystemExit) as ended:
+        fot_group(["jobs"])
+    assert (ended.value.code, capsys.readouterr().err) == (130, "fot: interrupted\n")
 
 
 def test_a_users_mistake_inside_a_ray_task_is_found() -> None:

@@ -1,0 +1,126 @@
+"""`fot schedule serve`: Prefect's server as a child process, and what fires beside it. No process stays behind."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from jobs.child import HOST, answers, die_with_parent, end, is_taken
+from jobs.schedule.store import PREFECT, SCHEDULES, firing_processes, server_of, serving
+from pipelines.errors import UserError
+from pipelines.progress import say
+
+TICK = 1.0  # seconds between looks at the schedules' files
+PATIENCE = 60.0  # seconds that a server may leave questions unanswered
+STOP_SECONDS = 300.0  # that a training has for its checkpoint
+
+
+def serve(work_dir: Path, port: int) -> None:
+    """Fire a work_dir's schedules until Ctrl-C or SIGTERM; firings that run then are stopped, trainings with a
+    checkpoint. Raises UserError where this cannot begin, and where the server ends."""
+    if importlib.util.find_spec("prefect") is None:
+        raise UserError("fot schedule serve needs Prefect: pip install 'fot[schedule]'")
+    with serving(work_dir) as held:
+        if not held:
+            raise UserError(f"{work_dir} is served already, by process {server_of(work_dir)}")
+        if is_taken(port):
+            raise UserError(f"port {port} is taken: try --port with another one")
+        for sign in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(sign) is not signal.SIG_IGN:  # as `nohup` has it
+                signal.signal(sign, _interrupt)
+        os.environ.update(_environment(work_dir, port))  # before anything of Prefect is imported
+        try:
+            with _prefect_server(work_dir, port) as server:
+                _fire_all(work_dir, server)
+        except KeyboardInterrupt:
+            say("ended")
+
+
+def _fire_all(work_dir: Path, server: "subprocess.Popen[bytes]") -> None:
+    from jobs.schedule.engine import Engine
+
+    with Engine(work_dir) as engine:
+        say(f"firing the schedules of {work_dir}; Prefect's pages are at {_pages(server)} (Ctrl-C ends both)")
+        answered, said = time.monotonic(), ""
+        try:
+            while True:
+                try:
+                    engine.tick()
+                    answered, said = time.monotonic(), ""
+                except UserError as error:  # a file that somebody broke: what is planned stays
+                    if str(error) != said:
+                        said = str(error)
+                        say(said)
+                except engine.unreachable as error:
+                    if server.poll() is not None or time.monotonic() - answered > PATIENCE:
+                        raise UserError(f"Prefect's server is gone ({error}): start this again") from None
+                time.sleep(TICK)
+        finally:
+            _stop_firings(work_dir)
+
+
+def _stop_firings(work_dir: Path) -> None:
+    """Have those that this process fired stop, and wait until they have."""
+    own = {process.pid: process for process in psutil.Process().children(recursive=True)}
+    running = [own[pid] for pid in firing_processes(work_dir) if pid in own]
+    if not running:
+        return
+    say("a firing runs: its training takes a checkpoint first (Ctrl-C again does not wait for it)")
+    for process in running:
+        process.terminate()
+    psutil.wait_procs(running, STOP_SECONDS)
+
+
+@contextmanager
+def _prefect_server(work_dir: Path, port: int) -> Iterator["subprocess.Popen[bytes]"]:
+    home = work_dir / SCHEDULES / PREFECT
+    home.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    path = home / "server.log"
+    with open(path, "ab") as log:
+        server = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=partial(die_with_parent, signal.SIGKILL),
+        )
+        children: list[psutil.Process] = []
+        try:
+            if not answers(server, f"{os.environ['PREFECT_API_URL']}/health"):
+                raise UserError(f"Prefect's server does not start on port {port}: {path} says why")
+            yield server
+        finally:
+            children = psutil.Process().children(recursive=True)
+            end(server)
+            for process in children:
+                if process.is_running() and process.pid != server.pid:
+                    process.kill()
+
+
+def _environment(work_dir: Path, port: int) -> dict[str, str]:
+    """Prefect's settings: all it keeps is in work_dir, and it tells nobody."""
+    return {
+        "PREFECT_HOME": str(work_dir / SCHEDULES / PREFECT),
+        "PREFECT_API_URL": f"http://{HOST}:{port}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_LOGGING_LEVEL": "WARNING",
+    }
+
+
+def _pages(server: "subprocess.Popen[bytes]") -> str:
+    return os.environ["PREFECT_API_URL"].removesuffix("/api")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

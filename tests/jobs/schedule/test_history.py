@@ -1,0 +1,92 @@
+"""The history of a schedule: lines that survive crashes, and what was missed."""
+
+import math
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs.schedule.history import Firing, append, history_of, last_made, missed, passed, read_history
+from jobs.schedule.store import Schedule, Settings
+
+ADDED = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+
+
+def firing(number: int, **facts: object) -> Firing:
+    return Firing(firing=f"f{number}", trigger="cron", began=ADDED + timedelta(hours=number), **facts)
+
+
+def test_a_firing_is_as_it_was_told_last(schedule: Schedule) -> None:
+    began = firing(1)
+    full = began.changed(
+        state="promoted", ended=ADDED, reasons=("pass: ä",), perplexity={16: 3.5, 1024: math.inf}, documents=3
+    )
+    for told in (began, firing(2), full):
+        append(schedule.history, told)
+    assert read_history(schedule.history) == [full, firing(2)]
+
+
+@given(st.integers(1, 200))
+def test_a_line_that_a_crash_cut_costs_nothing_but_itself(tmp_path_factory, cut: int) -> None:
+    path = tmp_path_factory.mktemp("history") / "history.jsonl"
+    append(path, firing(1))
+    whole = path.read_bytes()
+    append(path, firing(2, reasons=("x" * 200,)))
+    path.write_bytes(path.read_bytes()[: len(whole) + cut])
+    append(path, firing(3))
+    assert [each.firing for each in read_history(path)] == ["f1", "f3"]
+
+
+def test_what_began_and_has_not_ended_is_interrupted_unless_it_runs(schedule: Schedule) -> None:
+    append(schedule.history, firing(1))
+    append(schedule.history, firing(2))
+    assert [each.state for each in history_of(schedule)] == ["interrupted", "interrupted"]
+    with schedule.lock():
+        assert [each.state for each in history_of(schedule)] == ["interrupted", "running"]
+
+
+def test_no_credentials_reach_the_history(schedule: Schedule) -> None:
+    append(schedule.history, firing(1, reasons=("MLflow at http://me:secret@host:1/x is down",)))
+    assert "secret" not in schedule.history.read_text()
+    assert read_history(schedule.history)[0].reasons == ("MLflow at http://host:1/x is down",)
+
+
+def day(number: int, hour: int = 2) -> datetime:
+    return datetime(2026, 11, number, hour, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("seen", "until", "expected"),
+    [
+        ([], day(21, 1), []),
+        ([], day(21), []),  # what fires now did not pass
+        ([], day(21, 3), [day(21)]),
+        ([], day(24, 3), [day(21), day(22), day(23), day(24)]),
+        ([day(22)], day(24, 3), [day(23), day(24)]),
+        ([day(23), None, day(21)], day(24, 3), [day(24)]),
+    ],
+)
+def test_what_passed_is_later_than_all_that_was_fired_for(
+    schedule: Schedule, seen: list, until: datetime, expected: list
+) -> None:
+    history = [firing(number, scheduled=time) for number, time in enumerate(seen)]
+    assert passed(schedule.settings, history, until) == expected
+
+
+def test_what_passed_before_it_was_added_or_resumed_does_not_count(schedule: Schedule) -> None:
+    settings: Settings = schedule.changed(since=day(23, 12)).settings
+    assert passed(settings, [firing(1, scheduled=day(21))], day(25, 3)) == [day(24), day(25)]
+
+
+def test_a_line_for_what_was_missed_counts_and_is_seen(schedule: Schedule) -> None:
+    told = missed([day(21), day(22)], "the machine was off")
+    assert told.reasons == ("2 firings, the first at 2026-11-21 02:00: the machine was off",)
+    assert missed([day(21)], "x").reasons == ("1 firing: x",)
+    assert passed(schedule.settings, [told], day(23)) == []
+
+
+def test_the_last_that_made_a_model_is_found() -> None:
+    history = [firing(number, state=state) for number, state in enumerate(["promoted", "refused", "skipped", "failed"])]
+    assert last_made(history) == history[1]
+    assert last_made(history[2:]) is None
