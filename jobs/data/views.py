@@ -2,11 +2,12 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from jobs.train.config import Objective
 from jobs.train.objective import plan_of
+from jobs.views import table
 from pipelines.documents import REPORT
 from pipelines.progress import human
 from pipelines.sampler import CrossBatchSampler, MicroBatch
@@ -128,11 +129,3 @@ def _seen(objective: Objective, batch: MicroBatch, step: int, seed: int) -> list
     """The rows that each row sees besides itself."""
     plan = plan_of(objective, batch, step, seed)
     return [[] for _ in batch.group] if plan is None else [[row for row in seen if row >= 0] for seen in plan.tolist()]
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Columns as wide as they need, the first to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
-        numbers = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        yield "  ".join([row[0].ljust(widths[0]), *numbers])

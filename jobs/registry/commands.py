@@ -21,8 +21,9 @@ from jobs.registry.record import GATE, REASONS
 from jobs.registry.runs import children, find, histories, list_runs
 from jobs.registry.server import KIND, connect, database_file, embedded_uri, talking_to, tracking_uri
 from jobs.registry.sync import sync
-from jobs.registry.views import curve, differing, lineage_lines, list_rows, metric_rows, print_table
+from jobs.registry.views import curve, differing, lineage_lines, list_rows, metric_rows
 from jobs.settings import read_yaml, validated
+from jobs.views import print_table
 from pipelines.errors import UserError
 
 

@@ -1,35 +1,15 @@
-"""The registry in the terminal: tables and sparklines; plain columns where nobody sees a terminal."""
+"""The registry in the terminal."""
 
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from jobs.data.views import table as plain_table
 from jobs.registry.runs import RunFacts
+from jobs.views import number, sparkline
 
 Metrics = Mapping[str, Mapping[int, float]]
-BLOCKS = "▁▂▃▄▅▆▇█"
-WIDTH = 40  # of a sparkline, in characters
 FILES = 5  # of a source that are named
 LINEAGE = ("tokenizer", "shards", "documents", "base-groups", "finetune-groups", "base", "finetune")
-
-
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """On standard output."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        print(*([title] if title else []), *plain_table(header, rows), sep="\n")
-        return
-    shown = Table(*map(escape, header), title=escape(title) or None, title_justify="left")
-    for row in rows:
-        shown.add_row(*map(escape, row))
-    console.print(shown)
 
 
 def list_rows(runs: Sequence[RunFacts]) -> tuple[Sequence[str], list[Sequence[str]]]:
@@ -63,21 +43,6 @@ def metric_rows(metrics: Metrics, runs: Sequence[Metrics] = ()) -> list[Sequence
                 cells.append(number(value) + difference)
             rows.append((name, str(step), *cells))
     return rows
-
-
-def number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.5g}"
-
-
-def sparkline(values: Sequence[float]) -> str:
-    """A line of blocks, the highest value the highest; longer rows as means."""
-    values = [value for value in values if math.isfinite(value)]
-    if not values:
-        return ""
-    cuts = [round(place * len(values) / min(WIDTH, len(values))) for place in range(min(WIDTH, len(values)) + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
-    low, high = min(means), max(means)
-    return "".join(BLOCKS[round((mean - low) / (high - low or 1) * (len(BLOCKS) - 1))] for mean in means)
 
 
 def curve(history: Mapping[int, float]) -> str:

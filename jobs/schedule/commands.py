@@ -10,7 +10,6 @@ import yaml
 from jobs.cron import check_cron
 from jobs.dictionary.config import load_dictionary
 from jobs.recipe import Recipe, load_recipe
-from jobs.registry.views import print_table
 from jobs.schedule.history import history_of
 from jobs.schedule.store import (
     RECIPE,
@@ -38,6 +37,7 @@ from jobs.schedule.views import (
 from jobs.settings import override, read_yaml, validated
 from jobs.submit.package import WORK_DIR, absolute, holds_credentials
 from jobs.variants import load_comparison
+from jobs.views import print_table
 from pipelines.errors import UserError
 from pipelines.files import write_atomically
 from pipelines.progress import say

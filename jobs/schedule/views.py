@@ -7,9 +7,9 @@ from zoneinfo import ZoneInfo
 
 from jobs.cron import firings
 from jobs.plot import plot_times
-from jobs.registry.views import number, sparkline
 from jobs.schedule.history import Firing
 from jobs.schedule.store import Schedule
+from jobs.views import number, sparkline
 from pipelines.errors import UserError
 from pipelines.progress import human
 

@@ -1,5 +1,7 @@
 """`fot schedule ...` as a user types it."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,8 @@ def test_a_firing_that_fails_is_one_line_and_in_the_history(schedule: Schedule, 
     assert "failed" in history
     assert "/nowhere" in history
     assert "failed" in fot_here("schedule", "list").stdout
+
+
+def test_the_commands_load_neither_torch_nor_mlflow() -> None:
+    code = "import sys, jobs.schedule.commands; print({'torch', 'mlflow', 'ray', 'prefect'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
