@@ -51,12 +51,12 @@ def test_a_full_disk_is_a_users_error_and_a_bug_is_not() -> None:
 
 
 @pytest.fixture
-def one_line(fot):
+def one_line(fot_here):
     """Runs `fot run` and checks: exit code 2, one clear line as the last, no traceback. Returns the line."""
 
     def run(path: Path, *overrides: str) -> str:
         sets = [argument for override in overrides for argument in ("--set", override)]
-        answer = fot("run", path, *sets)
+        answer = fot_here("run", path, *sets)
         assert answer.returncode == 2, answer.stdout
         assert "Traceback" not in answer.stdout
         line = answer.stdout.splitlines()[-1]
@@ -94,7 +94,7 @@ def test_a_checkpoint_that_is_no_llama_is_one_line(one_line, recipe: dict, write
 
 
 def test_mistakes_in_the_corpus_are_one_line_and_nothing_is_trusted_later(
-    one_line, fot, recipe: dict, write_recipe, corpus: Path, tmp_path: Path
+    one_line, fot_here, recipe: dict, write_recipe, corpus: Path, tmp_path: Path
 ) -> None:
     path = write_recipe(recipe)
     good = corpus.read_text()
@@ -108,7 +108,7 @@ def test_mistakes_in_the_corpus_are_one_line_and_nothing_is_trusted_later(
     assert "no held-out document" in one_line(path)
     finished = {directory.name for directory in (tmp_path / "runs" / "store").glob("*/*") if directory.is_dir()}
     assert not [name for stage in ("base", "finetune") for name in finished if name.startswith(stage)]
-    assert "waiting" in fot("status", path).stdout
+    assert "waiting" in fot_here("status", path).stdout
 
 
 def test_more_workers_than_cores_is_one_line(one_line, recipe: dict, write_recipe) -> None:

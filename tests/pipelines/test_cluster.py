@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 
 import psutil
 import pytest
@@ -17,13 +17,10 @@ from pipelines.progress import console
 
 def test_a_ray_of_our_own_listens_on_loopback_only(local_ray) -> None:
     assert ray.get(ray.remote(lambda: 1).remote()) == 1
-    here = psutil.Process()
-    listening = {
-        connection.laddr.ip
-        for process in [here, *here.children(recursive=True)]
-        for connection in process.net_connections()
-        if connection.status == psutil.CONN_LISTEN
-    }
+    here, listening = psutil.Process(), set()
+    for process in [here, *here.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):  # workers come and go
+            listening |= {each.laddr.ip for each in process.net_connections() if each.status == psutil.CONN_LISTEN}
     assert listening
     for address in map(ipaddress.ip_address, listening):
         mapped = getattr(address, "ipv4_mapped", None)
