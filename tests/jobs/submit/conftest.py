@@ -135,6 +135,7 @@ class RealCluster:
         self._head_cpus, self._port, self._pages, self._agent = head_cpus, free_port(), free_port(), free_port()
         self.address = DEFAULT.rpartition(":")[0] + f":{self._pages}"
         self.nodes: list[subprocess.Popen] = []
+        self._added = 0
 
     def start_head(self) -> None:
         self.head = self._start(
@@ -149,8 +150,10 @@ class RealCluster:
         self.wait_for_nodes(1)
 
     def add_node(self, cpus: int) -> None:
+        self._added += 1
+        own = f"--temp-dir={self.directory / f'n{self._added}'}"  # in a common one, nodes clear away each other's code
         agent = f"--dashboard-agent-listen-port={free_port()}"
-        self.nodes.append(self._start(f"--address=127.0.0.1:{self._port}", f"--num-cpus={cpus}", agent))
+        self.nodes.append(self._start(f"--address=127.0.0.1:{self._port}", f"--num-cpus={cpus}", agent, own))
         self.wait_for_nodes(1 + len(self.nodes))
 
     def wait_for_nodes(self, count: int) -> None:
