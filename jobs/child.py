@@ -13,6 +13,13 @@ HOST = "127.0.0.1"
 PR_SET_PDEATHSIG = 1
 
 
+def interrupt_when_asked_to_end() -> None:
+    """Have SIGTERM and SIGHUP, unless that is ignored as `nohup` has it, raise KeyboardInterrupt as Ctrl-C does."""
+    for sign in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(sign) is not signal.SIG_IGN:
+            signal.signal(sign, signal.default_int_handler)
+
+
 def is_taken(port: int) -> bool:
     """Whether something listens there."""
     with socket.socket() as listener:

@@ -3,8 +3,6 @@
 import errno
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            print("fot: interrupted", file=sys.stderr)
+            print("fot: interrupted; the same command goes on from here", file=sys.stderr)
             sys.exit(INTERRUPTED)
 
 
@@ -51,25 +49,14 @@ set_option = click.option(
 )
 
 
-@contextmanager
-def goes_on_later() -> Iterator[None]:
-    """Ctrl-C in the block is one line, and exit code 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("fot: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-
-
 @fot.command()
 @recipe_argument
 @set_option
 def run(recipe: Path, overrides: tuple[str, ...]) -> None:
     """Run a recipe from corpus to registered model. Finished stages are not run again."""
-    with goes_on_later():
-        from jobs.run import run_recipe
+    from jobs.run import run_recipe
 
-        run_recipe(recipe, overrides)
+    run_recipe(recipe, overrides)
 
 
 address_option = click.option("--address", metavar="URL", help="The cluster's dashboard: http://HOST:8265.")
@@ -217,10 +204,9 @@ def export(checkpoint: str, directory: Path, dtype: str | None) -> None:
 @click.option("--work-dir", default="runs", show_default=True, metavar="DIR", help="Holds all that is made.")
 def evaluate(checkpoint: str, tasks: tuple[str, ...], texts: tuple[str, ...], **settings: Any) -> None:
     """Measure CHECKPOINT (a Hugging Face directory, or models:/fot/NAME@ALIAS) and record what came out."""
-    with goes_on_later():
-        from jobs.evaluate.commands import Request, evaluate_checkpoint
+    from jobs.evaluate.commands import Request, evaluate_checkpoint
 
-        evaluate_checkpoint(Request(checkpoint=checkpoint, tasks=tasks, texts=texts, **settings))
+    evaluate_checkpoint(Request(checkpoint=checkpoint, tasks=tasks, texts=texts, **settings))
 
 
 @fot.group()
@@ -242,10 +228,9 @@ training_option = click.option(
 @set_option
 def prepare(recipe: Path, overrides: tuple[str, ...]) -> None:
     """Tokenize and pack what is new in the sources; train nothing."""
-    with goes_on_later():
-        from jobs.data import commands
+    from jobs.data import commands
 
-        commands.prepare(recipe, overrides)
+    commands.prepare(recipe, overrides)
 
 
 @data.command()
@@ -263,10 +248,9 @@ def verify(recipe: Path, overrides: tuple[str, ...]) -> None:
 @set_option
 def repair(recipe: Path, overrides: tuple[str, ...]) -> None:
     """Make damaged or missing files again from the sources, the same to the byte."""
-    with goes_on_later():
-        from jobs.data import commands
+    from jobs.data import commands
 
-        commands.repair(recipe, overrides)
+    commands.repair(recipe, overrides)
 
 
 @data.command()
@@ -310,10 +294,9 @@ registry_uri = click.option("--uri", metavar="URI", help="A tracking server or d
 @registry_uri
 def list_(name: str | None, asked: str | None, work_dir: Path, uri: str | None) -> None:
     """List runs, the newest first."""
-    with goes_on_later():
-        from jobs.registry import commands
+    from jobs.registry import commands
 
-        commands.show_list(work_dir, uri, name, asked)
+    commands.show_list(work_dir, uri, name, asked)
 
 
 @registry.command("show")
@@ -322,10 +305,9 @@ def list_(name: str | None, asked: str | None, work_dir: Path, uri: str | None) 
 @registry_uri
 def show_run(run: str, work_dir: Path, uri: str | None) -> None:
     """Show a RUN (how its id begins, or NAME[@ALIAS|/VERSION] of a model) and all that led to it."""
-    with goes_on_later():
-        from jobs.registry import commands
+    from jobs.registry import commands
 
-        commands.show_run(work_dir, uri, run)
+    commands.show_run(work_dir, uri, run)
 
 
 @registry.command()
@@ -334,10 +316,9 @@ def show_run(run: str, work_dir: Path, uri: str | None) -> None:
 @registry_uri
 def compare(runs: tuple[str, ...], work_dir: Path, uri: str | None) -> None:
     """Put RUNS side by side: settings that differ, metrics, curves."""
-    with goes_on_later():
-        from jobs.registry import commands
+    from jobs.registry import commands
 
-        commands.compare(work_dir, uri, runs)
+    commands.compare(work_dir, uri, runs)
 
 
 @registry.command()
@@ -346,10 +327,9 @@ def compare(runs: tuple[str, ...], work_dir: Path, uri: str | None) -> None:
 @registry_uri
 def ui(port: int, work_dir: Path, uri: str | None) -> None:
     """Open MLflow's pages, for this machine alone."""
-    with goes_on_later():
-        from jobs.registry import commands
+    from jobs.registry import commands
 
-        commands.open_pages(work_dir, uri, port)
+    commands.open_pages(work_dir, uri, port)
 
 
 @registry.command()
@@ -358,13 +338,12 @@ def ui(port: int, work_dir: Path, uri: str | None) -> None:
 @registry_uri
 def sync(recipe: Path | None, work_dir: Path, uri: str | None) -> None:
     """Upload what MLflow could not be told, of RECIPE or of a work_dir."""
-    with goes_on_later():
-        from jobs.registry import commands
+    from jobs.registry import commands
 
-        if recipe is None:
-            commands.sync_all(work_dir, uri)
-        else:
-            commands.sync_recipe(recipe, uri)
+    if recipe is None:
+        commands.sync_all(work_dir, uri)
+    else:
+        commands.sync_recipe(recipe, uri)
 
 
 @fot.group()
@@ -441,10 +420,9 @@ def remove_schedule(name: str, work_dir: Path) -> None:
 @registry_work_dir
 def run_now(name: str, work_dir: Path) -> None:
     """Fire NAME here and now."""
-    with goes_on_later():
-        from jobs.schedule import commands
+    from jobs.schedule import commands
 
-        commands.run_now(work_dir, name)
+    commands.run_now(work_dir, name)
 
 
 @schedule.command("history")

@@ -17,7 +17,7 @@ import yaml
 
 from jobs.cron import check_cron
 from jobs.recipe import Recipe, load_recipe
-from jobs.settings import Content, override, read_yaml
+from jobs.settings import Content, read_overridden
 from jobs.submit.package import holds_credentials
 from jobs.train.config import Resources
 from jobs.variants import load_comparison
@@ -59,9 +59,7 @@ def show_manifest(path: Path, overrides: Sequence[str], deployment: Deployment) 
     for a recipe that is wrong."""
     comparison = load_comparison(path, overrides)
     recipe = load_recipe(path, overrides) if comparison is None else comparison.common
-    content = read_yaml(path)
-    for text in overrides:
-        override(content, text)
+    content = read_overridden(path, overrides)
     print(yaml.dump_all(manifests(content, recipe, deployment), Dumper=_Dumper, sort_keys=False, width=120), end="")
 
 

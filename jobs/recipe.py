@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from jobs.evaluate.config import Evaluation
 from jobs.registry.config import Registry
-from jobs.settings import override, read_yaml, validated
+from jobs.settings import read_overridden, validated
 from jobs.train.config import Continued, FotObjective, MemorizingObjective, Positive, Resources, Training
 from pipelines.config import Data, Part, TokenizerPart
 from pipelines.errors import UserError
@@ -194,9 +194,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises UserError, one line, for whatever is wrong.
     """
-    content = read_yaml(path)
-    for text in overrides:
-        override(content, text)
+    content = read_overridden(path, overrides)
     content.pop("variants", None)
     if content.get("kind") == "dictionary":
         raise UserError(f"recipe {path} is of the dictionary task: only `fot run` and `fot status` take it")

@@ -1,7 +1,7 @@
 """Settings from YAML, with `key=value` on top, checked against a strict model: whatever is wrong is one line."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +36,14 @@ def validated(model: type[Model], content: Content, where: str) -> Model:
         return model.model_validate(content)
     except ValidationError as error:
         raise UserError(f"{where}: {hide_credentials(_first_error(model, error))}") from None
+
+
+def read_overridden(path: Path, overrides: Sequence[str]) -> Content:
+    """A recipe file's keys, with what --set changes. Raises UserError as `read_yaml` and `override` do."""
+    content = read_yaml(path)
+    for text in overrides:
+        override(content, text)
+    return content
 
 
 def override(content: Content, text: str) -> None:

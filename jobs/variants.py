@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import Field
 
 from jobs.recipe import Recipe
-from jobs.settings import Content, override, read_yaml, set_key, validated
+from jobs.settings import Content, read_overridden, set_key, validated
 from pipelines.config import Part
 from pipelines.errors import UserError
 
@@ -61,9 +61,7 @@ class Comparison:
 def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison | None:
     """The comparison in a recipe file; None where it has no variants. Raises UserError, one line, for whatever is wrong
     in any of them."""
-    content = read_yaml(path)
-    for text in overrides:
-        override(content, text)
+    content = read_overridden(path, overrides)
     if not content.get("variants"):
         return None
     variants = validated(Variants, {"variants": content.pop("variants")}, f"recipe {path}").variants

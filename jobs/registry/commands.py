@@ -2,20 +2,18 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from jobs.child import HOST, answers, end, is_taken
+from jobs.child import HOST, answers, end, interrupt_when_asked_to_end, is_taken
 from jobs.registry.config import SERVERS, Place, check_tracking_uri, hide_credentials
 from jobs.registry.record import GATE, REASONS
 from jobs.registry.runs import children, find, histories, list_runs
@@ -100,9 +98,7 @@ def open_pages(work_dir: Path, uri: str | None, port: int) -> None:
         raise UserError(f"port {port} is taken, by other pages perhaps: try --port with another one")
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
     command += ["--default-artifact-root", (work_dir / "mlartifacts").resolve().as_uri()]
-    for sign in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(sign) is not signal.SIG_IGN:  # as `nohup` has it
-            signal.signal(sign, _interrupt)
+    interrupt_when_asked_to_end()
     with tempfile.TemporaryFile() as log:
         server = subprocess.Popen(
             command,
@@ -151,10 +147,6 @@ def _sync(work_dir: Path, uri: str | None, recipes: str | None) -> None:
         done += 1
     if not done:
         print(f"nothing waits in {work_dir / 'outbox'}")
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _address(work_dir: Path, uri: str | None) -> str:

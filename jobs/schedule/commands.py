@@ -34,7 +34,7 @@ from jobs.schedule.views import (
     perplexity_line,
     plot_perplexity,
 )
-from jobs.settings import override, read_yaml, validated
+from jobs.settings import read_overridden, validated
 from jobs.submit.package import WORK_DIR, absolute, holds_credentials
 from jobs.variants import load_comparison
 from jobs.views import print_table
@@ -61,9 +61,7 @@ def add(request: Request) -> None:
     """Keep a recipe, with what was set, to be fired by cron. Raises UserError for whatever would not work."""
     check_cron(request.cron, request.time_zone)
     recipe = _one_recipe(request.recipe, request.overrides)
-    content = read_yaml(request.recipe)
-    for text in request.overrides:
-        override(content, text)
+    content = read_overridden(request.recipe, request.overrides)
     content.setdefault(WORK_DIR, recipe.work_dir)
     content = absolute(content)
     if (key := holds_credentials(content)) is not None:

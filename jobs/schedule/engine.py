@@ -31,7 +31,7 @@ from prefect.states import Cancelled, Completed, Crashed, Scheduled, State
 
 from jobs.child import die_with_parent
 from jobs.cron import firings
-from jobs.schedule.history import Trigger, append, history_of, missed, passed
+from jobs.schedule.history import Trigger, append, history_of, missed, owed, passed
 from jobs.schedule.store import SCHEDULES, Schedule, Settings, now, read_schedule, schedules
 from jobs.schedule.views import clock
 from jobs.stop import StoppedError
@@ -201,20 +201,15 @@ class Engine:
             self._catch_up(schedule, deployment)
 
     def _catch_up(self, schedule: Schedule, deployment: UUID) -> None:
-        """See to what was to fire while nobody served: also again to what was interrupted."""
-        settings, history = schedule.settings, history_of(schedule)
+        """See to what was to fire while nobody served."""
+        settings, history, current = schedule.settings, history_of(schedule), datetime.now(UTC)
         if settings.paused:
             return
-        times = passed(settings, history, datetime.now(UTC))
-        if settings.missed == "skip":
-            if times:
-                append(schedule.history, missed(times, NOBODY_THERE))
-            return
-        last = history[-1] if history else None
-        if not times and last is not None and last.state == "interrupted" and last.scheduled is not None:
-            times = [last.scheduled]
-        if times:
-            self._ask(schedule, deployment, "catch-up", times[-1], now())
+        if settings.missed == "catch_up":
+            if (time := owed(settings, history, current)) is not None:
+                self._ask(schedule, deployment, "catch-up", time, now())
+        elif times := passed(settings, history, current):
+            append(schedule.history, missed(times, NOBODY_THERE))
 
     def _plan(self, schedule: Schedule) -> None:
         planned = self._planned[schedule.name]

@@ -3,7 +3,7 @@
 import json
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -109,6 +109,18 @@ def passed(settings: Settings, history: Iterable[Firing], until: datetime) -> li
             break
         times.append(time)
     return times
+
+
+def owed(settings: Settings, history: Sequence[Firing], until: datetime) -> datetime | None:
+    """The time for which to fire once, where nobody served until then: the last that passed, else that of a firing
+    which was interrupted, or waited for its next attempt."""
+    if times := passed(settings, history, until):
+        return times[-1]
+    last = history[-1] if history else None
+    if last is None or last.scheduled is None or last.scheduled < settings.since:
+        return None
+    cut = last.state == "interrupted" or (last.state == "failed" and last.attempt <= settings.retries)
+    return last.scheduled if cut else None
 
 
 def missed(times: list[datetime], reason: str) -> Firing:

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
-from jobs.child import HOST, answers, die_with_parent, end, is_taken
+from jobs.child import HOST, answers, die_with_parent, end, interrupt_when_asked_to_end, is_taken
 from jobs.schedule.store import PREFECT, SCHEDULES, firing_processes, server_of, serving
 from pipelines.errors import UserError
 from pipelines.progress import say
@@ -34,22 +33,20 @@ def serve(work_dir: Path, port: int) -> None:
             raise UserError(f"{work_dir} is served already, by process {server_of(work_dir)}")
         if is_taken(port):
             raise UserError(f"port {port} is taken: try --port with another one")
-        for sign in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(sign) is not signal.SIG_IGN:  # as `nohup` has it
-                signal.signal(sign, _interrupt)
+        interrupt_when_asked_to_end()
         os.environ.update(_environment(work_dir, port))  # before anything of Prefect is imported
         try:
             with _prefect_server(work_dir, port) as server:
-                _fire_all(work_dir, server)
+                _fire_all(work_dir, server, f"http://{HOST}:{port}")
         except KeyboardInterrupt:
             say("ended")
 
 
-def _fire_all(work_dir: Path, server: "subprocess.Popen[bytes]") -> None:
+def _fire_all(work_dir: Path, server: "subprocess.Popen[bytes]", pages: str) -> None:
     from jobs.schedule.engine import Engine
 
     with Engine(work_dir) as engine:
-        say(f"firing the schedules of {work_dir}; Prefect's pages are at {_pages(server)} (Ctrl-C ends both)")
+        say(f"firing the schedules of {work_dir}; Prefect's pages are at {pages} (Ctrl-C ends both)")
         answered, said = time.monotonic(), ""
         try:
             while True:
@@ -94,7 +91,6 @@ def _prefect_server(work_dir: Path, port: int) -> Iterator["subprocess.Popen[byt
             start_new_session=True,
             preexec_fn=partial(die_with_parent, signal.SIGKILL),
         )
-        children: list[psutil.Process] = []
         try:
             if not answers(server, f"{os.environ['PREFECT_API_URL']}/health"):
                 raise UserError(f"Prefect's server does not start on port {port}: {path} says why")
@@ -116,11 +112,3 @@ def _environment(work_dir: Path, port: int) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "PREFECT_LOGGING_LEVEL": "WARNING",
     }
-
-
-def _pages(server: "subprocess.Popen[bytes]") -> str:
-    return os.environ["PREFECT_API_URL"].removesuffix("/api")
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

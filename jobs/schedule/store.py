@@ -6,7 +6,9 @@ schedule apart.
 
 import fcntl
 import json
+import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ PREFECT = "prefect"
 RESERVED = (REMOVED, PREFECT)
 SETTINGS, RECIPE, HISTORY, LOCK = "schedule.json", "recipe.yaml", "history.jsonl", "lock"
 OWN_RAY = "own-ray.lock"
+LOOK = 0.5  # seconds in which who only looks whether a lock is held has let go of it
 Missed = Literal["catch_up", "skip"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 
@@ -79,7 +82,7 @@ class Schedule:
     @contextmanager
     def own_ray(self) -> Iterator[None]:
         """The turn of this work_dir's firings: a Ray of this machine's own would be given the same CPUs and GPUs."""
-        with _locked(self.directory.parent / OWN_RAY, wait=True):
+        with _locked(self.directory.parent / OWN_RAY, math.inf):
             yield
 
     def write(self) -> None:
@@ -168,13 +171,19 @@ def server_of(work_dir: Path) -> int | None:
 
 
 @contextmanager
-def _locked(path: Path, wait: bool = False) -> Iterator[bool]:
+def _locked(path: Path, patience: float = LOOK) -> Iterator[bool]:
+    """Holds the lock, as soon as it can be had in so many seconds."""
+    until = time.monotonic() + patience
     with open(path, "a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    yield False
+                    return
+                time.sleep(0.05)
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

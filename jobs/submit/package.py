@@ -24,7 +24,7 @@ from jobs.dictionary.config import DictionaryRecipe, load_dictionary
 from jobs.recipe import Recipe, load_recipe
 from jobs.registry.config import hide_credentials
 from jobs.registry.models import is_model_uri
-from jobs.settings import Content, override, read_yaml
+from jobs.settings import Content, read_overridden
 from jobs.submit.job import make_metadata
 from jobs.variants import load_comparison
 from jobs.version import code_version
@@ -91,9 +91,7 @@ class Submission:
 def make_submission(path: Path, overrides: Sequence[str], name: str | None) -> Submission:
     """What submitting a recipe file comes to. Raises UserError for whatever is wrong in it, and for credentials."""
     recipe = load_any(path, overrides)
-    content = read_yaml(path)
-    for text in overrides:
-        override(content, text)
+    content = read_overridden(path, overrides)
     content.setdefault(WORK_DIR, recipe.work_dir)
     content = absolute(content)
     refuse_credentials(content, f"recipe {path}")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.schedule.history import Firing, append, history_of, last_made, missed, passed, read_history
+from jobs.schedule.history import Firing, append, history_of, last_made, missed, owed, passed, read_history
 from jobs.schedule.store import Schedule, Settings
 
 ADDED = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -77,6 +77,27 @@ def test_what_passed_is_later_than_all_that_was_fired_for(
 def test_what_passed_before_it_was_added_or_resumed_does_not_count(schedule: Schedule) -> None:
     settings: Settings = schedule.changed(since=day(23, 12)).settings
     assert passed(settings, [firing(1, scheduled=day(21))], day(25, 3)) == [day(24), day(25)]
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"state": "interrupted"}, day(21)),
+        ({"state": "failed"}, day(21)),
+        ({"state": "failed", "attempt": 2}, day(21)),
+        ({"state": "failed", "attempt": 3}, None),  # 2 retries
+        ({"state": "promoted"}, None),
+        ({"state": "interrupted", "scheduled": None}, None),
+        ({"state": "interrupted", "scheduled": day(20)}, None),  # before it was resumed
+    ],
+)
+def test_what_was_cut_is_owed_until_the_next_time_has_passed(schedule: Schedule, facts: dict, expected) -> None:
+    settings = schedule.changed(since=day(20, 12)).settings
+    history = [firing(0, state="promoted", scheduled=day(20)), firing(1, **{"scheduled": day(21), **facts})]
+    assert owed(settings, history, day(21)) == expected
+    assert owed(settings, history, day(22, 3)) == day(22)
+    assert owed(settings, history[:1], day(21)) is None
+    assert owed(settings, [], day(21)) is None
 
 
 def test_a_line_for_what_was_missed_counts_and_is_seen(schedule: Schedule) -> None:

@@ -7,6 +7,7 @@ import socket
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,6 @@ def test_a_port_that_is_taken_is_one_line(fot_here, work_dir: Path, port: int) -
     with socket.create_server(("127.0.0.1", port)):
         refused = fot_here("schedule", "serve", "--port", port)
     assert (refused.returncode, refused.stdout) == (2, f"fot: port {port} is taken: try --port with another one\n")
-
-
-@pytest.fixture
-def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return free.getsockname()[1]
 
 
 @pytest.fixture
@@ -159,6 +154,22 @@ def test_a_firing_that_fails_is_tried_again_and_shown(minutely, serve, corpus: P
     )
     assert str(corpus) in shown[0]["state"]["message"]
     assert shown[0]["run_count"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_retry_that_waits_when_it_is_ended_comes_at_the_next_start(minutely, serve, corpus: Path) -> None:
+    soon = datetime.now(UTC) + timedelta(minutes=2)
+    schedule = minutely("--cron", f"{soon.minute} {soon.hour} * * *", "--retry-minutes", 600)
+    aside = corpus.rename(corpus.with_name("aside"))
+    server = serve()
+    (failed,) = wait_for(ended(schedule, "failed"), "a firing that fails")
+    server.send_signal(signal.SIGTERM)
+    wait_for(all_gone([server]), "the end")
+    aside.rename(corpus)
+    serve()
+    (made,) = wait_for(ended(schedule, "promoted"), "the next attempt")
+    assert (made.trigger, made.scheduled) == ("catch-up", failed.scheduled)
 
 
 @pytest.mark.slow
