@@ -101,7 +101,7 @@ def add(request: Request) -> None:
 
 def show_list(work_dir: Path) -> None:
     """Print a work_dir's schedules, and whether they are served."""
-    found = schedules(work_dir)
+    found = schedules(work_dir, lambda error: say(str(error)))
     if not found:
         print(f"no schedules in {work_dir}: fot schedule add RECIPE --cron LINE")
         return
@@ -151,7 +151,8 @@ def show_history(work_dir: Path, name: str, plot: Path | None) -> None:
     if not history:
         print(f"{name} has not fired yet")
         return
-    print_table("", history_header, history_rows(history, schedule.settings.time_zone))
+    zone = schedule.settings.time_zone
+    print_table(f"{name}, times in {zone}", history_header, history_rows(history, zone))
     if line := perplexity_line(history):
         print(line)
     if plot is not None:

@@ -11,8 +11,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +22,8 @@ from uuid import UUID
 import httpx
 from prefect import Task, flow, get_client
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy, StateType
 from prefect.context import FlowRunContext
@@ -31,14 +34,16 @@ from prefect.states import Cancelled, Completed, Crashed, Scheduled, State
 
 from jobs.child import die_with_parent
 from jobs.cron import firings
-from jobs.schedule.history import Trigger, append, history_of, missed, owed, passed
-from jobs.schedule.store import SCHEDULES, Schedule, Settings, now, read_schedule, schedules
+from jobs.schedule.history import Firing, Trigger, append, cut_short, history_of, missed, owed, passed, told
+from jobs.schedule.store import Schedule, Settings, find_schedule, now, schedules
 from jobs.schedule.views import clock
 from jobs.stop import StoppedError
+from pipelines.errors import UserError
 from pipelines.store import Output
 
-WORK_DIR = "FOT_SCHEDULES_OF"  # the environment variable by which a firing finds the files
+WORK_DIR, SERVED_BY = "FOT_SCHEDULES_OF", "FOT_SERVED_BY"  # environment variables: what a firing is told of who serves
 START_SECONDS = 60.0
+SILENT_SECONDS = 150.0  # without a look at what is due, while Prefect's client tries again
 QUERY_SECONDS, PREFETCH_SECONDS = 2, 1
 UNFINISHED = [
     StateType.SCHEDULED,
@@ -47,28 +52,42 @@ UNFINISHED = [
     StateType.PAUSED,
     StateType.CANCELLING,
 ]
-NOBODY_THERE = "nobody was there to fire"
+ON_TIME = timedelta(minutes=5)  # what begins no later than that was not missed
+CRASHED = timedelta(seconds=10)  # in which Prefect sees that a run's process has ended
+NOBODY_THERE, ASLEEP = "nobody was there to fire", "this machine slept"
 
 
 class FailedFiringError(Exception):
     """A firing failed: Prefect tries it again, and shows why."""
 
 
+class FailedStageError(Exception):
+    """A stage failed: Prefect shows why."""
+
+
 @flow(name="fire", persist_result=False)
 def fire_schedule(name: str, trigger: Trigger = "run-now", scheduled: str | None = None) -> State:
     """A firing, in a process of its own, which ends with the one that serves."""
-    from jobs.schedule.firing import FiringRunsError, fire
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who serves, and stops this then
     die_with_parent(signal.SIGTERM)
-    schedule = read_schedule(Path(os.environ[WORK_DIR]) / SCHEDULES / name)
-    if schedule is None or (schedule.settings.paused and trigger != "run-now"):
-        return Cancelled(message="the schedule is paused" if schedule else "the schedule was removed")
+    if os.getppid() != int(os.environ[SERVED_BY]):
+        return Cancelled(message="who served has ended")
+    from jobs.schedule.firing import FiringRunsError, fire
+
+    try:
+        schedule = find_schedule(Path(os.environ[WORK_DIR]), name)
+    except UserError as error:
+        return Cancelled(message=str(error))
+    if schedule.settings.paused and trigger != "run-now":
+        return Cancelled(message="the schedule is paused")
+    when = None if scheduled is None else datetime.fromisoformat(scheduled)
+    if trigger == "cron" and when is not None and (late := slept_through(schedule, when)):
+        append(schedule.history, late)
+        return Cancelled(message=late.reasons[0])
     context = FlowRunContext.get()
     assert context is not None and context.flow_run is not None, "a flow runs in its context"  # noqa: PT018
-    when = None if scheduled is None else datetime.fromisoformat(scheduled)
     try:
-        firing = fire(schedule, trigger, when, _as_task, context.flow_run.id.hex[-8:])
+        firing = fire(schedule, trigger, when, as_task, context.flow_run.id.hex[-8:])
     except FiringRunsError as error:
         return Cancelled(message=str(error))
     except StoppedError as error:
@@ -78,20 +97,36 @@ def fire_schedule(name: str, trigger: Trigger = "run-now", scheduled: str | None
     return Completed(name=firing.state.capitalize(), message="; ".join(firing.reasons))
 
 
-def _as_task(stage: str, build: Callable[[], Output]) -> Output:
-    """A stage as a task; what is made is in our store, and Prefect keeps nothing of it. That there is nothing new to
-    read is no failure of it."""
+def slept_through(schedule: Schedule, when: datetime) -> Firing | None:
+    """The line for a firing that comes so late that it was missed, where such are skipped."""
+    current = datetime.now(UTC)
+    if schedule.settings.missed == "catch_up" or current - when <= ON_TIME:
+        return None
+    return missed(passed(schedule.settings, history_of(schedule), current) or [when], ASLEEP)
+
+
+def as_task(stage: str, build: Callable[[], Output]) -> Output:
+    """A stage as a task; what is made is in our store, and Prefect keeps nothing of it, nor credentials that an error
+    shows. That there is nothing new to read is no failure of it."""
     from jobs.data.batches import NothingNewError
 
-    def run() -> Output | NothingNewError:
+    raised: list[Exception] = []
+
+    def run() -> Output | None:
         try:
             return build()
-        except NothingNewError as error:
-            return error
+        except Exception as error:
+            raised.append(error)
+            if isinstance(error, NothingNewError):
+                return None
+            raise FailedStageError(told(error)) from None
 
-    made = Task(run, name=stage, cache_policy=NO_CACHE, persist_result=False)()
-    if isinstance(made, NothingNewError):
-        raise made
+    try:
+        made = Task(run, name=stage, cache_policy=NO_CACHE, persist_result=False)()
+    except FailedStageError:
+        made = None
+    if made is None:
+        raise raised[0]
     return made
 
 
@@ -105,24 +140,126 @@ class _Planned:
     time: datetime | None = None
 
 
+class Plans:
+    """What Prefect is told of a work_dir's schedules: of each a deployment, and one run that is to come.
+
+    `deploy`: makes a schedule's deployment; `broken`: is told, again and again, of a schedule that cannot be read, and
+    so does not fire.
+    """
+
+    def __init__(
+        self,
+        work_dir: Path,
+        client: SyncPrefectClient,
+        deploy: Callable[[Schedule], UUID],
+        broken: Callable[[UserError], None],
+    ) -> None:
+        self._work_dir, self._client, self._deploy, self._broken = work_dir, client, deploy, broken
+        self._planned: dict[str, _Planned] = {}
+        self._firing: set[str] = set()
+        self._began = datetime.now(UTC).isoformat()
+
+    def follow(self) -> None:
+        """Bring Prefect to where the files are."""
+        found = {schedule.name: schedule for schedule in schedules(self._work_dir, self._broken)}
+        for name in [name for name in self._planned if name not in found]:
+            with suppress(ObjectNotFound):
+                self._delete(name)
+        for name, schedule in found.items():
+            try:
+                self._follow(schedule)
+            except ObjectNotFound:  # somebody deleted the deployment in Prefect's pages
+                self._planned.pop(name, None)
+
+    def withdraw(self) -> None:
+        """Take back all that is to come."""
+        for planned in self._planned.values():
+            self._withdraw(planned)
+        self._planned.clear()
+
+    def _follow(self, schedule: Schedule) -> None:
+        name, settings, current = schedule.name, schedule.settings, datetime.now(UTC)
+        planned = self._planned.get(name)
+        if planned is None or planned.settings != settings:
+            if planned is not None:
+                self._withdraw(planned)
+            planned = self._planned[name] = _Planned(settings, self._deploy(schedule))
+        had_fired = self._fired(schedule)
+        if settings.paused:
+            return
+        if planned.time is None:
+            self._catch_up(schedule, planned.deployment, current)
+        elif had_fired and (again := cut_short(settings, history_of(schedule))) is not None:
+            self._ask(schedule, planned.deployment, "catch-up", again, now() + CRASHED)
+        if planned.time is None or planned.time <= current:
+            coming = next(firings(settings.cron, settings.time_zone, max(current, settings.since)))
+            run = self._ask(schedule, planned.deployment, "cron", coming, coming)
+            self._planned[name] = replace(planned, run=run, time=coming)
+
+    def _fired(self, schedule: Schedule) -> bool:
+        """Whether a firing ran when this was asked before, and runs no more."""
+        before = schedule.name in self._firing
+        if schedule.holder is not None:
+            self._firing.add(schedule.name)
+            return False
+        self._firing.discard(schedule.name)
+        return before
+
+    def _catch_up(self, schedule: Schedule, deployment: UUID, current: datetime) -> None:
+        """See to what was to fire while nobody served."""
+        settings, history = schedule.settings, history_of(schedule)
+        time = owed(settings, history, current)
+        if time is None:
+            return
+        if settings.missed == "catch_up" or current - time <= ON_TIME:
+            self._ask(schedule, deployment, "catch-up", time, now())
+        elif times := passed(settings, history, current):
+            append(schedule.history, missed(times, NOBODY_THERE))
+
+    def _ask(self, schedule: Schedule, deployment: UUID, trigger: Trigger, scheduled: datetime, at: datetime) -> UUID:
+        """Have a firing run at a time: once, also where the answer is lost and this is asked again."""
+        asked = f"{self._began} {len(history_of(schedule))}" if trigger == "catch-up" else ""
+        run = self._client.create_flow_run_from_deployment(
+            deployment,
+            parameters={"name": schedule.name, "trigger": trigger, "scheduled": scheduled.isoformat()},
+            state=Scheduled(scheduled_time=at),
+            name=f"{schedule.name}, {trigger} of {clock(scheduled, schedule.settings.time_zone)}",
+            idempotency_key=f"{deployment} {trigger} {scheduled.isoformat()} {asked}",
+        )
+        return run.id
+
+    def _withdraw(self, planned: _Planned) -> None:
+        """Take back the run that is to come, unless it has begun."""
+        if planned.run is None:
+            return
+        with suppress(ObjectNotFound):
+            if self._client.read_flow_run(planned.run).state_type == StateType.SCHEDULED:
+                self._client.delete_flow_run(planned.run)
+
+    def _delete(self, name: str) -> None:
+        planned = self._planned.pop(name)
+        self._withdraw(planned)
+        self._client.delete_deployment(planned.deployment)
+
+
 class Engine:
     """Fires schedules as their files say, while it is entered and `tick` is called."""
 
     unreachable = (httpx.HTTPError, PrefectException, TimeoutError)  # the server, for now
 
-    def __init__(self, work_dir: Path) -> None:
-        os.environ[WORK_DIR] = str(work_dir)
-        self._work_dir = work_dir
-        self._planned: dict[str, _Planned] = {}
-        self._seen: set[str] = set()
+    def __init__(self, work_dir: Path, broken: Callable[[UserError], None]) -> None:
+        os.environ[WORK_DIR], os.environ[SERVED_BY] = str(work_dir), str(os.getpid())
+        self._client = get_client(sync_client=True)
+        self._plans = Plans(work_dir, self._client, self._deploy, broken)
         self._runner = Runner("fot", QUERY_SECONDS, PREFETCH_SECONDS, limit=None, pause_on_shutdown=False)
+        self._polled: tuple[datetime | None, float] = (None, time.monotonic())
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._error: BaseException | None = None
 
     def __enter__(self) -> "Engine":
-        self._client = get_client(sync_client=True).__enter__()
-        self._forget_unfinished()
+        self._client.__enter__()
+        forget_unfinished(self._client)
         self._thread.start()
         began = time.monotonic()
         while not self._runner.started and self._thread.is_alive() and time.monotonic() - began < START_SECONDS:
@@ -139,17 +276,15 @@ class Engine:
         self._client.__exit__(None, None, None)
 
     def tick(self) -> None:
-        """Bring Prefect to where the files are. Raises one of `unreachable` while the server does not answer."""
+        """Bring Prefect to where the files are. Raises one of `unreachable` while the server does not answer, UserError
+        where what looks for due runs has ended."""
         self._check()
-        found = {schedule.name: schedule for schedule in schedules(self._work_dir)}
-        for name in [name for name in self._planned if name not in found]:
-            self._delete(name)
-        for name, schedule in found.items():
-            planned = self._planned.get(name)
-            if planned is None or planned.settings != schedule.settings:
-                self._deploy(schedule)
-            if not schedule.settings.paused:
-                self._plan(schedule)
+        self._plans.follow()
+
+    def withdraw(self) -> None:
+        """Have no firing begin any more."""
+        with suppress(*self.unreachable):
+            self._plans.withdraw()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -159,31 +294,24 @@ class Engine:
             self._error = error
 
     def _check(self) -> None:
+        """Prefect's runner gives up after some answers that do not come, and says so only in its log."""
+        polled, seen = self._polled
+        if self._runner.last_polled != polled:
+            self._polled = self._runner.last_polled, time.monotonic()
+        elif time.monotonic() - seen > SILENT_SECONDS:
+            raise UserError(f"Prefect's runner looks for nothing since {SILENT_SECONDS:.0f} seconds: start this again")
         if not self._thread.is_alive():
-            raise RuntimeError("Prefect's runner has ended") from self._error
+            raise UserError(f"Prefect's runner has ended ({self._error!r}): start this again")
 
     def _in_loop(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(START_SECONDS)
 
-    def _forget_unfinished(self) -> None:
-        """What an earlier server left: runs that waited are made again, those that ran have ended with it."""
-        known = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=UNFINISHED)))
-        while runs := self._client.read_flow_runs(flow_run_filter=known, limit=100):
-            for run in runs:
-                if run.run_count:
-                    state: State[Any] = Crashed(message="fot schedule serve was ended meanwhile")
-                    self._client.set_flow_run_state(run.id, state, force=True)
-                else:
-                    self._client.delete_flow_run(run.id)
-
-    def _deploy(self, schedule: Schedule) -> None:
+    def _deploy(self, schedule: Schedule) -> UUID:
         settings = schedule.settings
-        if (before := self._planned.pop(schedule.name, None)) is not None:
-            self._withdraw(before)
         own = fire_schedule.with_options(
             retries=settings.retries, retry_delay_seconds=round(60 * settings.retry_minutes)
         )
-        deployment = self._in_loop(
+        deployment: UUID = self._in_loop(
             self._runner.aadd_flow(
                 own,
                 name=schedule.name,
@@ -195,54 +323,22 @@ class Engine:
                 entrypoint_type=EntrypointType.MODULE_PATH,
             )
         )
-        self._planned[schedule.name] = _Planned(settings, deployment)
-        if schedule.name not in self._seen:
-            self._seen.add(schedule.name)
-            self._catch_up(schedule, deployment)
+        return deployment
 
-    def _catch_up(self, schedule: Schedule, deployment: UUID) -> None:
-        """See to what was to fire while nobody served."""
-        settings, history, current = schedule.settings, history_of(schedule), datetime.now(UTC)
-        if settings.paused:
-            return
-        if settings.missed == "catch_up":
-            if (time := owed(settings, history, current)) is not None:
-                self._ask(schedule, deployment, "catch-up", time, now())
-        elif times := passed(settings, history, current):
-            append(schedule.history, missed(times, NOBODY_THERE))
 
-    def _plan(self, schedule: Schedule) -> None:
-        planned = self._planned[schedule.name]
-        current = datetime.now(UTC)
-        if planned.time is not None and planned.time > current:
-            return
-        settings = schedule.settings
-        coming = next(firings(settings.cron, settings.time_zone, max(current, settings.since)))
-        run = self._ask(schedule, planned.deployment, "cron", coming, coming)
-        self._planned[schedule.name] = _Planned(settings, planned.deployment, run, coming)
-
-    def _ask(self, schedule: Schedule, deployment: UUID, trigger: Trigger, scheduled: datetime, at: datetime) -> UUID:
-        run = self._client.create_flow_run_from_deployment(
-            deployment,
-            parameters={"name": schedule.name, "trigger": trigger, "scheduled": scheduled.isoformat()},
-            state=Scheduled(scheduled_time=at),
-            name=f"{schedule.name}, {trigger} of {clock(scheduled, schedule.settings.time_zone)}",
-            idempotency_key=f"{schedule.name} {trigger} {scheduled.isoformat()} {at.isoformat()}",
-        )
-        return run.id
-
-    def _withdraw(self, planned: _Planned) -> None:
-        """Take back the run that is to come, unless it has begun."""
-        if planned.run is None:
-            return
-        try:
-            if self._client.read_flow_run(planned.run).state_type == StateType.SCHEDULED:
-                self._client.delete_flow_run(planned.run)
-        except ObjectNotFound:
-            pass
-
-    def _delete(self, name: str) -> None:
-        planned = self._planned.pop(name)
-        self._seen.discard(name)
-        self._withdraw(planned)
-        self._client.delete_deployment(planned.deployment)
+def forget_unfinished(client: SyncPrefectClient) -> None:
+    """What an earlier server left: runs that waited are made again, those that ran have ended with it, and none holds a
+    schedule's one place, which a run keeps between its attempts."""
+    known = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=UNFINISHED)))
+    while runs := client.read_flow_runs(flow_run_filter=known, limit=100):
+        for run in runs:
+            if run.run_count:
+                state: State[Any] = Crashed(message="fot schedule serve was ended meanwhile")
+                client.set_flow_run_state(run.id, state, force=True)
+            else:
+                client.delete_flow_run(run.id)
+    seen = 0
+    while limits := client.read_global_concurrency_limits(limit=100, offset=seen):
+        for limit in limits:
+            client.update_global_concurrency_limit(limit.name, GlobalConcurrencyLimitUpdate(active_slots=0))
+        seen += len(limits)

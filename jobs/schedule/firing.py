@@ -15,6 +15,7 @@ from jobs.data.stages import SHARDS
 from jobs.evaluate.stages import read_results
 from jobs.outcome import metric_points
 from jobs.recipe import Recipe, load_recipe
+from jobs.registry.config import hide_credentials
 from jobs.registry.gate import decide, metrics_by_name
 from jobs.registry.models import find_version, model_address
 from jobs.registry.record import CHAMPION, PROMOTED, registered_name
@@ -30,6 +31,7 @@ from jobs.schedule.history import (
     new_id,
     passed,
     read_history,
+    told,
 )
 from jobs.schedule.store import Schedule, now
 from jobs.stop import StoppedError, stopping_on_sigterm
@@ -44,6 +46,7 @@ from pipelines.workflow import Around, as_it_is
 
 LOG = "log"  # what libraries print, and tracebacks
 STOP = "stop"  # the file that asks a firing's training to end, beside its history
+UNABLE = "an earlier one was not done yet, or this machine slept"
 SAME = "no new documents: what came of them is known"
 
 
@@ -70,7 +73,7 @@ def fire(
         history = history_of(schedule)
         attempts = [each for each in history if each.firing == firing]
         if trigger == "cron" and scheduled is not None and (times := passed(schedule.settings, history, scheduled)):
-            append(schedule.history, missed(times, "an earlier one still ran"))
+            append(schedule.history, missed(times, UNABLE))
         began = Firing(
             firing=firing or new_id(),
             attempt=len(attempts) + 1,
@@ -107,9 +110,9 @@ class _Attempt:
             message = user_message(error)
             if message is None:
                 with open(log, "a") as file:
-                    traceback.print_exception(error, file=file)
-                message = f"{type(error).__name__}: {_first_line(error)} (see {log})"
-            return self._end(state="failed", reasons=(message,))
+                    file.write(hide_credentials("".join(traceback.format_exception(error))))
+                message = f"{told(error)} (see {log})"
+            return self._end(state="failed", reasons=(hide_credentials(message),))
         except BaseException:  # Ctrl-C, and what an engine ends a process with
             self._end(state="interrupted", reasons=("it was ended",))
             raise
@@ -215,8 +218,3 @@ def _same_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "it says nothing"

@@ -3,7 +3,7 @@
 import json
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,7 @@ from pipelines.config import Part
 Trigger = Literal["cron", "catch-up", "run-now"]
 State = Literal["running", "promoted", "refused", "skipped", "failed", "interrupted", "missed"]
 MADE = ("promoted", "refused")  # there is a model
+DIED = "its process ended before it did"
 
 
 class Firing(Part):
@@ -49,13 +50,19 @@ class Firing(Part):
         return self.model_copy(update=values)
 
 
+def told(error: BaseException) -> str:
+    """An error in a line, for everybody to read."""
+    lines = str(error).strip().splitlines() or ["it says nothing"]
+    return hide_credentials(f"{type(error).__name__}: {lines[0]}")
+
+
 def new_id() -> str:
     return secrets.token_hex(4)
 
 
 def append(path: Path, firing: Firing) -> None:
-    """Add a line, whole, without credentials; after a line that a crash left unfinished."""
-    line = hide_credentials(json.dumps(firing.model_dump(mode="json", exclude_defaults=True))) + "\n"
+    """Add a line, whole, after a line that a crash left unfinished."""
+    line = json.dumps(firing.model_dump(mode="json", exclude_defaults=True)) + "\n"
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         size = os.fstat(file).st_size
@@ -84,23 +91,27 @@ def read_history(path: Path) -> list[Firing]:
 
 def history_of(schedule: Schedule) -> list[Firing]:
     """As `read_history`; what began and has not ended is interrupted, unless it still runs."""
-    told = read_history(schedule.history)
-    running = schedule.holder is not None
-    last = len(told) - 1
+    history = read_history(schedule.history)
+    now_running = last_begun(history) if schedule.holder is not None else None
     return [
-        firing.changed(state="interrupted", reasons=("its process ended before it did",))
-        if firing.state == "running" and not (running and place == last)
+        firing.changed(state="interrupted", reasons=(DIED,))
+        if firing.state == "running" and firing is not now_running
         else firing
-        for place, firing in enumerate(told)
+        for firing in history
     ]
 
 
-def last_made(history: Iterable[Firing]) -> Firing | None:
+def last_begun(history: Sequence[Firing]) -> Firing | None:
+    """The last that was begun."""
+    return next((firing for firing in reversed(history) if firing.state != "missed"), None)
+
+
+def last_made(history: Sequence[Firing]) -> Firing | None:
     """The last that came to a model."""
-    return next((firing for firing in reversed(list(history)) if firing.state in MADE), None)
+    return next((firing for firing in reversed(history) if firing.state in MADE), None)
 
 
-def passed(settings: Settings, history: Iterable[Firing], until: datetime) -> list[datetime]:
+def passed(settings: Settings, history: Sequence[Firing], until: datetime) -> list[datetime]:
     """When it was to fire before `until`, and did not: later than all that it was seen to fire for."""
     seen = max([settings.since, *(firing.scheduled for firing in history if firing.scheduled is not None)])
     times = []
@@ -116,17 +127,27 @@ def owed(settings: Settings, history: Sequence[Firing], until: datetime) -> date
     which was interrupted, or waited for its next attempt."""
     if times := passed(settings, history, until):
         return times[-1]
-    last = history[-1] if history else None
+    last = last_begun(history)
     if last is None or last.scheduled is None or last.scheduled < settings.since:
         return None
     cut = last.state == "interrupted" or (last.state == "failed" and last.attempt <= settings.retries)
     return last.scheduled if cut else None
 
 
+def cut_short(settings: Settings, history: Sequence[Firing]) -> datetime | None:
+    """The time for which to fire once more, where the process of a firing ended without a word, as often as it may be
+    tried again."""
+    last = last_begun(history)
+    if last is None or last.scheduled is None or last.reasons != (DIED,):
+        return None
+    begun = sum(firing.scheduled == last.scheduled for firing in history if firing.state != "missed")
+    return last.scheduled if begun <= settings.retries else None
+
+
 def missed(times: list[datetime], reason: str) -> Firing:
     """A line for firings that did not come to pass."""
     counted = "1 firing" if len(times) == 1 else f"{len(times)} firings"
-    since = "" if len(times) == 1 else f", the first at {times[0]:%Y-%m-%d %H:%M}"
+    since = "" if len(times) == 1 else f", the first at {times[0]:%Y-%m-%d %H:%M %Z}"
     return Firing(
         firing=new_id(),
         trigger="cron",

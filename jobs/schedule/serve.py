@@ -1,6 +1,7 @@
 """`fot schedule serve`: Prefect's server as a child process, and what fires beside it. No process stays behind."""
 
 import importlib.util
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from jobs.child import HOST, answers, die_with_parent, end, interrupt_when_asked_to_end, is_taken
-from jobs.schedule.store import PREFECT, SCHEDULES, firing_processes, server_of, serving
+from jobs.schedule.store import PREFECT, SCHEDULES, server_of, serving
 from pipelines.errors import UserError
 from pipelines.progress import say
 
@@ -45,36 +46,40 @@ def serve(work_dir: Path, port: int) -> None:
 def _fire_all(work_dir: Path, server: "subprocess.Popen[bytes]", pages: str) -> None:
     from jobs.schedule.engine import Engine
 
-    with Engine(work_dir) as engine:
+    said: set[str] = set()
+
+    def broken(error: UserError) -> None:
+        if str(error) not in said:
+            said.add(str(error))
+            say(str(error))
+
+    with Engine(work_dir, broken) as engine:
         say(f"firing the schedules of {work_dir}; Prefect's pages are at {pages} (Ctrl-C ends both)")
-        answered, said = time.monotonic(), ""
+        answered = time.monotonic()
         try:
             while True:
                 try:
                     engine.tick()
-                    answered, said = time.monotonic(), ""
-                except UserError as error:  # a file that somebody broke: what is planned stays
-                    if str(error) != said:
-                        said = str(error)
-                        say(said)
+                    answered = time.monotonic()
                 except engine.unreachable as error:
                     if server.poll() is not None or time.monotonic() - answered > PATIENCE:
                         raise UserError(f"Prefect's server is gone ({error}): start this again") from None
                 time.sleep(TICK)
         finally:
-            _stop_firings(work_dir)
+            engine.withdraw()
+            _stop_firings()
 
 
-def _stop_firings(work_dir: Path) -> None:
-    """Have those that this process fired stop, and wait until they have."""
-    own = {process.pid: process for process in psutil.Process().children(recursive=True)}
-    running = [own[pid] for pid in firing_processes(work_dir) if pid in own]
-    if not running:
+def _stop_firings() -> None:
+    """Have the firings, each a process that multiprocessing started, stop, and wait until they have."""
+    if not (running := multiprocessing.active_children()):
         return
     say("a firing runs: its training takes a checkpoint first (Ctrl-C again does not wait for it)")
     for process in running:
         process.terminate()
-    psutil.wait_procs(running, STOP_SECONDS)
+    until = time.monotonic() + STOP_SECONDS
+    for process in running:
+        process.join(max(0.0, until - time.monotonic()))
 
 
 @contextmanager
@@ -109,6 +114,8 @@ def _environment(work_dir: Path, port: int) -> dict[str, str]:
         "PREFECT_HOME": str(work_dir / SCHEDULES / PREFECT),
         "PREFECT_API_URL": f"http://{HOST}:{port}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{HOST}:{port}",  # not every page that a browser shows
+        "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",  # what its server answers while its database is busy
         "DO_NOT_TRACK": "1",
         "PREFECT_LOGGING_LEVEL": "WARNING",
     }

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from jobs.cron import check_cron
 from jobs.settings import validated
 from pipelines.config import Part
 from pipelines.errors import UserError
@@ -26,9 +27,9 @@ from pipelines.files import write_atomically
 SCHEDULES = "schedules"  # of work_dir
 REMOVED = "removed"  # beside the schedules: what was removed, with its history
 PREFECT = "prefect"
-RESERVED = (REMOVED, PREFECT)
+SERVED, OWN_RAY = "serve.lock", "own-ray.lock"
+RESERVED = (REMOVED, PREFECT, SERVED, OWN_RAY)
 SETTINGS, RECIPE, HISTORY, LOCK = "schedule.json", "recipe.yaml", "history.jsonl", "lock"
-OWN_RAY = "own-ray.lock"
 LOOK = 0.5  # seconds in which who only looks whether a lock is held has let go of it
 Missed = Literal["catch_up", "skip"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
@@ -98,37 +99,43 @@ def now() -> datetime:
     return datetime.now(UTC).replace(microsecond=0)
 
 
-def schedules(work_dir: Path) -> list[Schedule]:
-    """All of a work_dir, by name."""
-    found = sorted((work_dir.resolve() / SCHEDULES).glob(f"*/{SETTINGS}"))
-    return [schedule for path in found if (schedule := read_schedule(path.parent)) is not None]
+def schedules(work_dir: Path, broken: Callable[[UserError], None]) -> list[Schedule]:
+    """All of a work_dir that can be read, by name; `broken` is told why another cannot."""
+    found = []
+    for directory in _directories(work_dir):
+        try:
+            schedule = read_schedule(directory)
+        except UserError as error:
+            broken(error)
+            continue
+        if schedule is not None:
+            found.append(schedule)
+    return found
 
 
 def find_schedule(work_dir: Path, name: str) -> Schedule:
-    """Raises UserError, which says what there is instead."""
-    found = {schedule.name: schedule for schedule in schedules(work_dir)}
-    if name not in found:
-        there = ", ".join(found) or "none at all: see fot schedule add, or give --work-dir"
-        raise UserError(f"{work_dir} has no schedule {name}, but {there}")
-    return found[name]
+    """Raises UserError, which says what there is instead, or what is wrong with it."""
+    there = {directory.name: directory for directory in _directories(work_dir)}
+    schedule = read_schedule(there[name]) if name in there else None
+    if schedule is None:
+        names = ", ".join(there) or "none at all: see fot schedule add, or give --work-dir"
+        raise UserError(f"{work_dir} has no schedule {name}, but {names}")
+    return schedule
 
 
 def read_schedule(directory: Path) -> Schedule | None:
     """None where there is none (any more). Raises UserError for a file that is none."""
     path = directory / SETTINGS
     try:
-        content = json.loads(path.read_text())
+        settings = validated(Settings, json.loads(path.read_text()), str(path))
+        check_cron(settings.cron, settings.time_zone)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
         raise UserError(f"{path} is no JSON: remove {directory} and add the schedule again") from None
-    return Schedule(directory, validated(Settings, content, str(path)))
-
-
-def firing_processes(work_dir: Path) -> list[int]:
-    """Those in which firings of a work_dir run."""
-    locks = sorted((work_dir.resolve() / SCHEDULES).glob(f"*/{LOCK}"))
-    return [pid for path in locks if (pid := holder(path)) is not None]
+    except UserError as error:
+        raise UserError(f"{error}: mend {path}, or remove {directory} and add the schedule again") from None
+    return Schedule(directory, settings)
 
 
 def remove(schedule: Schedule) -> Path:
@@ -161,13 +168,17 @@ def serving(work_dir: Path) -> Iterator[bool]:
     """As `Schedule.lock`, of what fires all schedules of a work_dir."""
     directory = work_dir.resolve() / SCHEDULES
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory / "serve.lock") as held:
+    with _locked(directory / SERVED) as held:
         yield held
 
 
 def server_of(work_dir: Path) -> int | None:
     """The process that fires a work_dir's schedules."""
-    return holder(work_dir.resolve() / SCHEDULES / "serve.lock")
+    return holder(work_dir.resolve() / SCHEDULES / SERVED)
+
+
+def _directories(work_dir: Path) -> list[Path]:
+    return sorted(path.parent for path in (work_dir.resolve() / SCHEDULES).glob(f"*/{SETTINGS}"))
 
 
 @contextmanager

@@ -28,6 +28,7 @@ BERLIN = ZoneInfo("Europe/Berlin")  # clocks go from 2 to 3 on 2026-03-29, from 
         ("0 2 0 * *", "UTC", "bad day-of-month"),
         ("0 2 * * 8", "UTC", "bad day-of-week"),
         ("5-1 2 * * *", "UTC", "bad minute"),
+        (f"{'1' * 5000} 2 * * *", "UTC", "give minute, hour"),
         ("*/0 2 * * *", "UTC", "bad minute"),
         ("0 0 30 2 *", "UTC", "^--cron '0 0 30 2 \\*' never fires: no such month has a day 30$"),
         ("0 0 31 2,4,6 *", "UTC", "never fires"),
@@ -66,6 +67,13 @@ def test_a_fixed_time_in_the_doubled_hour_comes_once() -> None:
 def test_what_goes_by_the_hour_has_no_firing_in_the_gap_and_two_in_the_doubled_hour() -> None:
     assert local("0 * * * *", "2026-03-29", 3) == ["29 01:00 CET", "29 03:00 CEST", "29 04:00 CEST"]
     assert local("0 * * * *", "2026-10-25", 4) == ["25 01:00 CEST", "25 02:00 CEST", "25 02:00 CET", "25 03:00 CET"]
+
+
+@pytest.mark.parametrize("cron", ["45 2 * * *", "*/15 * * * *", "0 * * * *"])
+def test_times_come_after_a_beginning_in_the_doubled_hours_second_pass(cron: str) -> None:
+    after = datetime(2026, 10, 25, 1, 20, tzinfo=UTC)  # 2:20, for the second time
+    times = [time.astimezone(UTC) for time in islice(firings(cron, "Europe/Berlin", after), 3)]
+    assert [after, *times] == sorted({after, *times})
 
 
 @given(

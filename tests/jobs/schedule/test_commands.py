@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,10 @@ def test_a_schedule_is_added_listed_paused_resumed_and_removed(add, fot_here, wo
     assert "paused" in fot_here("schedule", "list").stdout
     paused = find_schedule(work_dir, "nightly")
     assert paused.settings.paused
+    paused.changed(since=paused.settings.since - timedelta(days=1)).write()
     assert fot_here("schedule", "resume", "nightly").returncode == 0
-    assert find_schedule(work_dir, "nightly").settings.since >= paused.settings.since
+    resumed = find_schedule(work_dir, "nightly").settings
+    assert (resumed.paused, resumed.since >= paused.settings.since) == (False, True)
     assert "nightly has not fired yet" in fot_here("schedule", "history", "nightly").stdout
 
     removed = fot_here("schedule", "remove", "nightly")
@@ -66,6 +69,7 @@ def test_the_recipe_is_kept_with_what_was_set_and_absolute_paths(add, recipe: di
         ((), {"registry": {}}, "without registry.promote no model becomes the champion"),
         ((), {"finetune": {}}, "recipe "),
         (("--cron", "0 2 * * *", "--name", "removed"), {}, "--name removed is taken"),
+        (("--cron", "0 2 * * *", "--name", "serve.lock"), {}, "--name serve.lock is taken"),
         (("--cron", "0 2 * * *", "--name", "../x"), {}, "name"),
         (("--cron", "0 2 * * *", "--set", "finetune.stepz=1"), {}, "finetune.stepz"),
         ((), {"variants": {"a": {}}}, "has variants: a schedule goes on with one model"),

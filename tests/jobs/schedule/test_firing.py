@@ -3,7 +3,8 @@
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -94,11 +95,33 @@ def test_a_firing_that_is_killed_is_interrupted_and_frees_the_schedule(schedule:
     assert schedule.holder is None
 
 
-def test_sigterm_is_handled_afterwards_as_before(schedule: Schedule, ends_with) -> None:
-    ends_with(UserError("no"))
+def test_sigterm_is_handled_afterwards_as_before(schedule: Schedule, monkeypatch) -> None:
+    def takes_sigterm(workspace: Workspace, around: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise UserError("no")
+
+    @contextmanager
+    def ray_that_takes_sigterm(workspace: Workspace) -> Iterator[None]:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        yield
+
+    monkeypatch.setattr(Workspace, "with_ray", ray_that_takes_sigterm)
+    monkeypatch.setattr(module, "make", takes_sigterm)
     before = signal.getsignal(signal.SIGTERM)
     fire(schedule, "run-now")
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_credentials_in_an_error_reach_neither_history_nor_log(schedule: Schedule, ends_with) -> None:
+    for error in (RuntimeError, UserError):
+        ends_with(error("403 for s3://me:secret@host/x and https://b.s3/x?X-Amz-Signature=secret"))
+        told = fire(schedule, "run-now")
+        assert told.state == "failed"
+        assert "403 for s3://host/x and https://b.s3/x" in told.reasons[0]
+        assert read_history(schedule.history)[-1] == told
+    for path in (schedule.history, schedule.directory / "log"):
+        assert "secret" not in path.read_text()
+    assert "RuntimeError" in (schedule.directory / "log").read_text()
 
 
 def test_it_goes_on_with_what_the_alias_stands_for_now(schedule: Schedule, work_dir: Path) -> None:

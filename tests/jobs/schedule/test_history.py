@@ -7,7 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.schedule.history import Firing, append, history_of, last_made, missed, owed, passed, read_history
+from jobs.schedule.history import (
+    DIED,
+    Firing,
+    append,
+    cut_short,
+    history_of,
+    last_made,
+    missed,
+    owed,
+    passed,
+    read_history,
+)
 from jobs.schedule.store import Schedule, Settings
 
 ADDED = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -44,12 +55,6 @@ def test_what_began_and_has_not_ended_is_interrupted_unless_it_runs(schedule: Sc
     assert [each.state for each in history_of(schedule)] == ["interrupted", "interrupted"]
     with schedule.lock():
         assert [each.state for each in history_of(schedule)] == ["interrupted", "running"]
-
-
-def test_no_credentials_reach_the_history(schedule: Schedule) -> None:
-    append(schedule.history, firing(1, reasons=("MLflow at http://me:secret@host:1/x is down",)))
-    assert "secret" not in schedule.history.read_text()
-    assert read_history(schedule.history)[0].reasons == ("MLflow at http://host:1/x is down",)
 
 
 def day(number: int, hour: int = 2) -> datetime:
@@ -100,9 +105,26 @@ def test_what_was_cut_is_owed_until_the_next_time_has_passed(schedule: Schedule,
     assert owed(settings, [], day(21)) is None
 
 
+def test_what_died_is_tried_again_as_often_as_what_failed(schedule: Schedule) -> None:
+    dead = [firing(number, state="interrupted", reasons=(DIED,), scheduled=day(21)) for number in range(3)]
+    assert [cut_short(schedule.settings, dead[:count]) for count in range(4)] == [None, day(21), day(21), None]
+    stopped = firing(4, state="interrupted", reasons=("it was ended",), scheduled=day(21))
+    assert cut_short(schedule.settings, [stopped]) is None
+    assert cut_short(schedule.settings, [dead[0], missed([day(22)], "x")]) == day(21)
+    assert cut_short(schedule.settings, [dead[0].changed(scheduled=None)]) is None
+
+
+def test_a_line_for_what_was_missed_hides_no_firing_that_runs(schedule: Schedule) -> None:
+    append(schedule.history, firing(1))
+    append(schedule.history, missed([day(21)], "x"))
+    with schedule.lock():
+        assert [each.state for each in history_of(schedule)] == ["running", "missed"]
+    assert [each.state for each in history_of(schedule)] == ["interrupted", "missed"]
+
+
 def test_a_line_for_what_was_missed_counts_and_is_seen(schedule: Schedule) -> None:
     told = missed([day(21), day(22)], "the machine was off")
-    assert told.reasons == ("2 firings, the first at 2026-11-21 02:00: the machine was off",)
+    assert told.reasons == ("2 firings, the first at 2026-11-21 02:00 UTC: the machine was off",)
     assert missed([day(21)], "x").reasons == ("1 firing: x",)
     assert passed(schedule.settings, [told], day(23)) == []
 

@@ -20,8 +20,12 @@ from jobs.schedule.store import (
 from pipelines.errors import UserError
 
 
+def refuse(error: UserError) -> None:
+    raise error
+
+
 def test_what_is_written_is_read_again(schedule: Schedule, work_dir: Path) -> None:
-    assert schedules(work_dir) == [schedule]
+    assert schedules(work_dir, refuse) == [schedule]
     schedule.changed(paused=True).write()
     assert find_schedule(work_dir, "nightly") == schedule.changed(paused=True)
 
@@ -34,11 +38,26 @@ def test_a_name_that_is_not_there_is_one_line_that_says_what_is(schedule: Schedu
         find_schedule(work_dir, "nightly")
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is no JSON"), ('{"name": "x"}', "cron")])
-def test_a_file_that_is_none_is_one_line(schedule: Schedule, text: str, message: str) -> None:
-    (schedule.directory / SETTINGS).write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_schedule(schedule.directory)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no JSON"),
+        ('{"name": "x"}', "cron"),
+        ('{"name": "x", "cron": "0 2 * * *", "time_zone": "Mars", "added": 0, "since": 0}', "Mars: no such time zone"),
+    ],
+)
+def test_a_file_that_is_none_is_one_line_and_no_harm_to_others(
+    schedule: Schedule, work_dir: Path, text: str, message: str
+) -> None:
+    other = schedule.directory.with_name("other")
+    other.mkdir()
+    (other / SETTINGS).write_text(text)
+    with pytest.raises(UserError, match=rf"{message}.* remove {other}"):
+        read_schedule(other)
+    told: list[UserError] = []
+    assert schedules(work_dir, told.append) == [schedule]
+    assert len(told) == 1
+    assert find_schedule(work_dir, "nightly") == schedule
 
 
 def test_the_lock_is_held_once_and_says_by_whom(schedule: Schedule) -> None:
@@ -69,7 +88,7 @@ def test_what_is_removed_lies_aside_with_its_history_and_its_name_is_free(schedu
     schedule.history.write_text("kept\n")
     target = remove(schedule)
     assert (target / "history.jsonl").read_text() == "kept\n"
-    assert schedules(work_dir) == []
+    assert schedules(work_dir, refuse) == []
     assert read_schedule(schedule.directory) is None
     time.sleep(1)  # the second is in the name of what was removed
     schedule.write()
