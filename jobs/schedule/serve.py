@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ def serve(work_dir: Path, port: int) -> None:
             raise UserError(f"port {port} is taken: try --port with another one")
         interrupt_when_asked_to_end()
         os.environ.update(_environment(work_dir, port))  # before anything of Prefect is imported
+        tempfile.tempdir = os.environ["PREFECT_HOME"]  # in the common one its runner's place is another user's
         try:
             with _prefect_server(work_dir, port) as server:
                 _fire_all(work_dir, server, f"http://{HOST}:{port}")

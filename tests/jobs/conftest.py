@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -219,3 +220,66 @@ def tracking_server(tmp_path_factory, empty_database: Path):
     server = Server(directory)
     yield server
     server.kill()
+
+
+class Browser:
+    """A real one, in which pages are built as they are for a person."""
+
+    PATIENCE = 60  # seconds for a page to show what is waited for
+
+    def __init__(self, chromium: str, driver: str) -> None:
+        from selenium import webdriver
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = chromium
+        for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1600,1200"):
+            options.add_argument(argument)
+        self._driver = webdriver.Chrome(options, webdriver.ChromeService(driver))
+        self._driver.set_page_load_timeout(self.PATIENCE)
+
+    def open(self, url: str) -> None:
+        self._driver.get(url)
+
+    def script(self, text: str, *arguments: object) -> object:
+        return self._driver.execute_script(text, *arguments)
+
+    def wait_for(self, seen: Callable[[], object]) -> object:
+        """What `seen` gives as soon as it is something; the page's text is told where it never is."""
+        end = time.monotonic() + self.PATIENCE
+        while time.monotonic() < end:
+            try:
+                if found := seen():
+                    return found
+            except Exception as error:  # the page is being built
+                if "selenium" not in type(error).__module__:
+                    raise
+            time.sleep(0.2)
+        raise AssertionError(f"{self._driver.current_url} never showed it: {self._text()[:2000]}")
+
+    def wait_for_texts(self, *texts: str) -> None:
+        self.wait_for(lambda: all(text in self._text() for text in texts))
+
+    def click(self, text: str) -> None:
+        """On the last and innermost of what has just this text, once it is there."""
+        has_text = "[...document.querySelectorAll('*')].filter(each => each.textContent.trim() === arguments[0])"
+        self.wait_for(
+            lambda: self.script(f"const found = {has_text}.pop(); found && found.click(); return found", text)
+        )
+
+    def quit(self) -> None:
+        self._driver.quit()
+
+    def _text(self) -> str:
+        return str(self.script("return document.body.innerText"))
+
+
+@pytest.fixture
+def browser():
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        if os.environ.get("CI"):
+            pytest.fail("the pages are to be seen in Chromium: install chromium and chromium-driver")
+        pytest.skip("no chromium with chromedriver here: pages are not looked at")
+    browser = Browser(chromium, driver)
+    yield browser
+    browser.quit()

@@ -27,8 +27,8 @@ def llama_like(directory: Path) -> None:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=special, limit_alphabet=30, show_progress=False)
-    tokenizer.train_from_iterator(TEXTS, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator([text.encode("ascii", "ignore").decode() for text in TEXTS], trainer)  # else by bytes
     content = tokenizer.to_str()
     kept = Tokenizer.from_str(content)
     PreTrainedTokenizerFast(tokenizer_object=kept, unk_token="<unk>", **ENDS).save_pretrained(directory)

@@ -1,7 +1,5 @@
 """MLflow's pages in a real browser: a person sees the run, its plot and the model's version."""
 
-import os
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,48 +12,6 @@ from jobs.registry.record import record
 
 GATE = Registry.model_validate({"promote": [{"metric": "passkey/exact", "at": 2048, "least": 0.9}]})
 WORD = "quaxelwimp"  # nowhere but in our run
-PATIENCE = 60  # seconds for a page to show what is waited for
-
-
-@pytest.fixture
-def browser():
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        if os.environ.get("CI"):
-            pytest.fail("the pages are to be seen in Chromium: install chromium and chromium-driver")
-        pytest.skip("no chromium with chromedriver here: MLflow's pages are not looked at")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1600,1200"):
-        options.add_argument(argument)
-    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    browser.set_page_load_timeout(PATIENCE)
-    yield browser
-    browser.quit()
-
-
-def until(browser, seen):
-    """What `seen` gives as soon as it is something; the page's text is told where it never is."""
-    end = time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        try:
-            if found := seen():
-                return found
-        except Exception as error:  # the page is being built
-            if "selenium" not in type(error).__module__:
-                raise
-        time.sleep(0.2)
-    raise AssertionError(f"{browser.current_url} never showed it: {text_of(browser)[:2000]}")
-
-
-def text_of(browser) -> str:
-    return browser.execute_script("return document.body.innerText")
-
-
-def wait_for_texts(browser, *texts: str) -> None:
-    until(browser, lambda: all(text in text_of(browser) for text in texts))
 
 
 def plot(path: Path) -> None:
@@ -95,15 +51,15 @@ def test_the_run_its_plot_and_the_models_version_are_seen(
 
     experiment = MlflowClient(f"sqlite:///{work_dir}/mlflow.db").get_run(made["run_id"]).info.experiment_id
     page = f"{url}/experiments/{experiment}/runs/{made['run_id']}"
-    browser.get(page)
-    wait_for_texts(browser, f"{WORD}-objective", "passkey/exact", "Gate: promoted")
+    browser.open(page)
+    browser.wait_for_texts(f"{WORD}-objective", "passkey/exact", "Gate: promoted")
 
-    browser.get(f"{page}/artifacts/perplexity/perplexity.png")
+    browser.open(f"{page}/artifacts/perplexity/perplexity.png")
     size = "return [...document.images].map(image => [image.naturalWidth, image.naturalHeight].join())"
-    until(browser, lambda: "321,234" in browser.execute_script(size))
+    browser.wait_for(lambda: "321,234" in browser.script(size))
 
-    browser.get(f"{url}/models/fot.tiny/versions/1")
-    wait_for_texts(browser, "champion", "candidate", f"{WORD}-base", f"Of the recipe tiny, run {made['run_id']}.")
+    browser.open(f"{url}/models/fot.tiny/versions/1")
+    browser.wait_for_texts("champion", "candidate", f"{WORD}-base", f"Of the recipe tiny, run {made['run_id']}.")
 
     server.send_signal(signal.SIGINT)
     assert_all_ended(server, started)
