@@ -1,11 +1,12 @@
 """`fot manifest`: what runs a recipe on Kubernetes with KubeRay, a RayJob or (by cron) a RayCronJob.
 
-The recipe, with what was set, is in a ConfigMap, so the image needs this package alone. The cluster made for a run has
-a head that only drives, data workers (CPUs) and training workers as many and as large as the recipe asks for; both
-groups grow from zero with what waits to be run and shrink to zero again. Every pod has one claim at /shared, the
-working directory of the run: relative paths of the recipe, work_dir among them, lie there.
+It is a job like those of `fot submit`: the recipe, with what was set, is in its metadata, so the image needs this
+package alone. The cluster made for it has a head that only drives, data workers (CPUs) and training workers as many and
+as large as the recipe asks for; both groups grow from zero with what waits to be run and shrink to zero again. Every
+pod has one claim at /shared: relative paths of the recipe, work_dir among them, lie there.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,14 +19,16 @@ import yaml
 from jobs.cron import check_cron
 from jobs.recipe import Recipe, load_recipe
 from jobs.settings import Content, read_overridden
-from jobs.submit.package import holds_credentials
+from jobs.submit.commands import ENTRY, STOP_SECONDS
+from jobs.submit.job import login, make_metadata
+from jobs.submit.package import WORK_DIR, absolute, holds_credentials, load_all
 from jobs.train.config import Resources
 from jobs.variants import load_comparison
 from pipelines.errors import UserError
+from pipelines.hashing import hash_json
 
 Manifest = dict[str, Any]
 SHARED = "/shared"
-RECIPE = "/etc/fot/recipe.yaml"
 NAME_LENGTH = 36  # KubeRay appends up to 17 characters to name a RayCronJob's RayJobs and their clusters, of 53 at most
 RETRIES = 2  # each on a new cluster, going on from the finished stages and the last checkpoint
 IDLE_SECONDS = 300
@@ -34,6 +37,7 @@ DATA_WORKER = {"cpu": "8", "memory": "32Gi"}
 DATA_WORKERS = 8
 GPU = "nvidia.com/gpu"
 GPU_WORKER_GIB, CPU_WORKER_GIB = 64, 8  # of a training worker
+GROUP = 100  # of the user that Ray's images run as, who else could not write to the claim
 
 
 @dataclass(frozen=True)
@@ -55,43 +59,46 @@ class Deployment:
 
 
 def show_manifest(path: Path, overrides: Sequence[str], deployment: Deployment) -> None:
-    """Print the manifests of a recipe file as YAML, for `kubectl apply -f -`. Raises UserError as `manifests` does, and
-    for a recipe that is wrong."""
+    """Print the manifest of a recipe file as YAML, for `kubectl apply -f -`. Raises UserError as `make_manifest` does,
+    and for a recipe that is wrong."""
     comparison = load_comparison(path, overrides)
     recipe = load_recipe(path, overrides) if comparison is None else comparison.common
     content = read_overridden(path, overrides)
-    print(yaml.dump_all(manifests(content, recipe, deployment), Dumper=_Dumper, sort_keys=False, width=120), end="")
+    content.setdefault(WORK_DIR, recipe.work_dir)
+    every = [each.resources for each in load_all(path, overrides).values() if isinstance(each, Recipe)]
+    made = make_manifest(content, recipe.name, max(every, key=_size), deployment)
+    print(yaml.dump(made, Dumper=_Dumper, sort_keys=False, width=120), end="")
 
 
-def manifests(content: Content, recipe: Recipe, deployment: Deployment) -> list[Manifest]:
-    """The ConfigMap that holds the recipe (`content`: the keys of its file), and the RayJob or RayCronJob that runs it.
+def make_manifest(content: Content, name: str, resources: Resources, deployment: Deployment) -> Manifest:
+    """The RayJob or RayCronJob that runs a recipe. `content`: the keys of its file; `resources`: the most that it asks
+    for, in any of its variants.
 
     Raises UserError where pods would not see a path, the recipe holds credentials, or a name, cron line or time zone
     is not one.
     """
-    _check_paths(content)
-    text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120)
+    content = _on_the_claim(content)
     if (key := holds_credentials(content)) is not None:
         raise UserError(
             f"{key} holds credentials, and a manifest is no secret: put them into a Secret as environment variables "
             f"(MLFLOW_TRACKING_URI, AWS_ACCESS_KEY_ID), and name that with --secret"
         )
-    name = kubernetes_name(recipe.name)
-    place = {} if deployment.namespace is None else {"namespace": deployment.namespace}
-    config_map = {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": {"name": f"{name}-recipe", **place},
-        "data": {PurePosixPath(RECIPE).name: text},
-    }
-    spec = ray_job_spec(f"{name}-recipe", recipe.resources, deployment)
-    kind = "RayJob"
+    called = kubernetes_name(name)
+    code = {"version": version("fot"), "hash": hash_json(version("fot"))}  # the image's, from the package's wheel
+    metadata = make_metadata(called, 1, name, login("set USER"), {}, json.dumps(code), shell_yaml(content))
+    spec, kind = ray_job_spec(metadata, resources, deployment), "RayJob"
     if deployment.cron is not None:
         check_cron(deployment.cron, deployment.time_zone)
         kind = "RayCronJob"
         spec = {"schedule": deployment.cron, "timeZone": deployment.time_zone, "jobTemplate": spec}
-    job = {"apiVersion": "ray.io/v1", "kind": kind, "metadata": {"name": name, **place}, "spec": spec}
-    return [config_map, job]
+    place = {} if deployment.namespace is None else {"namespace": deployment.namespace}
+    return {"apiVersion": "ray.io/v1", "kind": kind, "metadata": {"name": called, **place}, "spec": spec}
+
+
+def shell_yaml(content: Content) -> str:
+    """As YAML in ASCII without what a shell replaces between double quotes, where KubeRay puts it: "$" is a \\u0024."""
+    text = yaml.dump(content, Dumper=_ShellDumper, sort_keys=False, width=120)
+    return text.replace("$", r"\u0024").replace("`", r"\u0060")
 
 
 def kubernetes_name(name: str) -> str:
@@ -103,13 +110,14 @@ def kubernetes_name(name: str) -> str:
     return plain
 
 
-def ray_job_spec(recipe: str, resources: Resources, deployment: Deployment) -> Manifest:
-    """The spec of a RayJob. `recipe`: the name of the ConfigMap that holds it."""
+def ray_job_spec(metadata: Mapping[str, str], resources: Resources, deployment: Deployment) -> Manifest:
+    """The spec of a RayJob. `metadata`: the job's, with its recipe."""
     head = _pod(deployment, HEAD)
-    head["spec"]["containers"][0]["env"] = [{"name": "RAY_USAGE_STATS_ENABLED", "value": "0"}]
-    _add_volume(head, "recipe", str(PurePosixPath(RECIPE).parent), {"configMap": {"name": recipe}})
+    variables = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+    head["spec"]["containers"][0]["env"] = [{"name": name, "value": value} for name, value in variables.items()]
     return {
-        "entrypoint": f"bash -c 'cd {SHARED} && fot run {RECIPE}'",  # one word: KubeRay puts it into a shell's line
+        "entrypoint": f"exec python -m {ENTRY}",
+        "metadata": dict(metadata),
         "shutdownAfterJobFinishes": True,
         "backoffLimit": RETRIES if deployment.cron is None else 0,  # by cron the next firing goes on
         "rayClusterSpec": {
@@ -169,27 +177,36 @@ def _pod(deployment: Deployment, takes: Mapping[str, str]) -> Manifest:
         "name": "ray",
         "image": deployment.image,
         "resources": {"requests": dict(takes), "limits": dict(takes)},
+        "volumeMounts": [{"name": "shared", "mountPath": SHARED}],
     }
     if deployment.secret is not None:
         container["envFrom"] = [{"secretRef": {"name": deployment.secret}}]
-    pod: Manifest = {"spec": {"restartPolicy": "Never", "containers": [container]}}
-    _add_volume(pod, "shared", SHARED, {"persistentVolumeClaim": {"claimName": deployment.claim}})
-    return pod
+    return {
+        "spec": {
+            "restartPolicy": "Never",
+            "securityContext": {"fsGroup": GROUP, "fsGroupChangePolicy": "OnRootMismatch"},
+            "containers": [container],
+            "volumes": [{"name": "shared", "persistentVolumeClaim": {"claimName": deployment.claim}}],
+        }
+    }
 
 
-def _add_volume(pod: Manifest, name: str, path: str, source: Manifest) -> None:
-    pod["spec"].setdefault("volumes", []).append({"name": name, **source})
-    pod["spec"]["containers"][0].setdefault("volumeMounts", []).append({"name": name, "mountPath": path})
+def _size(resources: Resources) -> tuple[float, float]:
+    """GPUs and CPUs of all workers."""
+    return resources.workers * resources.gpus_per_worker, resources.workers * resources.cpus_per_worker
 
 
-def _check_paths(content: Content) -> None:
-    """Raises UserError for a path of this machine, which pods do not see."""
-    for key, text in _texts(content):
-        if text.startswith(("/", "~")) and not PurePosixPath(text).is_relative_to(SHARED):
+def _on_the_claim(content: Content) -> Content:
+    """The recipe with every path absolute, as pods mean them. Raises UserError for one that they do not see."""
+    changed = absolute(content, SHARED)
+    for (key, given), (_, path) in zip(_texts(content), _texts(changed), strict=True):
+        elsewhere = path.startswith("/") and not PurePosixPath(path).is_relative_to(SHARED)
+        if elsewhere or given.startswith("~"):
             raise UserError(
-                f"{key} is {text}, on this machine, but pods see the claim alone, at {SHARED}: give a path on it, "
+                f"{key} is {given}, on this machine, but pods see the claim alone, at {SHARED}: give a path on it, "
                 f"relative or under {SHARED} (--set {key}=PATH)"
             )
+    return changed
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -205,8 +222,17 @@ class _Dumper(yaml.SafeDumper):
     """Texts of several lines as blocks."""
 
 
+class _ShellDumper(yaml.SafeDumper):
+    """Texts that a shell would change in double quotes, where YAML has escapes."""
+
+
 def _block(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
 
 
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if re.search("[$`]", text) else None)
+
+
 _Dumper.add_representer(str, _block)
+_ShellDumper.add_representer(str, _quoted)

@@ -1,15 +1,14 @@
 """The recipe: one strict, frozen model of everything a run needs, read from YAML with `--set key=value` on top."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from jobs.evaluate.config import Evaluation
 from jobs.registry.config import Registry
-from jobs.settings import read_overridden, validated
+from jobs.settings import WorkDirectory, read_overridden, validated
 from jobs.train.config import Continued, FotObjective, MemorizingObjective, Positive, Resources, Training
 from pipelines.config import Data, Part, TokenizerPart
 from pipelines.errors import UserError
@@ -86,15 +85,10 @@ class Texts(Part):
 
     name: Name
     seed: int = 0
-    work_dir: str = "runs"
+    work_dir: WorkDirectory = "runs"
     data: Data
     tokenizer: TokenizerPart = TokenizerPart()
     base: Base
-
-    @field_validator("work_dir")
-    @classmethod
-    def _expand(cls, work_dir: str) -> str:
-        return os.path.expanduser(work_dir)
 
 
 class Recipe(Texts):
@@ -197,5 +191,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     content = read_overridden(path, overrides)
     content.pop("variants", None)
     if content.get("kind") == "dictionary":
-        raise UserError(f"recipe {path} is of the dictionary task: only `fot run` and `fot status` take it")
+        raise UserError(
+            f"recipe {path} is of the dictionary task: only `fot run`, `fot status` and `fot submit` take it"
+        )
     return validated(Recipe, content, f"recipe {path}")

@@ -1,18 +1,31 @@
 """Settings from YAML, with `key=value` on top, checked against a strict model: whatever is wrong is one line."""
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 
 from jobs.registry.config import hide_credentials
 from pipelines.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
 Content = dict[str, Any]
+
+
+def _directory(work_dir: str) -> str:
+    if "://" in work_dir:
+        raise ValueError(
+            f"work_dir {work_dir} is a URL: give a directory, on a cluster one that all nodes share (checkpoints.path "
+            f"may be a URL)"
+        )
+    return os.path.expanduser(work_dir)
+
+
+WorkDirectory = Annotated[str, AfterValidator(_directory)]  # of a recipe: holds all that is made
 
 
 def read_yaml(path: Path) -> Content:

@@ -1,10 +1,12 @@
 """Ray: the cluster of RAY_ADDRESS or one started on this machine, and running many tasks on it."""
 
 import itertools
+import json
 import logging
 import os
+import re
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -20,6 +22,10 @@ CANCELS = 10  # attempts to stop a task, a second each
 OBJECT_STORE_BYTES = 200_000_000  # tasks pass paths and counts, not data
 AHEAD = 256  # tasks that a cluster which grows is shown: it launches nodes for those that wait
 LIMITS = {"CPU": "FOT_MAX_CPUS", "GPU": "FOT_MAX_GPUS"}  # environment variables, for what a job may take
+NODE_TYPE = "ray.io/node-group"  # label of a node with its type, where a launcher or KubeRay started it
+UNNAMED = re.compile(r"node_?[0-9a-f]{56}", re.IGNORECASE)  # a type in Ray's report that nobody gave the node
+FIXED = "local.cluster.node"  # the launcher's type for machines that are there
+KUBERAY_HEAD = "headgroup"
 KEEP_OFF = {"role": "!training"}  # tasks without GPUs stay away from nodes labelled so
 
 
@@ -113,10 +119,10 @@ def run_tasks(
     where = {} if gpus else {"label_selector": KEEP_OFF}
     task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=5, **where)(function)
     running: dict[ray.ObjectRef, int] = {}
-    pending = iter(range(len(arguments)))
+    pending, grows = iter(range(len(arguments))), autoscales()
     try:
         for _ in arguments:
-            for number in itertools.islice(pending, max(0, _at_once(gpus) - len(running))):
+            for number in itertools.islice(pending, max(0, _at_once(gpus, grows) - len(running))):
                 asked = task if memory is None else task.options(memory=memory[number])
                 running[asked.remote(*arguments[number])] = number
             (done,), _ = ray.wait(list(running), num_returns=1)
@@ -133,10 +139,20 @@ def run_tasks(
 
 
 def autoscales() -> bool:
-    """Whether the cluster launches nodes for what waits for them."""
-    from ray.autoscaler.v2.utils import is_autoscaler_v2
+    """Whether the cluster launches nodes for what waits for them, or may do so."""
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.experimental.internal_kv import _internal_kv_get
 
-    return bool(is_autoscaler_v2())
+    report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
+    reported = (report.get("autoscaler_report") or {}).get("active_nodes") or ()
+    return grows([*reported, *(node["Labels"].get(NODE_TYPE) for node in ray.nodes() if node["Alive"])]) is not False
+
+
+def grows(types: Iterable[str | None]) -> bool | None:
+    """Whether an autoscaler adds nodes, by the types of those there are: the first generation of Ray's names them in
+    its report, the second in labels. None where they do not tell: KubeRay labels nodes without an autoscaler, too."""
+    named = {kind for kind in types if kind and not UNNAMED.fullmatch(kind)} - {FIXED}
+    return None if KUBERAY_HEAD in named else bool(named)
 
 
 def job_limit(kind: str) -> int | None:
@@ -149,9 +165,9 @@ def job_limit(kind: str) -> int | None:
     return int(text)
 
 
-def _at_once(gpus: int) -> int:
+def _at_once(gpus: int, grows: bool) -> int:
     """Tasks that Ray holds at a time, of one CPU and so many GPUs each."""
-    most = [max(AHEAD if autoscales() else 2, 2 * int(ray.cluster_resources().get("CPU", 0)))]
+    most = [max(AHEAD if grows else 2, 2 * int(ray.cluster_resources().get("CPU", 0)))]
     for kind, each in (("CPU", 1), ("GPU", gpus)):
         if each and (limit := job_limit(kind)) is not None:
             most.append(max(1, limit // each))

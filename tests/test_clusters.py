@@ -1,4 +1,5 @@
-"""The cluster launcher's files: Ray's validator, provider and autoscaler take them, and their commands are shell."""
+"""The cluster launcher's files: Ray's validator, provider and autoscaler take them, and their commands run, as do those
+of docs/cluster.md that need no cloud."""
 
 import os
 import re
@@ -6,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -32,6 +34,7 @@ ROOT = Path(__file__).parents[1]
 AWS, GCP, LOCAL = ROOT / "ray_cluster.yaml", ROOT / "clusters/gcp.yaml", ROOT / "clusters/on_premises.yaml"
 FILES = [AWS, GCP, LOCAL]
 CLOUDS = [AWS, GCP]
+PAGE = (ROOT / "docs/cluster.md").read_text()
 ROLES = {"head", "data", "training"}
 
 
@@ -53,6 +56,13 @@ def aws():
 def sized_aws(aws) -> dict:
     """Amazon's file with the resources of its instance types, which Ray asks Amazon for."""
     return AWSNodeProvider.fillout_available_node_types_resources(yaml.safe_load(AWS.read_text()))
+
+
+def block(language: str, heading: str) -> str:
+    """The first block of code of a language below a heading of docs/cluster.md."""
+    found = re.search(rf"```{language}\n(.*?)```", PAGE.split(f"## {heading}\n")[1], re.DOTALL)
+    assert found is not None
+    return found[1]
 
 
 def commands(cluster: dict) -> list[str]:
@@ -132,39 +142,30 @@ def test_every_node_mounts_what_is_shared_before_anything_else(cluster) -> None:
 
 
 @pytest.fixture(scope="session")
-def package(tmp_path_factory) -> Path:
-    """build/cluster as docs/cluster.md makes it, from a copy of what the package consists of."""
-    copy, out = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("build") / "cluster"
+def checkout(tmp_path_factory) -> Path:
+    """A copy of what the package consists of, in which and as whose home the commands of docs/cluster.md were run."""
+    copy = tmp_path_factory.mktemp("checkout")
     for name in ("pyproject.toml", "README.md", "constraints.txt"):
         shutil.copy(ROOT / name, copy)
     for name in ("fot_model", "pipelines", "jobs"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    wheel = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        out,
-        ".",
-    ]
-    subprocess.run(wheel, cwd=copy, check=True)
-    shutil.copy(copy / "constraints.txt", out)
-    return out
+    (copy / ".venv").symlink_to(sys.prefix)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(copy), "PIP_NO_INDEX": "1"}
+    subprocess.run(["bash", "-e", "-c", block("sh", "Once, for the launcher")], cwd=copy, env=environment, check=True)
+    return copy
 
 
-def test_the_setup_commands_install_the_package(cluster, package, tmp_path) -> None:
-    """As on a node, but for what the package needs, which is not fetched."""
-    shutil.copytree(package, tmp_path / "fot")
+@pytest.fixture
+def install(checkout, tmp_path) -> Callable[[str], None]:
+    """Runs a command that installs the package, as on a node but for what the package needs, which is not fetched, and
+    looks whether it is there."""
+    shutil.copytree(checkout / "build/cluster", tmp_path / "fot")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/pip").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pip "$@"\n')
     (tmp_path / "bin/pip").chmod(0o755)
     (tmp_path / "fot-environment").mkdir()
     (tmp_path / "fot-environment/bin").symlink_to(tmp_path / "bin")
-    (install,) = [command for command in cluster["setup_commands"] if " install " in command]
     environment = {
         **os.environ,
         "HOME": str(tmp_path),
@@ -173,11 +174,56 @@ def test_the_setup_commands_install_the_package(cluster, package, tmp_path) -> N
         "PIP_NO_INDEX": "1",
         "PIP_TARGET": str(tmp_path / "site"),
     }
-    install = install.replace("'ray[default]' ", "")  # of the index
-    subprocess.run(["bash", "-c", install], env=environment, check=True)
-    assert (tmp_path / "site/jobs/train/loop.py").exists()
-    assert (tmp_path / "site/pipelines").is_dir()
-    assert (tmp_path / "site/fot_model").is_dir()
+
+    def run(command: str) -> None:
+        subprocess.run(["bash", "-c", command], env=environment, check=True)
+        assert (tmp_path / "site/jobs/train/loop.py").exists()
+        assert (tmp_path / "site/pipelines").is_dir()
+        assert (tmp_path / "site/fot_model").is_dir()
+
+    return run
+
+
+def test_the_pages_commands_make_what_the_launcher_copies(checkout, cluster) -> None:
+    for path in cluster["file_mounts"].values():
+        assert Path(path.replace("~", str(checkout))).exists() or (checkout / path).exists()
+    assert (checkout / "build/cluster/constraints.txt").exists()
+    assert (checkout / ".ray/auth_token").stat().st_size > 20
+
+
+def test_the_setup_commands_install_the_package(cluster, install) -> None:
+    (command,) = [command for command in cluster["setup_commands"] if " install " in command]
+    install(command.replace("'ray[default]' ", ""))  # of the index
+
+
+def test_the_pages_image_has_the_pinned_ray_and_the_package(checkout, install, tmp_path) -> None:
+    image, copied, run = block("dockerfile", "Kubernetes").splitlines()
+    gpu = yaml.safe_load(AWS.read_text())["available_node_types"]["training"]["docker"]["worker_image"]
+    assert image == f"FROM {gpu}"
+    source, target = copied.removeprefix("COPY --chown=ray ").split()
+    assert (checkout / source).is_dir()
+    assert target in run
+    install(run.removeprefix("RUN ").replace(target, str(tmp_path / "fot")))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_ray_starts_with_what_a_machines_own_file_says(tmp_path, there) -> None:
+    environment, programs = tmp_path / "fot.env", tmp_path / "fot-environment/bin"
+    if there:
+        environment.write_text("# limits\nFOT_MAX_GPUS=8\nMLFLOW_TRACKING_PASSWORD='a b$c'\n")
+    programs.mkdir(parents=True)
+    (programs / "ray").write_text("#!/bin/sh\nenv\n")
+    (programs / "ray").chmod(0o755)
+    for command in commands(yaml.safe_load(LOCAL.read_text())):
+        if "ray start " not in command:
+            continue
+        own = command.replace("/etc/fot.env", str(environment))
+        variables = {"HOME": str(tmp_path), "PATH": os.environ["PATH"], "RAY_HEAD_IP": "HEAD"}
+        done = subprocess.run(["bash", "-c", own], env=variables, stdout=subprocess.PIPE, text=True, check=True)
+        given = dict(line.split("=", 1) for line in done.stdout.splitlines())
+        assert given["RAY_AUTH_MODE"] == "token"
+        assert given.get("FOT_MAX_GPUS") == ("8" if there else None)
+        assert given.get("MLFLOW_TRACKING_PASSWORD") == ("a b$c" if there else None)
 
 
 # The autoscaler's own decision about what to launch and to end.
@@ -185,7 +231,7 @@ def test_the_setup_commands_install_the_package(cluster, package, tmp_path) -> N
 
 def kuberay(workers: int) -> dict:
     """A manifest's cluster as the autoscaler reads it."""
-    spec = ray_job_spec("recipe", Resources(workers=workers, gpus_per_worker=1), Deployment("image", "claim"))
+    spec = ray_job_spec({}, Resources(workers=workers, gpus_per_worker=1), Deployment("image", "claim"))
     return _derive_autoscaling_config_from_ray_cr(
         {"metadata": {"name": "fot", "namespace": "default"}, "spec": spec["rayClusterSpec"]}
     )
@@ -321,3 +367,28 @@ def test_amazon_takes_every_node_type(sized_aws, monkeypatch, tmp_path) -> None:
         assert made.instance_type == types[role]["node_config"]["InstanceType"]
         assert made.image_id == image
     assert len(provider.non_terminated_nodes({})) == len(ROLES)
+
+
+def test_ray_takes_the_security_group_that_was_made_before_it_and_leaves_its_rules(
+    sized_aws, monkeypatch, tmp_path
+) -> None:
+    """As docs/cluster.md has it made: the nodes' file system lets it in, and ssh is for one address alone."""
+    import boto3
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cluster = prepare_config(deepcopy(sized_aws))
+    ec2 = boto3.resource("ec2", region_name=cluster["provider"]["region"])
+    (vpc,) = ec2.vpcs.filter(Filters=[{"Name": "is-default", "Values": ["true"]}])
+    name = cluster["provider"]["security_group"]["GroupName"]
+    assert f"--group-name {name} " in PAGE
+    for there in vpc.security_groups.filter(Filters=[{"Name": "group-name", "Values": [name]}]):
+        there.delete()
+    nodes = vpc.create_security_group(GroupName=name, Description="Ray's nodes")
+    nodes.authorize_ingress(IpPermissions=[{"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": nodes.id}]}])
+    nodes.authorize_ingress(IpProtocol="tcp", FromPort=22, ToPort=22, CidrIp="192.0.2.1/32")
+    cluster["available_node_types"]["head"]["node_config"]["IamInstanceProfile"] = {"Name": "there-already"}
+    types = AWSNodeProvider.bootstrap_config(cluster)["available_node_types"]
+    assert all(types[role]["node_config"]["SecurityGroupIds"] == [nodes.id] for role in ROLES)
+    nodes.reload()
+    assert [each["CidrIp"] for rule in nodes.ip_permissions for each in rule["IpRanges"]] == ["192.0.2.1/32"]
+    assert len(nodes.ip_permissions) == 2

@@ -1,12 +1,15 @@
-"""The code in docs/model.md runs as it stands, on a LLaMA made on the spot; the commands of all pages are there."""
+"""The code in docs/model.md runs as it stands, on a LLaMA made on the spot; the commands of `fot` and `ray` on all
+pages are there, and so are the extras that they install."""
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import click
 import pytest
 import torch
+from ray.scripts.scripts import cli as ray
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from jobs.cli import fot
@@ -42,23 +45,29 @@ def test_the_code_of_the_model_page_runs_in_order(tmp_path: Path, monkeypatch: p
 
 
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
-PROMPT = r"^\s*(?:\$ )?(?:\.venv/bin/)?(?=fot )"
+CLUSTERS = [ROOT / "ray_cluster.yaml", *sorted((ROOT / "clusters").glob("*.yaml"))]  # their remarks show commands, too
+PROGRAMS = {"fot": fot, "ray": ray}
+BEFORE = r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?"  # variables and place of a program
 
 
-def shown_commands(page: Path) -> list[str]:
+def shown_commands(page: Path, program: str) -> list[str]:
     """Every `fot ...` line to type, without prompt, remarks, pipes and the marks for what may be left out."""
     lines = page.read_text().replace("\\\n", " ").splitlines()
-    typed = [re.sub(PROMPT, "", line) for line in lines if re.match(PROMPT, line)]
-    return [re.split(r" #|\s{3,}| \| ", line)[0] for line in typed]
+    prompt = rf"^#?\s*(?:\$ )?{BEFORE}(?={program} )"
+    typed = [re.sub(prompt, "", line) for line in lines if re.match(prompt, line)]
+    return [re.split(r" #|\s{3,}| \| | > ", line)[0] for line in typed]
 
 
-def named_commands(page: Path) -> list[str]:
+def named_commands(page: Path, program: str) -> list[str]:
     """Every `fot ...` in a sentence or a table."""
-    return re.findall(r"`(?:\.venv/bin/)?(fot [^`]+)`", page.read_text())
+    return re.findall(rf"`{BEFORE}({program} [^`]+)`", page.read_text())
 
 
 def command_of(line: str) -> tuple[click.Command, list[str]]:
-    command, arguments = fot, shlex.split(re.sub(r"(?<=\s)\[(.*?)\](?=\s|$)", r"\1", line).replace("...", ""))[1:]
+    command, arguments = (
+        PROGRAMS[line.split()[0]],
+        shlex.split(re.sub(r"(?<=\s)\[(.*?)\](?=\s|$)", r"\1", line).replace("...", ""))[1:],
+    )
     while isinstance(command, click.Group) and arguments:
         name, *arguments = arguments
         found = command.get_command(click.Context(command), name.rstrip(","))
@@ -67,14 +76,23 @@ def command_of(line: str) -> tuple[click.Command, list[str]]:
     return command, arguments
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_of_the_pages_is_one_that_there_is(page: Path) -> None:
-    shown, named = shown_commands(page), named_commands(page)
-    assert shown or named or page.name == "model.md"
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("page", [*PAGES, *CLUSTERS], ids=lambda page: page.name)
+def test_every_command_of_the_pages_is_one_that_there_is(page: Path, program: str) -> None:
+    shown, named = shown_commands(page, program), named_commands(page, program)
+    if program == ("fot" if page.suffix == ".md" else "ray"):
+        assert shown or named or page.name == "model.md"
     for line in shown:
         command, arguments = command_of(line)
         command.make_context(command.name, arguments)  # refuses what is no option, and what is missing
+        assert all((ROOT / word).exists() for word in arguments if word.startswith(("recipes/", "clusters/"))), line
     for line in named:
         command, arguments = command_of(line)
         there = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in arguments if word.startswith("-")} <= there, line
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CLUSTERS], ids=lambda page: page.name)
+def test_what_is_installed_with_the_package_is_one_of_its_extras(page: Path) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(re.findall(r"(?:fot|\$W|\.whl\))\[(\w+)\]", page.read_text())) <= set(extras)

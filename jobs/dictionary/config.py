@@ -1,6 +1,5 @@
 """The recipe of the dictionary task: model, curriculum, optimizer, evaluation."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from jobs.registry.config import Registry
-from jobs.settings import override, read_yaml, validated
+from jobs.settings import WorkDirectory, override, read_yaml, validated
 from pipelines.config import Part, Positive
 
 RECORDS = 25  # records of a context in evaluation: what 256 tokens hold
@@ -142,16 +141,11 @@ class DictionaryRecipe(Part):
     kind: Literal["dictionary"]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
     seeds: Annotated[tuple[Count, ...], Field(min_length=1)] = (0, 1, 2)
-    work_dir: str = "runs"
+    work_dir: WorkDirectory = "runs"
     model: Shape = Shape()
     training: Training
     evaluation: Evaluation = Evaluation()
     registry: Registry = Registry()
-
-    @field_validator("work_dir")
-    @classmethod
-    def _expand(cls, work_dir: str) -> str:
-        return os.path.expanduser(work_dir)
 
 
 def load_dictionary(path: Path, overrides: Sequence[str] = ()) -> DictionaryRecipe | None:

@@ -1,32 +1,34 @@
-"""What a cluster is: versions, nodes, what is free, whether it grows."""
+"""What a cluster is: versions, nodes, what is free, whether it grows. Ray has two generations of autoscalers, which
+report in different places; what neither tells is not known."""
 
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 from jobs.submit.dashboard import Dashboard
+from pipelines.cluster import NODE_TYPE, grows
 from pipelines.errors import UserError
 
 WORKER_COMMAND = re.compile(r"--python_worker_command=(\S+)")
-UNNAMED = re.compile(r"node_?[0-9a-f]{56}", re.IGNORECASE)  # how Ray names the type of a node no autoscaler started
+USAGE = re.compile(  # of a node, a resource a line: '1.0/4.0 CPU (0.0 used of 2.0 reserved in placement groups)'
+    r"^(\S+)/(\S+) (CPU|GPU)(?: \((\S+) used of (\S+) reserved in placement groups\))?$", re.MULTILINE
+)
 
 Resources = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """`nodes`: the resources of each; `free`: of all together, now. `grows`: whether an autoscaler adds nodes.
-    `python`: the interpreter that the head runs Ray with, and jobs."""
+    """`python`: the interpreter that the head runs Ray with, and jobs. `nodes`: the resources of each; `free`: of all
+    together, now. `grows`: whether an autoscaler adds nodes. None: not known."""
 
-    ray: str
-    python_version: str
     python: str
     nodes: tuple[Resources, ...]
-    free: Resources
-    grows: bool
+    free: Resources | None
+    grows: bool | None
 
     @property
     def total(self) -> Resources:
@@ -52,28 +54,28 @@ def look_at(dashboard: Dashboard) -> Cluster:
     ]
     if not nodes:
         raise UserError(f"the cluster at {dashboard.address} has no node yet: it is just starting, try again")
-    status = dashboard.get("/api/cluster_status")["clusterStatus"] or {}
+    usage = dashboard.get("/nodes?view=summary&nocache=1")["nodeLogicalResources"].values()
     return Cluster(
-        dashboard.ray_version,
-        python_version,
         _interpreter(dashboard, next((node["node_id"] for node in nodes if node["is_head_node"]), None)),
         tuple(node["resources_total"] for node in nodes),
-        free_resources(status, nodes),
-        grows(status),
+        free_resources(usage) if usage else None,
+        grows(_types(dashboard, nodes)) if usage else None,
     )
 
 
-def free_resources(status: Mapping[str, Any], nodes: list[dict[str, Any]]) -> Resources:
-    """CPUs and GPUs that nothing uses, by Ray's last report; all of them while there is none."""
-    usage = (status.get("loadMetricsReport") or {}).get("usage") or {}
-    total = {kind: sum(node["resources_total"].get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
-    return {kind: usage[kind][1] - usage[kind][0] if kind in usage else total[kind] for kind in total}
+def free_resources(usage: Iterable[str]) -> Resources:
+    """CPUs and GPUs that nothing uses or has reserved, from what Ray says of each node."""
+    free = {"CPU": 0.0, "GPU": 0.0}
+    for used, total, kind, used_of_reserved, reserved in USAGE.findall("\n".join(usage)):
+        free[kind] += float(total) - float(used) - (float(reserved or 0) - float(used_of_reserved or 0))
+    return free
 
 
-def grows(status: Mapping[str, Any]) -> bool:
-    """Whether an autoscaler manages the nodes: it names their types. Before its first report that counts as yes."""
-    active = (status.get("autoscalerReport") or {}).get("activeNodes")
-    return active is None or not all(UNNAMED.fullmatch(name) for name in active)
+def _types(dashboard: Dashboard, nodes: Iterable[Mapping[str, Any]]) -> Iterator[str | None]:
+    """Of the nodes: as they are labelled, and as an autoscaler of the first generation names them."""
+    yield from (node["labels"].get(NODE_TYPE) for node in nodes)
+    status = dashboard.get("/api/cluster_status")["clusterStatus"] or {}
+    yield from (status.get("autoscalerReport") or {}).get("activeNodes") or ()
 
 
 def _interpreter(dashboard: Dashboard, head: str | None) -> str:

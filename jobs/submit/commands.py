@@ -1,12 +1,12 @@
 """`fot submit`, `fot jobs`, `fot status ID`, `fot logs`, `fot stop`, `fot resume`."""
 
-import getpass
 import json
 import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,10 @@ import yaml
 
 from jobs.stop import STOPPED, StoppedError
 from jobs.submit.cluster import look_at
-from jobs.submit.dashboard import Dashboard, DashboardDownError, JobExistsError, dashboard_address
-from jobs.submit.job import Job
+from jobs.submit.dashboard import Dashboard, DashboardDownError, JobExistsError, NoJobError, dashboard_address
+from jobs.submit.job import Job, login
 from jobs.submit.needs import check_fits, needs_view
-from jobs.submit.package import Submission, code_here, load_any, make_submission, refuse_credentials
+from jobs.submit.package import Submission, code_here, load_all, make_submission, refuse_credentials
 from jobs.submit.views import JOBS, clock, columns, job_row, job_view, state_of
 from jobs.submit.watch import follow, last_words, was_checked
 from pipelines.errors import UserError
@@ -26,6 +26,7 @@ from pipelines.progress import say
 
 ENTRY = "jobs.submit.entry"
 STOP_SECONDS = 300  # that Ray leaves a job between SIGTERM and SIGKILL
+UNSAID = 60.0  # seconds of a job's first looks that are not worth a word
 INTERRUPTED = 130
 
 
@@ -50,9 +51,10 @@ def submit(request: Request) -> None:
     for fails.
     """
     submission = make_submission(request.recipe, request.overrides, request.name)
-    owner, tags = request.owner or _login(), dict(map(_tag, request.tags))
+    owner, tags = request.owner or login("give --owner NAME"), dict(map(_tag, request.tags))
     refuse_credentials({"owner": owner, "tag": tags}, "submit")
-    if submission.recipe.registry.tracking_uri is None and "MLFLOW_TRACKING_URI" in os.environ:
+    unnamed = any(recipe.registry.tracking_uri is None for recipe in submission.recipes.values())
+    if unnamed and "MLFLOW_TRACKING_URI" in os.environ:
         say("MLFLOW_TRACKING_URI stays here: the job uses registry.tracking_uri, or what the cluster's nodes have")
     dashboard = Dashboard(dashboard_address(request.address))
     jobs = dashboard.jobs()
@@ -78,8 +80,8 @@ def resume(job_id: str, address: str | None, log: bool = False, wait: bool = Fal
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / f"{job.first}.yaml"
         path.write_text(job.recipe)
-        recipe = load_any(path)
-    again = Submission(job.name, yaml.safe_load(job.recipe), recipe, code_here())
+        recipes = load_all(path)
+    again = Submission(job.name, yaml.safe_load(job.recipe), recipes, code_here())
     before = json.loads(job.code)
     if before["hash"] != again.code.hash:
         say(f"with this machine's code, which is not what {job.id} had ({before['version']})")
@@ -102,7 +104,7 @@ def show_jobs(address: str | None, owner: str | None = None, name: str | None = 
 def show_job(job_id: str, address: str | None) -> None:
     """Print a job's state, its stages with how far they are, and what it made."""
     dashboard = Dashboard(dashboard_address(address))
-    print(*job_view(dashboard.job(job_id), dashboard.log(job_id)), sep="\n")
+    print(*job_view(dashboard.job(job_id), _log_of(dashboard, job_id)), sep="\n")
 
 
 def show_log(job_id: str, address: str | None, log: bool = False) -> None:
@@ -138,32 +140,56 @@ def _send(dashboard: Dashboard, submission: Submission, job_id: str, metadata: M
     Raises UserError where it cannot run there.
     """
     cluster = look_at(dashboard)
-    remark = check_fits(submission.recipe, cluster)
-    for line in columns([*needs_view(submission.recipe, cluster), *([("room", remark)] if remark else [])]):
+    remark = check_fits(submission.recipes, cluster)
+    for line in columns([*needs_view(submission.recipes, cluster), *([("room", remark)] if remark else [])]):
         say(line)
     environment: dict[str, object] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}}
     if submission.code.content is not None:
         dashboard.upload(submission.code.uri, submission.code.content)
         environment["working_dir"] = submission.code.uri
+    request = {
+        "entrypoint": f"exec {shlex.quote(cluster.python)} -m {ENTRY}",
+        "submission_id": job_id,
+        "runtime_env": environment,
+        "metadata": metadata,
+    }
     try:
-        dashboard.submit(
-            {
-                "entrypoint": f"exec {shlex.quote(cluster.python)} -m {ENTRY}",
-                "submission_id": job_id,
-                "runtime_env": environment,
-                "metadata": metadata,
-            }
-        )
+        dashboard.submit(request)
     except JobExistsError:
         raise UserError(f"job {job_id} was submitted by somebody else at this moment: `fot logs {job_id} -f`") from None
+    except DashboardDownError as error:
+        _find(dashboard, job_id, error)
     print(job_id, flush=True)
     with _leaving(_goes_on(job_id)):
-        job = follow(dashboard, job_id, lambda text: None, until=was_checked)
+        job = follow(dashboard, job_id, _waiting(job_id), until=was_checked)
     log = _log_of(dashboard, job_id) if job.has_ended else ""
-    if job.has_ended and not was_checked(log):
+    if job.has_ended and not was_checked(log or ""):
         raise UserError(f"job {job_id} did not start ({state_of(job)}): {_why(job, log)}")
     say("its paths are there; it needs nobody to watch it")
     say(f"  fot logs {job_id} -f    fot status {job_id}    fot stop {job_id}")
+
+
+def _find(dashboard: Dashboard, job_id: str, lost: DashboardDownError) -> None:
+    """Wait until a job is seen, of which Ray's answer to its submission was lost. Raises UserError where it is not."""
+    perhaps = f"job {job_id} may have been started: `fot status {job_id}` tells"
+    try:
+        with _leaving(perhaps):
+            follow(dashboard, job_id, lambda text: None, until=lambda log: True)
+    except (DashboardDownError, NoJobError):
+        raise UserError(f"{lost}; {perhaps}") from None
+
+
+def _waiting(job_id: str) -> Callable[[str], None]:
+    """What is told of a job's log as it grows, and says once, where that takes long, what is waited for."""
+    until, said = time.monotonic() + UNSAID, False
+
+    def look(text: str) -> None:
+        nonlocal said
+        if not said and time.monotonic() > until:
+            said = True
+            say(f"waiting until job {job_id} is started and every node has looked for its paths: `fot logs {job_id}`")
+
+    return look
 
 
 def _attend(dashboard: Dashboard, job_id: str, log: bool, wait: bool) -> None:
@@ -190,19 +216,12 @@ def _refuse_beside(jobs: Sequence[Job], recipe: str) -> None:
             )
 
 
-def _why(job: Job, log: str) -> str:
+def _why(job: Job, log: str | None) -> str:
     """Why a job failed: what it said itself, else what Ray says."""
     said = last_words(log)
     if job.exit_code is None and job.message:
         return job.message.strip().splitlines()[0]
     return said
-
-
-def _login() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):
-        raise UserError("who you are here has no name: give --owner NAME") from None
 
 
 def _tag(text: str) -> tuple[str, str]:
@@ -226,12 +245,12 @@ def _goes_on(job_id: str) -> str:
     return f"job {job_id} goes on: `fot logs {job_id} -f` follows it, `fot stop {job_id}` stops it"
 
 
-def _log_of(dashboard: Dashboard, job_id: str) -> str:
-    """What a job that has ended printed; "" where that is lost with the node that it ran on."""
+def _log_of(dashboard: Dashboard, job_id: str) -> str | None:
+    """What a job has printed; None where that is away with the node that it ran on."""
     try:
         return dashboard.log(job_id)
     except DashboardDownError:
-        return ""
+        return None
 
 
 def _write(text: str) -> None:

@@ -43,7 +43,7 @@ class Given:
 def run(given: Given) -> None:
     """Check, and run the recipe."""
     from jobs.run import run_recipe
-    from jobs.submit.package import WORK_DIR, load_any
+    from jobs.submit.package import WORK_DIR, load_all
     from jobs.submit.preflight import CHECKED, check_code, check_limits, check_nodes, check_places
     from pipelines.cluster import ray_cluster
     from pipelines.progress import say
@@ -54,7 +54,7 @@ def run(given: Given) -> None:
     directory = Path(content[WORK_DIR]) / JOBS
     path = directory / f"{given.job_id}.yaml"
     write_atomically(path, given.recipe.encode())
-    check_limits(load_any(path))
+    check_limits(load_all(path))
     with ray_cluster():
         nodes = check_nodes(content, path)
         say(f"{CHECKED} {'the one node sees' if nodes == 1 else f'all {nodes} nodes see'} what the recipe names")

@@ -1,8 +1,11 @@
 """A job as Ray's Jobs API tells of it. What is ours of it is in its metadata, for everybody to read."""
 
+import getpass
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from pipelines.errors import UserError
 
 FIRST, ATTEMPT, NAME, OWNER, CODE, RECIPE = (
     f"fot.{name}" for name in ("job", "attempt", "name", "owner", "code", "recipe")
@@ -35,6 +38,14 @@ class Job:
     @property
     def has_ended(self) -> bool:
         return self.state in ENDED
+
+
+def login(remedy: str) -> str:
+    """Who asks, by the name on this machine. Raises UserError, with the remedy, where there is none."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        raise UserError(f"who you are here, and so the job's owner, has no name: {remedy}") from None
 
 
 def make_metadata(

@@ -6,6 +6,7 @@ from jobs.dictionary.config import DictionaryRecipe
 from jobs.plan import base_shape
 from jobs.recipe import Recipe
 from jobs.submit.cluster import Cluster, Resources
+from jobs.submit.package import Recipes
 from jobs.train.estimate import device_memory, gate_layers, parameters, step_flops, tokens_per_step
 from pipelines.errors import UserError
 from pipelines.progress import human
@@ -28,33 +29,50 @@ def fitting(each: Resources, cluster: Cluster) -> int:
     return sum(min(int(node.get(kind, 0) // count) for kind, count in each.items()) for node in cluster.nodes)
 
 
-def check_fits(recipe: Recipe | DictionaryRecipe, cluster: Cluster) -> str | None:
-    """A remark where the cluster must grow. Raises UserError where it does not and never has the room."""
-    each, wanted = per_worker(recipe), workers(recipe)
-    if not each or (fit := fitting(each, cluster)) >= wanted:
-        return None
-    want = f"{wanted} {'worker' if wanted == 1 else 'workers'} with {counted(each)} each"
-    if not cluster.grows:
-        remedy = f"lower resources.workers (--set resources.workers={fit}) or " if fit else ""
-        raise UserError(
-            f"resources: {want} never fit the cluster, which has room for {fit} and does not grow: {remedy}use a "
-            f"larger cluster"
-        )
-    return f"{want}: there is room for {fit}, the autoscaler must add nodes"
+def check_fits(recipes: Recipes, cluster: Cluster) -> str | None:
+    """A remark where the cluster must grow for what asks for most. Raises UserError where it does not and never has the
+    room."""
+    remark, lacking = None, 0
+    for name, recipe in recipes.items():
+        each, wanted = per_worker(recipe), workers(recipe)
+        if not each or (fit := fitting(each, cluster)) >= wanted:
+            continue
+        want = f"{wanted} {'worker' if wanted == 1 else 'workers'} with {counted(each)} each"
+        if cluster.grows is False:
+            how = "" if len(recipes) > 1 else f" (--set resources.workers={fit})"  # which a variant may set itself
+            remedy = f"lower resources.workers{how} or " if fit else ""
+            raise UserError(
+                f"{of_variant(name, recipes)}resources: {want} never fit the cluster, which has room for {fit} and "
+                f"does not grow: {remedy}use a larger cluster"
+            )
+        if wanted - fit > lacking:
+            grows = "the autoscaler must add nodes" if cluster.grows else "nodes must come: whether any do is not known"
+            remark, lacking = f"{want}: there is room for {fit}, {grows}", wanted - fit
+    return remark
 
 
-def needs_view(recipe: Recipe | DictionaryRecipe, cluster: Cluster) -> Iterator[tuple[str, str]]:
-    """(what, in words): of the job and of the cluster."""
-    each, wanted = per_worker(recipe), workers(recipe)
-    if each:
-        total = {kind: wanted * count for kind, count in each.items()}
-        yield "training", f"{wanted} x ({counted(each)}): {counted(total)}; everything else takes CPUs as they are free"
-    else:
-        yield "needs", "CPUs, as they are free"
-    yield from planned(recipe)
+def needs_view(recipes: Recipes, cluster: Cluster) -> Iterator[tuple[str, str]]:
+    """(what, in words): of the job, with the variants that it is true of where that is not all; and of the cluster."""
+    of: dict[str, dict[str, list[str]]] = {}
+    for name, recipe in recipes.items():
+        for what, words in (needed(recipe), *planned(recipe)):
+            of.setdefault(what, {}).setdefault(words, []).append(name)
+    for what, each in of.items():
+        for words, names in each.items():
+            yield what, words if len(names) == len(recipes) else f"{words} ({', '.join(names)})"
     nodes = "1 node" if len(cluster.nodes) == 1 else f"{len(cluster.nodes)} nodes"
-    grows = ", and grows" if cluster.grows else ""
-    yield "cluster", f"{nodes}, {counted(cluster.total)}, free now {counted(cluster.free)}{grows}"
+    free = "what is free is not known yet" if cluster.free is None else f"free now {counted(cluster.free)}"
+    grows = {True: ", and grows", False: "", None: "; whether it grows is not known"}[cluster.grows]
+    yield "cluster", f"{nodes}, {counted(cluster.total)}, {free}{grows}"
+
+
+def needed(recipe: Recipe | DictionaryRecipe) -> tuple[str, str]:
+    """(what, in words): CPUs and GPUs."""
+    each, wanted = per_worker(recipe), workers(recipe)
+    if not each:
+        return "needs", "CPUs, as they are free"
+    total = {kind: wanted * count for kind, count in each.items()}
+    return "training", f"{wanted} x ({counted(each)}): {counted(total)}; everything else takes CPUs as they are free"
 
 
 def planned(recipe: Recipe | DictionaryRecipe) -> Iterator[tuple[str, str]]:
@@ -74,6 +92,11 @@ def planned(recipe: Recipe | DictionaryRecipe) -> Iterator[tuple[str, str]]:
             f"{human(count)} parameters, {human(tokens)} tokens in {training.steps:,} steps, {flops:.3g} FLOPs, "
             f"{memory:.1f} GB a worker",
         )
+
+
+def of_variant(name: str, recipes: Recipes) -> str:
+    """How a line about a recipe begins: it names the variant where there are several."""
+    return f"variant {name}: " if len(recipes) > 1 else ""
 
 
 def counted(resources: Resources) -> str:

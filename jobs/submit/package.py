@@ -43,6 +43,7 @@ READ = re.compile(
 WRITTEN = re.compile(rf"{WORK_DIR}|(base\.pretrain\.training|finetune)\.checkpoints\.path")
 SECRET = re.compile(r"[?&]([^=&#]*(sign|token|secret|passw|pwd|auth|key)[^=&#]*|sig)=", re.IGNORECASE)  # in a query
 USER_IN_URL = re.compile(r"(?<!abfs)(?<!abfss)://[^/?#\s]*@|://[^/?#\s]*:[^/?#\s]*@")  # abfs://CONTAINER@ACCOUNT
+Recipes = Mapping[str, Recipe | DictionaryRecipe]
 EARLIEST = (1980, 1, 1, 0, 0, 0)  # that a zip file can say
 
 
@@ -64,12 +65,11 @@ class Code:
 
 @dataclass(frozen=True)
 class Submission:
-    """`content`: the recipe's keys, with every path absolute. `recipe`: the same, checked; of a recipe with variants,
-    what they have in common."""
+    """`content`: the recipe's keys, with every path absolute. `recipes`: the same, checked, as `load_all` gives it."""
 
     name: str
     content: Content
-    recipe: Recipe | DictionaryRecipe
+    recipes: Recipes
     code: Code
 
     @cached_property
@@ -90,15 +90,15 @@ class Submission:
 
 def make_submission(path: Path, overrides: Sequence[str], name: str | None) -> Submission:
     """What submitting a recipe file comes to. Raises UserError for whatever is wrong in it, and for credentials."""
-    recipe = load_any(path, overrides)
+    recipes = load_all(path, overrides)
     content = read_overridden(path, overrides)
-    content.setdefault(WORK_DIR, recipe.work_dir)
+    content.setdefault(WORK_DIR, next(iter(recipes.values())).work_dir)
     content = absolute(content)
     refuse_credentials(content, f"recipe {path}")
     chosen = name or str(content["name"])
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", chosen):
         raise UserError(f"--name {chosen}: use letters, digits, dots, dashes and underscores")
-    return Submission(chosen, content, recipe, code_here())
+    return Submission(chosen, content, recipes, code_here())
 
 
 def code_here() -> Code:
@@ -108,16 +108,21 @@ def code_here() -> Code:
     return Code(code_version(), hash_json(code_version()), None)
 
 
-def load_any(path: Path, overrides: Sequence[str] = ()) -> Recipe | DictionaryRecipe:
-    """A recipe of any kind, wholly checked; of one with variants what they have in common."""
+def load_all(path: Path, overrides: Sequence[str] = ()) -> Recipes:
+    """The recipe in a file, of any kind, by its name; where it has variants, that of each by the variant's name."""
     if (dictionary := load_dictionary(path, overrides)) is not None:
-        return dictionary
-    comparison = load_comparison(path, overrides)
-    return load_recipe(path, overrides) if comparison is None else comparison.common
+        return {dictionary.name: dictionary}
+    if (comparison := load_comparison(path, overrides)) is not None:
+        return {
+            name: comparison.recipe(name, Path("a-model") if variant.after else None)
+            for name, variant in comparison.variants.items()
+        }
+    recipe = load_recipe(path, overrides)
+    return {recipe.name: recipe}
 
 
-def absolute(content: Content) -> Content:
-    """The recipe with every local path absolute."""
+def absolute(content: Content, directory: str = ".") -> Content:
+    """The recipe with every local path absolute; relative ones lie in `directory`."""
 
     def changed(key: str, value: Any) -> Any:
         if isinstance(value, dict):
@@ -130,7 +135,7 @@ def absolute(content: Content) -> Content:
             or not _is_local(key, value)
         ):
             return value
-        return os.path.abspath(os.path.expanduser(value))
+        return os.path.abspath(os.path.join(directory, os.path.expanduser(value)))
 
     return dict(changed("", content))
 

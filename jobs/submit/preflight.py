@@ -6,28 +6,28 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from jobs.dictionary.config import DictionaryRecipe
-from jobs.recipe import Recipe
 from jobs.settings import Content
-from jobs.submit.needs import per_worker, workers
-from jobs.submit.package import READ, WORK_DIR, WRITTEN, local_paths
+from jobs.submit.needs import of_variant, per_worker, workers
+from jobs.submit.package import READ, WORK_DIR, WRITTEN, Recipes, local_paths
 from jobs.version import code_version
 from pipelines.cluster import LIMITS, job_limit
 from pipelines.errors import UserError
 
 CHECKED = "checked:"  # how the line begins that says that all is well
 PATIENCE = 10.0  # seconds until a node sees, through a shared file system, what was written on another
+ANSWER = 300.0  # seconds for all nodes to look: one that mounts a file system which is away hangs for ever
 
 
-def check_limits(recipe: Recipe | DictionaryRecipe) -> None:
+def check_limits(recipes: Recipes) -> None:
     """Raises UserError where a job's training workers ask for more than this cluster lets a job take."""
-    for kind, count in per_worker(recipe).items():
-        total, limit = int(workers(recipe) * count), job_limit(kind)
-        if limit is not None and total > limit:
-            raise UserError(
-                f"resources: the training workers take {total} {kind}s, this cluster allows a job {limit} "
-                f"({LIMITS[kind]}): lower resources.workers, or ask who runs the cluster"
-            )
+    for name, recipe in recipes.items():
+        for kind, count in per_worker(recipe).items():
+            total, limit = int(workers(recipe) * count), job_limit(kind)
+            if limit is not None and total > limit:
+                raise UserError(
+                    f"{of_variant(name, recipes)}resources: the training workers take {total} {kind}s, this cluster "
+                    f"allows a job {limit} ({LIMITS[kind]}): lower resources.workers, or ask who runs the cluster"
+                )
 
 
 def check_code(version: str) -> None:
@@ -64,23 +64,34 @@ def unseen(paths: Iterable[tuple[str, str]], probe: Path) -> str | None:
 
 
 def check_nodes(content: Content, probe: Path) -> int:
-    """Have every node look at the paths. Returns how many there are. Raises UserError for the first that misses one.
-    Ray must be connected."""
+    """Have every node look at the paths. Returns how many see all. Raises UserError for the first that misses one or is
+    silent for too long; nodes that die meanwhile are passed over. Ray must be connected."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    def living() -> dict[str, str]:
+        return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
     paths, task = list(local_paths(content, READ)), ray.remote(num_cpus=0)(unseen)
-    asked = [
-        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-            paths, probe
-        )
-        for node in nodes
-    ]
-    for node, answer in zip(nodes, asked, strict=True):
-        host = node["NodeManagerAddress"]
+    asked = {
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(paths, probe): node
+        for node in living()
+    }
+    until, seeing = time.monotonic() + ANSWER, 0
+    while asked:
+        done, _ = ray.wait(list(asked), timeout=max(0.0, until - time.monotonic()))
+        if not done:
+            silent = [host for node, host in living().items() if node in asked.values()]
+            if not silent:
+                break
+            raise UserError(
+                f"node {silent[0]} of the cluster has not said for {ANSWER / 60:g} minutes whether it sees what the "
+                f"recipe names: mend the file systems that it mounts, or take it out of the cluster"
+            )
+        if (host := living().get(asked.pop(done[0]))) is None:
+            continue
         try:
-            missed = ray.get(answer)
+            missed = ray.get(done[0])
         except ray.exceptions.RayError as error:
             raise UserError(f"node {host} cannot run this job's code: {_last_line(error)}") from None
         if missed is not None:
@@ -88,7 +99,8 @@ def check_nodes(content: Content, probe: Path) -> int:
                 f"node {host} of the cluster does not see {missed}: put it on a file system that all nodes share, or "
                 f"at a URL (s3://, gs://)"
             )
-    return len(nodes)
+        seeing += 1
+    return seeing
 
 
 def _last_line(error: BaseException) -> str:

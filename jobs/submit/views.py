@@ -32,15 +32,15 @@ def job_row(job: Job) -> Sequence[str]:
     return (job.id, job.name, job.owner, state_of(job), clock(job.began), taken(job), tags)
 
 
-def job_view(job: Job, log: str) -> Iterator[str]:
-    """A job's state and what it made, then its stages with how far they are."""
+def job_view(job: Job, log: str | None) -> Iterator[str]:
+    """A job's state and what it made, then its stages with how far they are: what its log tells, if it can be had."""
     facts = {"job": job.id, "owner": job.owner, "state": state_of(job), "since": f"{clock(job.began)}, {taken(job)}"}
     if job.tags:
         facts["tags"] = job_row(job)[-1]
-    if job.state in ("FAILED", "STOPPED"):
+    if log is None or job.state in ("FAILED", "STOPPED"):
         facts["last words"] = last_words(log)
-    yield from columns([*facts.items(), *read_made(log)])
-    if rows := read_progress(log):
+    yield from columns([*facts.items(), *read_made(log or "")])
+    if rows := read_progress(log or ""):
         yield ""
         yield from columns([("recipe", "stage", "state", "progress"), *(_stage_row(row, job) for row in rows)])
 

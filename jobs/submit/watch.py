@@ -18,6 +18,7 @@ CHARACTERS_A_SECOND = 200_000  # of a log, at most
 UNSAID = 5.0  # seconds without an answer that are not worth a word
 PATIENCE = 600.0  # seconds without an answer after which nobody waits any longer
 LOG_PATIENCE = 15.0  # the same, for the log of a job that has ended: it is lost with the node that the job ran on
+AWAY = "its log cannot be had from the node that it runs on"
 
 
 def follow(
@@ -69,8 +70,10 @@ def follow(
         time.sleep(max(POLL, len(log) / CHARACTERS_A_SECOND))
 
 
-def last_words(log: str) -> str:
-    """What a job's log ends with: its own last line, or the last there is."""
+def last_words(log: str | None) -> str:
+    """What a job's log ends with: its own last line, or the last there is. None: the log is away."""
+    if log is None:
+        return AWAY
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     own = [line for line in lines if line.startswith("fot: ")]
     return (own or lines or ["it printed nothing"])[-1].removeprefix("fot: ")

@@ -11,8 +11,11 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator, ValidationError
 
-from jobs.manifest import GPU, Deployment, kubernetes_name, manifests, show_manifest, training_pods
+from jobs.manifest import GPU, Deployment, kubernetes_name, make_manifest, shell_yaml, show_manifest, training_pods
 from jobs.recipe import Recipe, load_recipe
+from jobs.submit.entry import GIVEN, Given
+from jobs.submit.job import Job, read_job
+from jobs.submit.preflight import check_code
 from jobs.train.config import Resources
 from pipelines.errors import UserError
 
@@ -32,11 +35,12 @@ def check(manifest: dict, kind: str | None = None) -> None:
 
 @pytest.fixture
 def of(recipe):
-    """The manifests of a small recipe with some keys set."""
+    """The manifest of a small recipe with some keys set."""
 
-    def make(deployment: Deployment = HERE, **changes: object) -> list[dict]:
+    def make(deployment: Deployment = HERE, **changes: object) -> dict:
         content = {**recipe, "data": {"sources": [{"name": "words", "path": "corpus.jsonl"}]}, **changes}
-        return manifests(content, Recipe.model_validate(content), deployment)
+        valid = Recipe.model_validate(content)
+        return make_manifest(content, valid.name, valid.resources, deployment)
 
     return make
 
@@ -44,6 +48,24 @@ def of(recipe):
 def groups(job: dict) -> dict[str, dict]:
     spec = job["spec"].get("jobTemplate", job["spec"])
     return {group["groupName"]: group for group in spec["rayClusterSpec"]["workerGroupSpecs"]}
+
+
+def recipe_of(job: dict) -> dict:
+    return yaml.safe_load(job["spec"].get("jobTemplate", job["spec"])["metadata"]["fot.recipe"])
+
+
+def submitted(spec: dict) -> list[str]:
+    """The arguments that `ray` gets in the shell's line that KubeRay makes of a RayJob's spec: metadata as JSON, as
+    Go's json.Marshal and then its strconv.Quote write them, and the entrypoint as it is."""
+    marshalled = json.dumps(spec["metadata"], sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    for letter in "<>&":
+        marshalled = marshalled.replace(letter, f"\\u{ord(letter):04x}")
+    assert marshalled.isascii()  # of other letters Go escapes some as JSON does not
+    quoted = '"' + marshalled.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    line = f"if true ; then ray job submit --metadata-json {quoted} -- {spec['entrypoint']} ; fi ; "
+    assert "$(" not in line  # Kubernetes replaces $(NAME) before any shell
+    shell = ["bash", "-c", "ray() { printf '%s\\0' \"$@\"; }; " + line]
+    return subprocess.run(shell, capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
 
 
 def limits(group: dict) -> dict[str, str]:
@@ -55,16 +77,16 @@ def limits(group: dict) -> dict[str, str]:
 @pytest.mark.parametrize("deployment", [HERE, NIGHTLY])
 @pytest.mark.parametrize("gpus", [0, 1])
 def test_manifests_fit_the_schemas(of, deployment, gpus) -> None:
-    config_map, job = of(deployment, resources={"workers": 2, "gpus_per_worker": gpus})
-    assert (config_map["kind"], job["kind"]) == ("ConfigMap", "RayCronJob" if deployment.cron else "RayJob")
-    check(config_map)
+    job = of(deployment, resources={"workers": 2, "gpus_per_worker": gpus})
+    assert job["kind"] == ("RayCronJob" if deployment.cron else "RayJob")
     check(job)
 
 
 def test_the_schema_refuses_any_name_that_is_changed(of) -> None:
     """Kubernetes drops unknown fields without a word: every field's name counts."""
-    _, job = of(NIGHTLY, resources={"workers": 2, "gpus_per_worker": 1})
-    free = {"labels", "rayStartParams", "limits", "requests"}  # any name may stand in these
+    job = of(NIGHTLY, resources={"workers": 2, "gpus_per_worker": 1})
+    job["spec"]["jobTemplate"]["metadata"].clear()  # any name may stand there, and in these
+    free = {"labels", "rayStartParams", "limits", "requests"}
 
     def rename_each(at: dict | list) -> int:
         renamed = 0
@@ -96,7 +118,7 @@ def test_the_schema_refuses_any_name_that_is_changed(of) -> None:
     ],
 )
 def test_the_schema_refuses_values_of_another_kind(of, path, value) -> None:
-    _, job = of()
+    job = of()
     at = job
     for name in path[:-1]:
         at = at[name]
@@ -110,20 +132,18 @@ def test_the_recipe_is_carried_with_what_was_set(recipe, write_recipe, capsys) -
     overrides = ["finetune.steps=7", "registry.tracking_uri=null"]
     show_manifest(write_recipe(recipe), overrides, HERE)
     printed = capsys.readouterr().out
-    config_map, job = yaml.safe_load_all(printed)
-    check(config_map)
+    job = yaml.safe_load(printed)
     check(job)
-    assert "\n  recipe.yaml: |\n" in printed  # to be read by people
-    (volume,) = [
-        volume
-        for volume in job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["volumes"]
-        if "configMap" in volume
-    ]
-    assert volume["configMap"]["name"] == config_map["metadata"]["name"]
-    (file,) = config_map["data"]
-    assert f"/{file}" in job["spec"]["entrypoint"]
+    assert "    fot.recipe: |\n" in printed  # to be read by people
+    carried = recipe_of(job)
+    assert (carried["work_dir"], carried["data"]["sources"][0]["path"]) == (
+        "/shared/runs",
+        "/shared/corpora/words.jsonl",
+    )
+    recipe["data"]["sources"][0]["path"] = "/shared/corpora/words.jsonl"
+    recipe["work_dir"] = "/shared/runs"
     set_by_hand, unset = load_recipe(write_recipe(recipe), overrides), load_recipe(write_recipe(recipe))
-    assert load_recipe(write_recipe(yaml.safe_load(config_map["data"][file]))) == set_by_hand != unset
+    assert load_recipe(write_recipe(carried)) == set_by_hand != unset
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml")))
@@ -135,14 +155,24 @@ def test_every_shipped_recipe_has_manifests(name, capsys) -> None:
         return
     yours = ["base.checkpoint=llama", "data.sources.0.path=corpora"]
     show_manifest(path, yours if name == "finetune" else [], HERE)
-    for manifest in yaml.safe_load_all(capsys.readouterr().out):
-        check(manifest)
+    check(yaml.safe_load(capsys.readouterr().out))
 
 
 def test_a_comparison_keeps_its_variants(capsys) -> None:
     show_manifest(ROOT / "recipes/baselines.yaml", [], HERE)
-    config_map, _ = yaml.safe_load_all(capsys.readouterr().out)
-    assert yaml.safe_load(config_map["data"]["recipe.yaml"])["variants"]
+    assert recipe_of(yaml.safe_load(capsys.readouterr().out))["variants"]
+
+
+def test_training_pods_hold_the_largest_variant(recipe, write_recipe, capsys) -> None:
+    recipe["data"]["sources"][0]["path"] = "corpus.jsonl"
+    larger = {
+        "resources.workers": 4,
+        "finetune.batch.micro_batches": 4,
+        "base.pretrain.training.batch.micro_batches": 4,
+    }
+    path = write_recipe({**recipe, "variants": {"small": {"set": {}}, "large": {"set": larger}}})
+    show_manifest(path, [], HERE)
+    assert groups(yaml.safe_load(capsys.readouterr().out))["training"]["maxReplicas"] == 4
 
 
 @pytest.mark.parametrize(
@@ -155,7 +185,7 @@ def test_training_pods_are_few_and_alike(of, workers, gpus, gpus_per_node, pods,
     training = {"batch": {"micro_batches": workers, "groups": 2}}
     finetune = {"objective": {"kind": "fot", "context": 16, "mem_layers": [1]}, "steps": 6, **training}
     base = {"checkpoint": "checkpoints/llama"}
-    _, job = of(
+    job = of(
         Deployment("image", "claim", gpus_per_node=gpus_per_node),
         base=base,
         finetune=finetune,
@@ -169,7 +199,7 @@ def test_training_pods_are_few_and_alike(of, workers, gpus, gpus_per_node, pods,
 
 
 def test_data_workers_and_the_head_have_no_gpu_and_groups_begin_at_none(of) -> None:
-    _, job = of(resources={"workers": 2, "gpus_per_worker": 1})
+    job = of(resources={"workers": 2, "gpus_per_worker": 1})
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]
     assert GPU not in limits(head)
     assert head["rayStartParams"]["num-cpus"] == "0"
@@ -183,7 +213,7 @@ def test_data_workers_and_the_head_have_no_gpu_and_groups_begin_at_none(of) -> N
 
 
 def test_nothing_is_exposed_and_everything_ends(of) -> None:
-    _, job = of()
+    job = of()
     spec = job["spec"]
     assert spec["shutdownAfterJobFinishes"] is True
     cluster = spec["rayClusterSpec"]
@@ -196,7 +226,7 @@ def test_nothing_is_exposed_and_everything_ends(of) -> None:
 
 
 def test_every_pod_has_the_claim_and_the_secret(of) -> None:
-    _, job = of(NIGHTLY)
+    job = of(NIGHTLY)
     cluster = job["spec"]["jobTemplate"]["rayClusterSpec"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         spec = group["template"]["spec"]
@@ -207,19 +237,58 @@ def test_every_pod_has_the_claim_and_the_secret(of) -> None:
         assert mounts["shared"] == "/shared"
         assert set(mounts) == set(volumes)
         assert container["envFrom"] == [{"secretRef": {"name": "fot"}}]
-    entrypoint = job["spec"]["jobTemplate"]["entrypoint"]  # KubeRay writes it into such a line, without quotes
-    line = f"ray() {{ printf '%s\\n' \"$@\"; }}; if true ; then ray job submit -- {entrypoint} ; fi"
-    submitted = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert submitted == ["job", "submit", "--", "bash", "-c", "cd /shared && fot run /etc/fot/recipe.yaml"]
-    assert job["spec"]["jobTemplate"]["backoffLimit"] == 0
+        assert spec["securityContext"] == {"fsGroup": 100, "fsGroupChangePolicy": "OnRootMismatch"}  # of Ray's images
+
+
+def test_it_is_a_job_of_ours_which_stops_when_asked(of) -> None:
+    spec = of()["spec"]
+    arguments = submitted(spec)
+    assert arguments[:3] == ["job", "submit", "--metadata-json"]
+    assert arguments[4:] == ["--", "exec", "python", "-m", "jobs.submit.entry"]
+    metadata = json.loads(arguments[3])
+    job = read_job({"submission_id": "tiny-abcde", "metadata": metadata, "status": "RUNNING"})
+    assert isinstance(job, Job)
+    assert (job.name, job.attempt, job.first) == ("tiny", 1, "tiny")
+    handed = {GIVEN: json.dumps({"metadata": {**metadata, "job_submission_id": job.id}})}  # by Ray, to the driver
+    given = Given.of(handed)
+    assert (given.job_id, given.recipe, given.version) == (job.id, job.recipe, version("fot"))
+    (head,) = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    assert {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": "300"} in head["env"]
+
+
+def test_it_asks_for_the_version_that_a_wheel_has_and_not_for_this_checkouts(of, monkeypatch) -> None:
+    given = json.loads(of()["spec"]["metadata"]["fot.code"])["version"]
+    monkeypatch.setattr("jobs.submit.preflight.code_version", lambda: version("fot"))
+    check_code(given)
+    monkeypatch.setattr("jobs.submit.preflight.code_version", lambda: "0.0")
+    with pytest.raises(UserError, match="install the same version"):
+        check_code(given)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "$HOME/$(id)/`id`",
+        "a \"b\" 'c' \\d\\\\ !e <f>&",
+        "two\nlines $x\n",
+        "für 本 \U0001f600 \u200b\x7f",
+        "\\u0024",
+        "*?[a]{b,c};|#",
+    ],
+)
+def test_a_recipe_comes_through_the_shell_as_it_is(of, text) -> None:
+    content = of()["spec"]["metadata"] | {"fot.recipe": shell_yaml({"text": text, "more": [text, 1e-5, None]})}
+    arguments = submitted({"metadata": content, "entrypoint": "true"})
+    recipe = yaml.safe_load(json.loads(arguments[3])["fot.recipe"])
+    assert recipe == {"text": text, "more": [text, 1e-5, None]}
 
 
 def test_a_cron_line_has_its_time_zone_and_all_is_in_the_namespace(of) -> None:
-    config_map, job = of(NIGHTLY)
+    job = of(NIGHTLY)
     assert (job["spec"]["schedule"], job["spec"]["timeZone"]) == ("0 2 * * *", "Europe/Berlin")
-    assert {each["metadata"]["namespace"] for each in (config_map, job)} == {"research"}
-    _, once = of(HERE)
-    assert job["spec"]["jobTemplate"].keys() == once["spec"].keys()
+    assert job["spec"]["jobTemplate"]["backoffLimit"] == 0
+    assert job["metadata"]["namespace"] == "research"
+    assert job["spec"]["jobTemplate"].keys() == of(HERE)["spec"].keys()
 
 
 @pytest.mark.parametrize(
@@ -238,6 +307,10 @@ MISTAKES = [
         r"^work_dir is /home/somebody/runs, on this machine.*--set work_dir=PATH",
     ),
     ({"work_dir": "~/runs"}, {}, "^work_dir is ~/runs"),
+    ({"work_dir": "../runs"}, {}, r"^work_dir is \.\./runs"),
+    ({"work_dir": "/shared/../etc"}, {}, r"^work_dir is /shared/\.\./etc"),
+    ({"data": {"sources": [{"name": "a", "path": "../corpora/x"}]}}, {}, r"^data\.sources\.0\.path is \.\./corpora/x"),
+    ({"data": {"sources": [{"name": "a", "path": "x/../../y"}]}}, {}, r"^data\.sources\.0\.path is x/\.\./\.\./y"),
     ({"data": {"sources": [{"name": "a", "path": "/data/a"}]}}, {}, r"^data\.sources\.0\.path is /data/a"),
     ({"registry": {"tracking_uri": "https://me:hunter2@host"}}, {}, "a manifest is no secret"),
     ({"name": "n" * 37}, {}, "at most 36 characters"),
@@ -257,6 +330,8 @@ def test_a_mistake_is_one_line(of, changes, options, message) -> None:
 
 
 def test_paths_on_the_claim_and_urls_are_taken(of) -> None:
-    sources = [{"name": "a", "path": "/shared/a"}, {"name": "b", "path": "s3://bucket/b"}, {"name": "c", "path": "c"}]
-    config_map, _ = of(work_dir="/shared/runs", data={"sources": sources})
-    assert yaml.safe_load(config_map["data"]["recipe.yaml"])["work_dir"] == "/shared/runs"
+    paths = {"/shared/a": "/shared/a", "s3://bucket/b/../c": "s3://bucket/b/../c", "c/../d": "/shared/d"}
+    sources = [{"name": f"n{number}", "path": path} for number, path in enumerate(paths)]
+    carried = recipe_of(of(work_dir="/shared/x/../runs", data={"sources": sources}))
+    assert carried["work_dir"] == "/shared/runs"
+    assert [source["path"] for source in carried["data"]["sources"]] == list(paths.values())

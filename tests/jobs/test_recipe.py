@@ -56,6 +56,7 @@ def test_the_finetune_recipe_says_what_it_needs() -> None:
         ),
         ("registry.promote=[{metric: passkey/exact}]", "passkey/exact: give one of least, most"),
         ("registry.tracking_uri=ftp://host", "no tracking server"),
+        ("work_dir=s3://bucket/runs", "work_dir s3://bucket/runs is a URL: give a directory"),
         ("evaluation.perplexity.mode=whole", "evaluation.perplexity.mode = 'whole'"),
     ],
 )

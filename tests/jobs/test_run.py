@@ -41,7 +41,7 @@ def outputs(work_dir: Path) -> dict[str, Path]:
     return {stage: record.parent for stage, (record, *_) in ((s, f) for s, f in found.items() if f)}
 
 
-def test_a_run_makes_all_it_promises_and_a_second_one_finds_it(fot, path: Path, tmp_path: Path) -> None:
+def test_a_run_makes_all_it_promises_and_a_second_one_finds_it(fot, fot_here, path: Path, tmp_path: Path) -> None:
     answer = fot("run", path)
     assert answer.returncode == 0, answer.stdout
     work_dir = tmp_path / "runs"
@@ -93,16 +93,16 @@ def test_a_run_makes_all_it_promises_and_a_second_one_finds_it(fot, path: Path, 
     lineage = json.loads((made["report"] / "lineage.json").read_text())
     assert lineage["finetune"]["inputs"]["shards"] == lineage["shards"]["key"]
 
-    again = fot("run", path)
+    again = fot_here("run", path)
     assert again.returncode == 0
     assert all(f"{stage} found" in again.stdout for stage in STAGES)
-    status = fot("status", path).stdout
+    status = fot_here("status", path).stdout
     assert status.count(" done ") == len(STAGES)
 
     corrupt = next(made["shards"].glob("*.arrow"))
     content = corrupt.read_bytes()
     corrupt.write_bytes(content[:-1000] + b"x" + content[-999:])
-    mended = fot("run", path)
+    mended = fot_here("run", path)
     assert mended.returncode == 0
     assert f"{corrupt} is corrupt; it is made again" in mended.stdout
     assert corrupt.read_bytes() == content
@@ -216,7 +216,7 @@ def own_material(tmp_path: Path, corpus: Path) -> list[str]:
 
 
 def test_ones_own_llama_is_fine_tuned_and_a_kill_in_training_changes_nothing(
-    fot, start_fot, own_material: list[str], tmp_path: Path
+    fot, fot_here, start_fot, own_material: list[str], tmp_path: Path
 ) -> None:
     check_kills([at_step("finetune", 50)], signal.SIGKILL, fot, start_fot, own_material, tmp_path)
     made = outputs(tmp_path / "runs")
@@ -229,12 +229,12 @@ def test_ones_own_llama_is_fine_tuned_and_a_kill_in_training_changes_nothing(
         ("finetune.objective.context=64", "was made for 32"),
         ("finetune.objective.mem_layers=[7]", "has 2 layers, 0 to 1"),
     ):
-        answer = fot("run", *own_material, f"--set={problem}")
+        answer = fot_here("run", *own_material, f"--set={problem}")
         assert answer.returncode == 2
         assert message in answer.stdout.splitlines()[-1]
     weights = tmp_path / "llama" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    answer = fot("run", *own_material)
+    answer = fot_here("run", *own_material)
     assert answer.returncode == 2
     assert f"{weights} is damaged" in answer.stdout.splitlines()[-1]
 

@@ -44,6 +44,7 @@ def test_a_variant_after_another_starts_from_its_model(recipe: dict, write_recip
         ({"a": {"sett": {}}}, "unknown key variants.a.sett: did you mean variants.a.set?"),
         ({"a": {"set": {"finetune.stepz": 3}}}, "variant a: unknown key finetune.stepz: did you mean finetune.steps?"),
         ({"a": {"set": {"work_dir": "other"}}}, "variant a: sets work_dir: variants share the recipe's"),
+        ({"a": {"set": {"work_dir": "s3://bucket/runs"}}}, "variant a: work_dir s3://bucket/runs is a URL"),
         ({"a b": {}}, "variant a b: name = 'tiny-a b'"),
         (["a"], "variants"),
     ],

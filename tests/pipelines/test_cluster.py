@@ -10,7 +10,7 @@ import psutil
 import pytest
 import ray
 
-from pipelines.cluster import WantedWorkers, run_tasks
+from pipelines.cluster import NODE_TYPE, WantedWorkers, autoscales, run_tasks
 from pipelines.errors import UserError
 from pipelines.progress import console
 
@@ -161,6 +161,19 @@ def test_a_cluster_that_may_grow_is_waited_for_with_a_message_and_a_limit(local_
     assert time.monotonic() - began >= 3
     line = f"waiting for room for {there + 1} workers with 1 CPU each, the cluster has room for {there}"
     assert line in said.get().replace("\n", " ")
+
+
+def test_a_cluster_grows_where_its_nodes_have_types_that_an_autoscaler_gave_or_may_have_given(
+    local_ray, monkeypatch
+) -> None:
+    assert not autoscales()
+    for given, grows in {"data": True, "headgroup": True, "local.cluster.node": False}.items():
+        nodes = [{"Alive": True, "Labels": {NODE_TYPE: given}}, {"Alive": True, "Labels": {}}]
+        monkeypatch.setattr(ray, "nodes", lambda nodes=nodes: nodes)
+        assert autoscales() == grows
+    report = b'{"autoscaler_report": {"active_nodes": {"gpu-worker": 1}}}'  # of the first generation
+    monkeypatch.setattr("ray.experimental.internal_kv._internal_kv_get", lambda key: report)
+    assert autoscales()
 
 
 WAITING = """

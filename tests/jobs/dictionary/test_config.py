@@ -58,6 +58,7 @@ def phase(**changes: object) -> dict:
         ({"model": {"head_dim": 3}}, r"model.head_dim \(3\) must be even"),
         ({"evaluation": {"tokens": [300]}}, "300 tokens are no whole contexts: give multiples of 256"),
         ({"evaluation": {"tokens": [2**28]}}, "need more keys than there are: give at most 132710400"),
+        ({"work_dir": "s3://bucket/runs"}, "work_dir s3://bucket/runs is a URL: give a directory"),
         ({"kind": "run"}, "dictionary"),
         ({"steps": 3}, "Extra inputs"),
     ],

@@ -54,4 +54,4 @@ def test_a_mistake_is_one_line(fot_here, tmp_path: Path) -> None:
         assert message in answer.stdout.splitlines()[-1]
     planned = fot_here("plan", write(tmp_path / "recipe.yaml"))
     assert planned.returncode == 2
-    assert "only `fot run` and `fot status` take it" in planned.stdout
+    assert "only `fot run`, `fot status` and `fot submit` take it" in planned.stdout

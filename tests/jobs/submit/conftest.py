@@ -25,13 +25,20 @@ from jobs.submit.dashboard import DEFAULT, Dashboard, DashboardDownError
 from jobs.submit.job import make_metadata
 
 ROOT = Path(__file__).parents[3]
-NODE = {"node_id": "n1", "state": "ALIVE", "is_head_node": True, "resources_total": {"CPU": 4.0, "GPU": 2.0}}
+NODE = {
+    "node_id": "n1",
+    "state": "ALIVE",
+    "is_head_node": True,
+    "resources_total": {"CPU": 4.0, "GPU": 2.0},
+    "labels": {"ray.io/node-id": "n1"},
+}
 TOKEN = "a-token-of-thirty-two-characters"
 
 
 @dataclass
 class Answers:
-    """What a server answers by page: JSON, (code, text), or what a function of the request's headers gives."""
+    """What a server answers by page: JSON, (code, text), or what a function of the request's headers gives; to None it
+    hangs up."""
 
     port: int
     pages: dict[str, object] = field(default_factory=dict)
@@ -56,6 +63,8 @@ def serve():
                 answer = answers.pages.get(self.path, (404, "no such page"))
                 if callable(answer):
                     answer = answer(self.headers)
+                if answer is None:
+                    return
                 code, text = answer if isinstance(answer, tuple) else (200, json.dumps(answer))
                 content = text.encode()
                 self.send_response(code)
@@ -95,6 +104,7 @@ def ray_pages() -> dict[str, object]:
         "/api/v0/cluster_metadata": {"data": {"pythonVersion": python}},
         "/api/v0/nodes?limit=10000": {"data": {"result": {"result": [NODE]}}},
         "/api/cluster_status": {"data": {"clusterStatus": None}},
+        "/nodes?view=summary&nocache=1": {"data": {"nodeLogicalResources": {"n1": "0.0/4.0 CPU\n0.0/2.0 GPU"}}},
         "/nodes/n1": {"data": {"detail": {"cmdline": ["raylet", "--python_worker_command=/opt/bin/python x.py"]}}},
         "/api/jobs/": [],
     }
@@ -197,8 +207,14 @@ class RealCluster:
 
 @pytest.fixture(scope="module")
 def head():
-    """The address of a real Ray with four CPUs, and at most three for a job."""
-    cluster = RealCluster(4, {"FOT_MAX_CPUS": "3"})
+    """The address of a real Ray with four CPUs, and at most three for a job, as `ray up` starts it on machines that are
+    there: with the second generation of its autoscalers."""
+    launched = {
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_NODE_TYPE_NAME": "local.cluster.node",
+        "RAY_CLOUD_INSTANCE_ID": "1",
+    }
+    cluster = RealCluster(4, {"FOT_MAX_CPUS": "3", **launched})
     with pytest.MonkeyPatch.context() as patched:
         as_its_user(cluster, patched)
         cluster.start_head()

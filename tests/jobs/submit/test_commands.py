@@ -12,9 +12,11 @@ import pytest
 import yaml
 
 from jobs.stop import StoppedError
-from jobs.submit import package
+from jobs.submit import commands, package, watch
+from jobs.submit.cluster import look_at
 from jobs.submit.commands import Request, resume, show_job, show_jobs, show_log, stop, submit
 from jobs.submit.dashboard import Dashboard, NoJobError
+from jobs.submit.preflight import CHECKED
 from jobs.submit.progress import read_progress
 from jobs.submit.watch import was_checked
 from jobs.train.metrics import read_metrics
@@ -74,11 +76,71 @@ def test_a_job_that_runs_is_not_run_again_and_one_that_ended_is_not_stopped(serv
     assert {method for method, _ in answers.asked} == {"GET"}
 
 
+@pytest.fixture
+def losing(serve, ray_pages, recipe, write_recipe):
+    """A recipe and a cluster that hangs up when it is submitted, after `then` has been done with what it answers."""
+
+    def make(then):
+        submission = package.make_submission(write_recipe(recipe), (), None)
+
+        def jobs(headers) -> list | None:
+            if headers["Content-Type"] is None:
+                return []
+            then(answers.pages, submission.id)
+            return None
+
+        code = f"/api/packages/gcs/{submission.code.uri.removeprefix('gcs://')}"
+        answers, _ = serve({**ray_pages, code: {}, "/api/jobs/": jobs})
+        return Request(write_recipe(recipe), address=answers.address), answers, submission.id
+
+    return make
+
+
+def test_a_job_is_found_of_which_the_answer_to_its_submission_was_lost(losing, details, capsys) -> None:
+    def record(pages: dict, job_id: str) -> None:
+        page, log = f"/api/jobs/{job_id}", {"logs": f"{CHECKED} the one node sees what the recipe names\n"}
+        pages.update({page: details(job_id), f"{page}/logs": log})
+
+    request, answers, job_id = losing(record)
+    submit(request)
+    assert capsys.readouterr().out == f"{job_id}\n"
+    assert [method for method, page in answers.asked if page == "/api/jobs/"].count("POST") == 1
+
+
+def test_a_job_that_may_have_been_started_is_named(losing) -> None:
+    request, _, job_id = losing(lambda pages, job_id: None)
+    with pytest.raises(UserError, match=f"; job {job_id} may have been started: `fot status {job_id}` tells$"):
+        submit(request)
+
+
+def test_it_is_said_once_what_is_waited_for_when_that_takes_long(losing, details, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(commands, "UNSAID", 0.0)
+    monkeypatch.setattr(watch, "POLL", 0.01)
+
+    def record(pages: dict, job_id: str) -> None:
+        logs = iter(["", "", "", "", f"{CHECKED} all 2 nodes see what the recipe names\n"])
+        pages |= {f"/api/jobs/{job_id}": details(job_id), f"/api/jobs/{job_id}/logs": lambda _: {"logs": next(logs)}}
+
+    request, _, job_id = losing(record)
+    submit(request)
+    assert capsys.readouterr().err.count(f"waiting until job {job_id} is started and every node has looked") == 1
+
+
+def test_a_job_whose_log_is_away_still_has_its_state(serve, ray_pages, details, capsys) -> None:
+    lost = {"/api/jobs/tiny-1": details("tiny-1", "FAILED"), "/api/jobs/tiny-1/logs": (500, "No agent on this node")}
+    answers, _ = serve({**ray_pages, **lost})
+    show_job("tiny-1", answers.address)
+    shown = capsys.readouterr().out
+    assert re.search("^state +failed$", shown, re.MULTILINE)
+    assert re.search("^last words +its log cannot be had from the node that it runs on$", shown, re.MULTILINE)
+
+
 @pytest.mark.slow
 def test_what_the_cluster_cannot_see_or_does_not_allow_is_refused_before_anything_runs(
     head: str, recipe, write_recipe, tmp_path: Path
 ) -> None:
     path = write_recipe(recipe)
+    assert look_at(Dashboard(head)).free == {"CPU": 4.0, "GPU": 0.0}
     with pytest.raises(
         UserError, match=r"did not start .*does not see data.sources.0.path /nowhere/x.jsonl: put it on"
     ):

@@ -7,15 +7,15 @@ import pytest
 from jobs.recipe import load_recipe
 from jobs.submit.cluster import Cluster
 from jobs.submit.needs import check_fits, counted, fitting, needs_view, planned
-from jobs.submit.package import load_any
+from jobs.submit.package import load_all
 from pipelines.errors import UserError
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 GPU_NODE = {"CPU": 8.0, "GPU": 4.0, "memory": 1e9}
 
 
-def cluster(*nodes: dict[str, float], grows: bool = False) -> Cluster:
-    return Cluster("2", "3.11.1", "python", nodes, {"CPU": 1.0, "GPU": 0.0}, grows)
+def cluster(*nodes: dict[str, float], grows: bool | None = False) -> Cluster:
+    return Cluster("python", nodes, {"CPU": 1.0, "GPU": 0.0}, grows)
 
 
 def test_a_worker_fits_a_node_with_all_that_it_asks_for() -> None:
@@ -25,29 +25,52 @@ def test_a_worker_fits_a_node_with_all_that_it_asks_for() -> None:
 
 
 def test_what_never_fits_is_refused_unless_the_cluster_grows() -> None:
-    recipe = load_recipe(RECIPES / "longllama_3b.yaml")  # 8 GPUs or more
+    recipe = load_all(RECIPES / "longllama_3b.yaml")  # 8 GPUs or more
     with pytest.raises(UserError, match=r"room for 4 and does not grow: lower resources.workers .*workers=4\) or use"):
         check_fits(recipe, cluster(GPU_NODE))
     with pytest.raises(UserError, match=r"room for 0 and does not grow: use a larger cluster$"):
         check_fits(recipe, cluster({"CPU": 8.0}))
     assert "room for 4, the autoscaler must add nodes" in str(check_fits(recipe, cluster(GPU_NODE, grows=True)))
+    unsure = cluster(GPU_NODE, grows=None)
+    assert "room for 4, nodes must come: whether any do is not known" in str(check_fits(recipe, unsure))
+    assert dict(needs_view(recipe, unsure))["cluster"].endswith("free now 1 CPU; whether it grows is not known")
     assert check_fits(recipe, cluster(*[GPU_NODE] * 8)) is None
 
 
 def test_a_dictionary_has_no_training_workers_and_fits_anywhere() -> None:
-    recipe = load_any(RECIPES / "dictionary.yaml")
+    recipe = load_all(RECIPES / "dictionary.yaml")
     assert check_fits(recipe, cluster({"CPU": 1.0})) is None
     assert [what for what, _ in needs_view(recipe, cluster({"CPU": 1.0}))] == ["needs", "cluster"]
 
 
 def test_a_need_is_told_in_words_with_the_plan_of_each_training() -> None:
-    recipe = load_recipe(RECIPES / "quickstart.yaml")
-    told = dict(needs_view(recipe, cluster(GPU_NODE, GPU_NODE)))
+    recipes = load_all(RECIPES / "quickstart.yaml")
+    told = dict(needs_view(recipes, cluster(GPU_NODE, GPU_NODE)))
     assert told["training"].startswith("2 x (1 CPU): 2 CPUs;")
     assert told["cluster"] == "2 nodes, 16 CPUs and 8 GPUs, free now 1 CPU"
-    steps = recipe.finetune.steps
+    steps = load_recipe(RECIPES / "quickstart.yaml").finetune.steps
     assert f" tokens in {steps:,} steps, " in told["finetune"]
     assert "GB a worker" in told["base"]
+
+
+def test_what_variants_need_is_told_of_each_and_the_largest_decides(recipe, write_recipe) -> None:
+    wide = {
+        "resources.workers": 16,
+        "finetune.batch.micro_batches": 16,
+        "base.pretrain.training.batch.micro_batches": 16,
+    }
+    variants = {"plain": {}, "then": {"after": "plain", "set": {"finetune.steps": 99}}, "wide": {"set": wide}}
+    recipes = load_all(write_recipe({**recipe, "variants": variants}))
+    assert list(recipes) == ["plain", "then", "wide"]
+    told = list(needs_view(recipes, cluster(GPU_NODE)))
+    assert [what for what, _ in told] == ["training", "training", "base", "base", "finetune", "finetune", "cluster"]
+    assert [words.rpartition(" (")[2] for _, words in told[:4]] == ["plain, then)", "wide)", "plain)", "wide)"]
+    assert told[1][1].startswith("16 x (1 CPU): 16 CPUs;")
+    with pytest.raises(
+        UserError, match=r"^variant wide: resources: 16 workers .* never fit .*lower resources.workers or"
+    ):
+        check_fits(recipes, cluster(GPU_NODE))
+    assert str(check_fits(recipes, cluster({"CPU": 1.0}, grows=True))).startswith("16 workers with 1 CPU each")
 
 
 def test_a_base_whose_shape_nothing_tells_here_has_no_plan() -> None:
