@@ -31,7 +31,7 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            print("fot: interrupted; the same command goes on from here", file=sys.stderr)
+            print("fot: interrupted; what was done is kept", file=sys.stderr)
             sys.exit(INTERRUPTED)
 
 

@@ -7,6 +7,7 @@ from jobs.data.stages import Inputs
 from jobs.evaluate.result import RESULT, Point, Result, Table
 from jobs.outcome import report_stage
 from jobs.plot import plot_curves
+from jobs.registry.config import without_credentials
 from jobs.variants import Comparison
 from jobs.version import code_version
 from pipelines.store import Output, Stage
@@ -39,7 +40,9 @@ def comparison_stages(
     stage = Stage(TASK, run, {"tasks": tasks}, inputs=tuple(inputs), content=RESULT)
     settings = {
         **comparison.common.described(),
-        "variants": {name: variant.model_dump(mode="json") for name, variant in comparison.variants.items()},
+        "variants": {
+            name: without_credentials(variant.model_dump(mode="json")) for name, variant in comparison.variants.items()
+        },
     }
     facts = {"models": ", ".join(made), "code": code_version()}
     report = report_stage(comparison.common.name, [TASK], settings, lambda inputs, results: facts, [TASK])

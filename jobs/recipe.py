@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from jobs.evaluate.config import Evaluation
-from jobs.registry.config import Registry
+from jobs.registry.config import Registry, without_credentials
 from jobs.settings import WorkDirectory, read_overridden, validated
 from jobs.train.config import Continued, FotObjective, MemorizingObjective, Positive, Resources, Training
 from pipelines.config import Data, Part, TokenizerPart
@@ -124,8 +124,9 @@ class Recipe(Texts):
         return self
 
     def described(self) -> dict[str, Any]:
-        """All that decides what comes of it, as JSON: not where it is kept."""
-        return dict(self.model_dump(mode="json", exclude={"work_dir": True, "registry": {"tracking_uri"}}))
+        """All that decides what comes of it, as JSON for everybody to read: not where it is kept."""
+        dumped = self.model_dump(mode="json", exclude={"work_dir": True, "registry": {"tracking_uri"}})
+        return dict(without_credentials(dumped))
 
     @property
     def trainings(self) -> dict[str, Training]:

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from jobs.registry.server import (
     TrackingDownError,
     connect,
     embedded_uri,
+    files_in,
     locked,
     log_facts,
     log_points,
@@ -33,6 +34,7 @@ from jobs.registry.server import (
 )
 from jobs.train.metrics import MetricsReader, read_metrics
 from jobs.train.spec import METRICS
+from jobs.version import JOB_TAG, add_jobs
 from pipelines.files import write_atomically
 from pipelines.progress import say
 
@@ -52,8 +54,13 @@ class TrainingFacts:
     params: Mapping[str, Any]
     recipe: Mapping[str, Any]
 
-    def write(self, output: Path) -> None:
-        write_atomically(output / RUN, json.dumps(asdict(self), indent=1).encode())
+    def write(self, output: Path) -> "TrainingFacts":
+        """Returns what is there now: this, with the jobs of earlier attempts."""
+        known = TrainingFacts.read(output).tags.get(JOB_TAG, "") if (output / RUN).exists() else ""
+        jobs = add_jobs(known, self.tags.get(JOB_TAG, ""))
+        facts = replace(self, tags={**self.tags, JOB_TAG: jobs}) if jobs else self
+        write_atomically(output / RUN, json.dumps(asdict(facts), indent=1).encode())
+        return facts
 
     @classmethod
     def read(cls, output: Path) -> "TrainingFacts":
@@ -68,7 +75,7 @@ class TrainingRun:
     """
 
     def __init__(self, work_dir: Path, uri: str, facts: TrainingFacts, output: Path) -> None:
-        self._work_dir, self._uri, self._facts, self._output = work_dir, uri, facts, output
+        self._work_dir, self._uri, self._facts, self._output = work_dir, uri, facts.write(output), output
         self._outbox = Outbox(work_dir)
         self._client: MlflowClient | None = None
         self._run_id, self._logged = "", 0
@@ -76,7 +83,6 @@ class TrainingRun:
         self._pending: list[dict[str, float]] = []
         self._ask_again = 0.0
         self._complained = False
-        facts.write(output)
         self._alive = ExitStack()  # sync leaves a training alone that still tells MLflow itself
         self._alive.enter_context(locked(self._outbox.lock_of(facts.key)))
         self._tell("RUNNING")
@@ -107,7 +113,7 @@ class TrainingRun:
                     client = connect(self._uri)
                     run, self._logged = _open(client, self._work_dir, self._facts, self._pending)
                     self._run_id = str(run.info.run_id)
-                    _describe(client, self._run_id, self._facts)
+                    _describe(client, run, self._facts)
                     self._client = client
                 self._logged = _log_all(self._client, self._run_id, self._pending, self._logged)
                 if status != "RUNNING":
@@ -143,7 +149,7 @@ def upload_training(work_dir: Path, uri: str, output: Path, status: str) -> str:
         if run.info.status == status and (not entries or logged >= entries[-1]["step"]):
             return run_id
         ended = int(entries[-1]["time"] * 1000) if entries else None
-        _describe(client, run_id, facts)
+        _describe(client, run, facts)
         _log_all(client, run_id, entries, logged)
         client.set_terminated(run_id, status, ended)
     return run_id
@@ -159,11 +165,13 @@ def _open(
     return run, max((point.step for point in history), default=0)
 
 
-def _describe(client: MlflowClient, run_id: str, facts: TrainingFacts) -> None:
+def _describe(client: MlflowClient, run: Run, facts: TrainingFacts) -> None:
     """Mark the run as running, and say what it is of."""
+    run_id = run.info.run_id
     client.update_run(run_id, status="RUNNING")
     log_facts(client, run_id, facts.params, {KIND: "training", **facts.tags})
-    client.log_dict(run_id, dict(facts.recipe), "recipe.json")
+    with files_in(run.info.artifact_uri):
+        client.log_dict(run_id, dict(facts.recipe), "recipe.json")
 
 
 def _log_all(client: MlflowClient, run_id: str, entries: list[dict[str, float]], logged: int) -> int:

@@ -15,6 +15,11 @@ def made_by() -> dict[str, str]:
     return {"fot.code": code_version(), **({JOB_TAG: job} if job else {})}
 
 
+def add_jobs(known: str, new: str) -> str:
+    """The jobs that two tags name, each once, the first first."""
+    return " ".join(dict.fromkeys(f"{known} {new}".split()))
+
+
 def code_version() -> str:
     """The package's version, with the commit (and "dirty" if files differ from it) where this is a checkout."""
     root = Path(__file__).resolve().parent.parent

@@ -17,7 +17,7 @@ from jobs.child import HOST, answers, end, interrupt_when_asked_to_end, is_taken
 from jobs.registry.config import SERVERS, Place, check_tracking_uri, hide_credentials
 from jobs.registry.record import GATE, REASONS
 from jobs.registry.runs import children, find, histories, list_runs
-from jobs.registry.server import KIND, connect, database_file, embedded_uri, talking_to, tracking_uri
+from jobs.registry.server import KIND, connect, database_file, embedded_uri, files_in, talking_to, tracking_uri
 from jobs.registry.sync import sync
 from jobs.registry.views import curve, differing, lineage_lines, list_rows, metric_rows
 from jobs.settings import read_yaml, validated
@@ -111,7 +111,8 @@ def open_pages(work_dir: Path, uri: str | None, port: int) -> None:
             if not answers(server, f"http://{HOST}:{port}/health"):
                 log.seek(0)
                 last = (log.read().decode(errors="replace").strip().splitlines() or ["it says nothing"])[-1]
-                raise UserError(f"MLflow's pages do not start on port {port} ({last}): try --port with another one")
+                why = hide_credentials(last)
+                raise UserError(f"MLflow's pages do not start on port {port} ({why}): try --port with another one")
             print(f"MLflow's pages are at http://{HOST}:{port} (Ctrl-C ends them)", flush=True)
             server.wait()
             raise UserError("MLflow's pages ended by themselves: start them again")
@@ -181,10 +182,12 @@ def _own(tags: Mapping[str, str]) -> list[tuple[str, str]]:
 
 def _artifact(client: MlflowClient, run: Run, name: str) -> dict[str, Any]:
     """A JSON file of a run, {} without."""
-    if name not in {artifact.path for artifact in client.list_artifacts(run.info.run_id)}:
-        return {}
     with tempfile.TemporaryDirectory() as directory:
-        return dict(json.loads(Path(client.download_artifacts(run.info.run_id, name, directory)).read_text()))
+        with files_in(run.info.artifact_uri):
+            if name not in {artifact.path for artifact in client.list_artifacts(run.info.run_id)}:
+                return {}
+            fetched = client.download_artifacts(run.info.run_id, name, directory)
+        return dict(json.loads(Path(fetched).read_text()))
 
 
 def _loss(client: MlflowClient, run: Run, metrics: Mapping[str, Mapping[int, float]]) -> Mapping[int, float]:

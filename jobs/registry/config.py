@@ -2,7 +2,7 @@
 
 import os
 import re
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_serializer, field_validator, model_validator
@@ -11,21 +11,37 @@ from pipelines.config import Part, Positive
 
 SERVERS = ("http", "https")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # with a driver behind a plus: postgresql+psycopg2
-ADDRESS = re.compile(r"\b(?!sqlite|file)([a-z0-9+.-]+://)(\S+)", re.IGNORECASE)
+NO_URL = r'\s"<>`'  # never in a URL: it ends before them. In JSON a quote comes after a backslash.
+ADDRESS = re.compile(  # of urllib3's "with url: /path?query", too
+    rf"\b((?!sqlite|file)[a-z0-9+.-]+://|with url: /)((?:[^\\{NO_URL}]|\\[^{NO_URL}])+)", re.IGNORECASE
+)
+CLOSING = "'.,:;)]}"  # behind a URL they are rather the text's
 
 
 def hide_credentials(text: str) -> str:
     """The text without the names, passwords and queries of URLs in it: rather too little is left than too much."""
 
     def shown(found: re.Match[str]) -> str:
-        address, _, query = found[2].partition("?")
-        return found[1] + ("" if "@" in query else address.rpartition("@")[2])
+        url = found[2].rstrip(CLOSING)
+        address, _, query = url.partition("?")
+        return found[1] + ("" if "@" in query else address.rpartition("@")[2]) + found[2][len(url) :]
 
     return ADDRESS.sub(shown, text)
 
 
+def without_credentials(value: Any) -> Any:
+    """JSON with every text in it as `hide_credentials` has it."""
+    if isinstance(value, dict):
+        return {name: without_credentials(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [without_credentials(each) for each in value]
+    return hide_credentials(value) if isinstance(value, str) else value
+
+
 def check_tracking_uri(uri: str) -> str:
     """The address of a tracking server or database, as it is. Raises ValueError for anything else."""
+    if not uri.startswith("sqlite:") and re.search(f"[{NO_URL}]", uri):
+        raise ValueError("it holds a blank, a line break or another character that no URL has: write %20 for a blank")
     shown, scheme = hide_credentials(uri), uri.partition("://")[0].partition("+")[0]
     if scheme not in (*SERVERS, *DATABASES) or "://" not in uri:
         raise ValueError(

@@ -82,7 +82,7 @@ def fetch_model(uri: str, tracking_uri: str, into: Path) -> Path:
     from mlflow.artifacts import download_artifacts
 
     from jobs.registry.record import check_safetensors
-    from jobs.registry.server import connect, locked, talking_to
+    from jobs.registry.server import connect, files_in, locked, talking_to
 
     address = model_address(uri)
     if address.alias is None and address.version is None:
@@ -99,7 +99,7 @@ def fetch_model(uri: str, tracking_uri: str, into: Path) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
         temporary.mkdir()
         try:
-            with talking_to(tracking_uri):
+            with talking_to(tracking_uri), files_in(source):
                 fetched = Path(download_artifacts(source, dst_path=str(temporary), tracking_uri=tracking_uri))
             check_safetensors(fetched)
             os.rename(fetched, path)

@@ -26,6 +26,7 @@ from jobs.registry.server import (
     TrackingDownError,
     connect,
     embedded_uri,
+    files_in,
     find_run,
     locked,
     log_facts,
@@ -89,7 +90,8 @@ def register(outcome: Outcome, work_dir: Path, registry: Registry = DEFAULT) -> 
         with talking_to(uri):
             known = _recorded(client := connect(uri), outcome)
             if known is not None:
-                _add_job(client, str(known["run_id"]), outcome.tags.get(JOB_TAG, ""))
+                jobs = {tag: value for tag, value in outcome.tags.items() if tag == JOB_TAG}
+                log_facts(client, str(known["run_id"]), {}, jobs)
     except TrackingDownError:
         known = None
     return known or record(outcome, work_dir, registry)
@@ -139,7 +141,8 @@ def upload(outcome: Outcome, work_dir: Path, uri: str, conditions: Sequence[Cond
         for name, path in outcome.artifacts.items():
             assert PurePosixPath(name).name == path.name, f"{path} cannot be shown as {name}"
             folder = str(PurePosixPath(name).parent)
-            client.log_artifact(run_id, str(path), None if folder == "." else folder)
+            with files_in(run.info.artifact_uri):
+                client.log_artifact(run_id, str(path), None if folder == "." else folder)
         model = version = gate = decision = None
         if outcome.model is not None:
             decision, model = decide(conditions, metrics), registered_name(outcome.name)
@@ -229,12 +232,6 @@ def _recorded(client: MlflowClient, outcome: Outcome) -> dict[str, str | None] |
     return {**made, "model": model, "version": version, "gate": gate}
 
 
-def _add_job(client: MlflowClient, run_id: str, job: str) -> None:
-    jobs = client.get_run(run_id).data.tags.get(JOB_TAG, "").split()
-    if job and job not in jobs:
-        client.set_tag(run_id, JOB_TAG, " ".join([*jobs, job])[-TAG_LENGTH:])
-
-
 def _versions(client: MlflowClient, model: str) -> list[ModelVersion]:
     return list(client.search_model_versions(f"name = '{model}'"))
 
@@ -251,7 +248,8 @@ def _model_version(client: MlflowClient, run: Run, outcome: Outcome) -> str:
     for version in _versions(client, model):
         if version.run_id == run_id or (content and version.tags.get(CONTENT) == outcome.content):
             return str(version.version)
-    client.log_artifacts(run_id, str(outcome.model), "model")
+    with files_in(run.info.artifact_uri):
+        client.log_artifacts(run_id, str(outcome.model), "model")
     source, described = f"{run.info.artifact_uri}/model", f"Of the recipe {outcome.name}, run {run_id}."
     return str(client.create_model_version(model, source, run_id, tags=content, description=described).version)
 
@@ -275,7 +273,8 @@ def _pass_gate(
         return str(known[GATE])
     gate = PROMOTED if decision.promote else NOT_PROMOTED
     told = {"gate": gate, "model": model, "version": version, "reasons": list(decision.reasons)}
-    client.log_dict(run_id, told, "gate.json")
+    with files_in(run.info.artifact_uri):
+        client.log_dict(run_id, told, "gate.json")
     judged = {GATE: gate, REASONS: "\n".join(decision.reasons)}
     if time >= _time(client, model, version):
         for name, value in {**tags, **judged, TIME: time}.items():

@@ -27,7 +27,8 @@ OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 }
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 FILTER = re.compile(rf"metric\s+(\S+?)(?:@(\d+))?\s*(>=|<=|!=|>|<|=)\s*({NUMBER})")
-JOB_ID = re.compile(r"[A-Za-z0-9_.-]+")
+JOB_ID = re.compile(r"[A-Za-z0-9_.-]+")  # of any launcher's
+OUR_JOB_ID = re.compile(r"[A-Za-z0-9_.-]+-[0-9a-f]{8}(-[0-9]+)?")
 ID, SHORT_ID = re.compile(r"[0-9a-f]{4,32}"), re.compile(r"[0-9a-f]{1,3}")
 LATEST = ("perplexity/model", "passkey/exact", "loss")  # what a line about a run shows, where it is measured
 
@@ -78,14 +79,14 @@ def list_runs(client: MlflowClient, experiment: str | None, asked: str | None) -
 
 
 def find(client: MlflowClient, asked: str) -> Run:
-    """The run whose id begins so, that a cluster's job made last, or that made the model's version. Raises UserError
-    for none and for several."""
+    """The run whose id begins so, that a cluster's job made last (of one that came to none: its last training's), or
+    that made the model's version. Raises UserError for none and for several."""
     everywhere = [each.experiment_id for each in client.search_experiments()]
     if JOB_ID.fullmatch(asked):
-        by_job = f"tags.`{JOB_TAG}` LIKE '%{asked}%' and tags.`{KIND}` != 'training'"
-        for run in _pages(client, everywhere, by_job):
-            if asked in run.data.tags[JOB_TAG].split():
-                return run
+        alike = _pages(client, everywhere, f"tags.`{JOB_TAG}` LIKE '%{asked}%'")
+        made = [run for run in alike if asked in run.data.tags[JOB_TAG].split()]
+        if made:
+            return next((run for run in made if run.data.tags.get(KIND) != "training"), made[0])
     if ID.fullmatch(asked):
         found = [run for run in _pages(client, everywhere, "") if run.info.run_id.startswith(asked)]
         if len(found) > 1:
@@ -95,6 +96,8 @@ def find(client: MlflowClient, asked: str) -> Run:
     try:
         return client.get_run(find_version(client, model_address(asked)).run_id)
     except UserError as error:
+        if OUR_JOB_ID.fullmatch(asked):
+            raise UserError(f"no run of job {asked} yet: `fot status {asked}` says how far it is") from None
         if ID.fullmatch(asked):
             raise UserError(f"{asked} is no run's id, nor a model: `fot registry list` shows what there is") from None
         if SHORT_ID.fullmatch(asked):

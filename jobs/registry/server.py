@@ -6,6 +6,7 @@ is asked of a server or database it is looked at for a few seconds: one that is 
 
 import fcntl
 import os
+import re
 import socket
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,8 +21,10 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.registry.config import SERVERS, check_tracking_uri, hide_credentials
+from jobs.version import JOB_TAG, add_jobs
 from pipelines.errors import UserError
 from pipelines.files import complete_or_invisible
+from pipelines.storage import EXTRAS
 
 KEY = "fot.key"  # the tag that names a run, whichever server it is on
 KIND = "fot.kind"
@@ -75,10 +78,12 @@ def connect(uri: str) -> MlflowClient:
             parts = urlsplit(uri)
             port = parts.port or DATABASE_PORTS[parts.scheme.partition("+")[0]]
             socket.create_connection((str(parts.hostname), port), PATIENCE).close()
+        with talking_to(uri):
+            return MlflowClient(uri, uri)
     except (OSError, sqlite3.Error, MlflowException) as error:
         raise TrackingDownError(f"MLflow at {shown} cannot be used ({_reason(error)})") from None
-    with talking_to(uri):
-        return MlflowClient(uri, uri)
+    except ImportError as error:  # of a database's driver, or of a way to sign in
+        raise TrackingDownError(f"MLflow at {shown} cannot be used ({error.name} is not installed)") from None
 
 
 @contextmanager
@@ -90,6 +95,19 @@ def talking_to(uri: str) -> Iterator[None]:
         raise
     except (MlflowException, SQLAlchemyError, OSError) as error:  # requests' errors are OSErrors
         raise TrackingDownError(f"MLflow at {hide_credentials(uri)} cannot be used ({_reason(error)})") from error
+
+
+@contextmanager
+def files_in(place: str) -> Iterator[None]:
+    """Around a call of MLflow's that reads or writes files in this place, and around nothing else: drivers of buckets
+    raise whatever they like, and all of it is a TrackingDownError of one line."""
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError):  # of the server or database: `talking_to` tells
+        raise
+    except Exception as error:
+        why = _drivers_reason(error, EXTRAS.get(place.partition("://")[0]))
+        raise TrackingDownError(f"MLflow's files in {hide_credentials(place)} cannot be used ({why})") from None
 
 
 def find_run(client: MlflowClient, experiment: str, key: str) -> Run | None:
@@ -128,7 +146,10 @@ def open_run(
 
 
 def log_facts(client: MlflowClient, run_id: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
-    """Write parameters and tags, cut where MLflow takes no more."""
+    """Write parameters and tags, cut where MLflow takes no more. Jobs are added to those that the run names already."""
+    if JOB_TAG in tags:
+        known = client.get_run(run_id).data.tags.get(JOB_TAG, "")
+        tags = {**tags, JOB_TAG: add_jobs(known, tags[JOB_TAG])[-TAG_LENGTH:]}
     made_params = [Param(name, str(value)[:PARAM_LENGTH]) for name, value in params.items()]
     made_tags = [RunTag(name, value[:TAG_LENGTH]) for name, value in tags.items()]
     for first in range(0, max(len(made_params), len(made_tags)), TAGS_AT_ONCE):
@@ -195,7 +216,19 @@ def _reason(error: Exception) -> str:
     text = hide_credentials(str(error)).strip()
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+    if "in header value" in text:  # and quotes it
+        return "a token holds a line break: see MLFLOW_TRACKING_TOKEN"
     for sign in ("Connection refused", "timed out", "Name or service not known", "database is locked"):
         if sign in text:
             return sign
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def _drivers_reason(error: Exception, extra: str | None) -> str:
+    """What is wrong with a bucket, by whose driver `extra` of ours brings. Not in its words, which may quote keys."""
+    if isinstance(error, ImportError):
+        return f"{error.name} is not installed" + (f": pip install 'fot[{extra}]'" if extra else "")
+    if isinstance(error, OSError):
+        return _reason(error)
+    amazons = re.search(r"An error occurred \((\w+)\)", str(error))
+    return amazons[1] if amazons else type(error).__name__

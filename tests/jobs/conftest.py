@@ -1,5 +1,5 @@
-"""A corpus, a recipe and a `fot` small enough for tests, all made on the spot; a tracking server of MLflow's
-own that can be killed and started again."""
+"""A corpus, a recipe and a `fot` small enough for tests, all made on the spot; a tracking server of MLflow's own and a
+Ray cluster that can be killed and started again; a browser."""
 
 import json
 import os
@@ -9,15 +9,21 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
+from jobs.submit.dashboard import DEFAULT, Dashboard, DashboardDownError
+
 FOT = str(Path(sys.executable).with_name("fot"))
+TOKEN = "a-token-of-thirty-two-characters"
 
 
 def words(count: int, seed: int) -> str:
@@ -283,3 +289,106 @@ def browser():
     browser = Browser(chromium, driver)
     yield browser
     browser.quit()
+
+
+class RealCluster:
+    """Ray with token authentication: a head and nodes, every one by a `ray start` of its own, on the loopback address.
+
+    `environment`: what whoever runs the cluster says to it; `client`: what its users' environment holds.
+    """
+
+    def __init__(self, head_cpus: int, environment: dict[str, str] | None = None) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="fot", dir="/tmp"))  # its sockets have no room for a longer path
+        token = self.directory / "token"
+        token.write_text(TOKEN)
+        self.client = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        given = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self._environment = {**given, **self.client, "RAY_USAGE_STATS_ENABLED": "0", **(environment or {})}
+        self._head_cpus, self._port, self._pages, self._agent = head_cpus, free_port(), free_port(), free_port()
+        self.address = DEFAULT.rpartition(":")[0] + f":{self._pages}"
+        self.nodes: list[subprocess.Popen] = []
+        self._added = 0
+
+    @property
+    def ray_address(self) -> str:
+        """For who connects to Ray itself."""
+        return f"127.0.0.1:{self._port}"
+
+    def give_to_user(self, patched: pytest.MonkeyPatch) -> None:
+        patched.delenv("RAY_AUTH_TOKEN", raising=False)
+        for name, value in self.client.items():
+            patched.setenv(name, value)
+
+    def start_head(self) -> None:
+        self.head = self._start(
+            "--head",
+            f"--num-cpus={self._head_cpus}",
+            f"--port={self._port}",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={self._pages}",
+            f"--dashboard-agent-listen-port={self._agent}",
+            f"--temp-dir={self.directory / 'ray'}",
+        )
+        self.wait_for_nodes(1)
+
+    def add_node(self, cpus: int) -> None:
+        self._added += 1
+        own = f"--temp-dir={self.directory / f'n{self._added}'}"  # in a common one, nodes clear away each other's code
+        agent = f"--dashboard-agent-listen-port={free_port()}"
+        self.nodes.append(self._start(f"--address=127.0.0.1:{self._port}", f"--num-cpus={cpus}", agent, own))
+        self.wait_for_nodes(1 + len(self.nodes))
+
+    def wait_for_nodes(self, count: int) -> None:
+        until = time.monotonic() + 180
+        while self._alive() != count:
+            for process in (self.head, *self.nodes):
+                assert process.poll() is None, self.printed()
+            assert time.monotonic() < until, self.printed()
+            time.sleep(0.5)
+
+    def kill(self, process: subprocess.Popen) -> None:
+        """SIGKILL for a node, whose processes are all those of its session, and what they started."""
+        for member in (psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait(30)
+
+    def end(self) -> None:
+        for process in (*self.nodes, self.head):
+            process.send_signal(signal.SIGTERM)
+        for process in (*self.nodes, self.head):
+            process.wait(60)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def printed(self) -> str:
+        return (self.directory / "log").read_text()
+
+    def _alive(self) -> int:
+        try:
+            nodes = Dashboard(self.address).get("/api/v0/nodes?limit=10000")["result"]["result"]
+        except DashboardDownError:
+            return 0
+        return sum(node["state"] == "ALIVE" for node in nodes)
+
+    def _start(self, *options: str) -> subprocess.Popen:
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--node-ip-address=127.0.0.1"]
+        command += ["--object-store-memory=100000000", *options]
+        with open(self.directory / "log", "a") as log:
+            return subprocess.Popen(command, env=self._environment, stdout=log, stderr=log, start_new_session=True)
+
+
+@pytest.fixture(scope="session")
+def real_cluster() -> type[RealCluster]:
+    return RealCluster
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A head that only drives, and two nodes with a CPU each."""
+    cluster = RealCluster(0)
+    cluster.give_to_user(monkeypatch)
+    cluster.start_head()
+    for _ in range(2):
+        cluster.add_node(1)
+    yield cluster
+    cluster.end()

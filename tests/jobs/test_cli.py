@@ -34,7 +34,7 @@ def test_ctrl_c_in_any_command_is_one_line_and_130(monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         fot_group(["jobs"])
     assert ended.value.code == 130
-    assert capsys.readouterr().err == "fot: interrupted; the same command goes on from here\n"
+    assert capsys.readouterr().err == "fot: interrupted; what was done is kept\n"
 
 
 def test_a_users_mistake_inside_a_ray_task_is_found() -> None:

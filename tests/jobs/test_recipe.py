@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,13 @@ def test_what_asks_of_memory_is_refused_for_a_model_without(
     with pytest.raises(UserError) as error:
         load_recipe(write_recipe(recipe), [objective, f"evaluation.{evaluation}"])
     assert message in str(error.value)
+
+
+def test_what_everybody_may_read_of_a_recipe_shows_no_credentials(recipe: dict, write_recipe) -> None:
+    path = "s3://key:secret@bucket/dir?token=secret"
+    recipe["finetune"]["checkpoints"] = {"path": path}
+    loaded = load_recipe(write_recipe(recipe))
+    assert loaded.finetune.checkpoints.path == path
+    described = loaded.described()
+    assert described["finetune"]["checkpoints"]["path"] == "s3://bucket/dir"
+    assert "secret" not in json.dumps(described)

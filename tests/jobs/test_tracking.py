@@ -28,8 +28,9 @@ def output(work_dir: Path) -> Path:
 
 @pytest.fixture
 def follow(work_dir: Path, output: Path):
-    def start(key: str = "one", uri: str | None = None) -> TrainingRun:
-        facts = TrainingFacts(key, "tiny", "tiny: finetune", {"fot.manifest": "abc"}, {"steps": 5}, {"seed": 1})
+    def start(key: str = "one", uri: str | None = None, job: str | None = None) -> TrainingRun:
+        tags = {"fot.manifest": "abc", **({"fot.job": job} if job else {})}
+        facts = TrainingFacts(key, "tiny", "tiny: finetune", tags, {"steps": 5}, {"seed": 1})
         return TrainingRun(work_dir, uri or tracking_uri(work_dir), facts, output)
 
     return start
@@ -133,6 +134,22 @@ def test_a_training_killed_while_mlflow_was_down_is_uploaded_as_killed(follow, w
     assert len(list(sync(work_dir, embedded_uri(work_dir)))) == 1
     assert history(work_dir) == [(step, 1 / step) for step in range(1, 4)]
     assert find_run(connect(embedded_uri(work_dir)), "tiny", "one").info.status == "KILLED"
+
+
+def jobs_of(work_dir: Path) -> str:
+    return find_run(connect(embedded_uri(work_dir)), "tiny", "one").data.tags["fot.job"]
+
+
+def test_a_training_keeps_the_jobs_of_all_its_attempts(follow, work_dir: Path, output: Path) -> None:
+    for job, uri in (("tiny-1", DOWN), ("tiny-1-2", None), ("tiny-1-3", DOWN), (None, None)):  # the last in no job
+        die(follow(uri=uri, job=job))
+    assert jobs_of(work_dir) == "tiny-1 tiny-1-2 tiny-1-3"
+    elsewhere = output.with_name("elsewhere")  # the same training, of somebody who began it in a work_dir of their own
+    elsewhere.mkdir()
+    TrainingFacts("one", "tiny", "tiny: finetune", {"fot.job": "other-9"}, {}, {}).write(elsewhere)
+    write(elsewhere, range(1, 3))
+    upload_training(work_dir, embedded_uri(work_dir), elsewhere, "FINISHED")
+    assert jobs_of(work_dir) == "tiny-1 tiny-1-2 tiny-1-3 other-9"
 
 
 def test_a_training_that_mlflow_has_wholly_is_left_as_it_is(follow, work_dir: Path, output: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from click.testing import CliRunner
 from jobs.cli import fot, user_message
 from jobs.registry.config import Registry
 from jobs.registry.record import record, register
+from jobs.registry.server import embedded_uri
+from jobs.tracking import TrainingFacts, upload_training
 
 GATE = Registry.model_validate({"promote": [{"metric": "passkey/exact", "at": 2048, "least": 0.9}]})
 
@@ -117,6 +120,21 @@ def test_a_run_is_shown_by_the_job_that_made_it(run_fot, work_dir: Path, make_ou
     assert run_fot("show", "tiny-43ea7c57")[1].startswith(f"tiny: recipe {wanted}")
 
 
+def test_a_job_that_came_to_no_end_is_shown_by_its_last_training(run_fot, work_dir: Path, make_outcome) -> None:
+    trained = make_outcome("one").trainings[0]
+    for key, job, began in (("first", "tiny-43ea7c57", 1.0), ("last", "tiny-43ea7c57", 2.0), ("other", "else", 3.0)):
+        (trained / "metrics.jsonl").write_text(f'{{"step": 1, "loss": 1.0, "time": {began}}}\n')
+        (trained / "training.json").unlink()
+        TrainingFacts(key, "tiny", f"tiny: {key}", {"fot.job": job}, {}, {}).write(trained)
+        upload_training(work_dir, embedded_uri(work_dir), trained, "FAILED")
+    assert run_fot("show", "tiny-43ea7c57")[1].startswith("tiny: last: training ")
+    made = record(make_outcome("two", tags={"fot.job": "tiny-43ea7c57"}), work_dir)
+    assert run_fot("show", "tiny-43ea7c57")[1].startswith(f"tiny: recipe {made['run_id']}")
+    for job in ("tiny-43ea7c58", "tiny-43ea7c57-2"):
+        assert run_fot("show", job) == (2, f"no run of job {job} yet: `fot status {job}` says how far it is")
+    assert "there is no such model" in run_fot("show", "tiny-43ea7c5")[1]
+
+
 def test_runs_are_compared_by_what_differs(run_fot, three_runs: list[dict]) -> None:
     code, printed = run_fot("compare", "tiny/1", "tiny/2")
     assert code == 0
@@ -215,6 +233,18 @@ def test_an_interruption_ends_reading_with_its_exit_code(run_fot, monkeypatch, a
 
     monkeypatch.setattr(f"jobs.registry.commands.{called}", interrupted)
     assert run_fot(*arguments)[0] == 130
+
+
+def test_pages_that_do_not_start_say_why_without_credentials(
+    run_fot, work_dir: Path, tmp_path: Path, port: int, monkeypatch
+) -> None:
+    server = tmp_path / "python"
+    server.write_text("#!/bin/sh\necho 'no answer from postgresql://me:secret@host/x?password=secret'\n")
+    server.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(server))
+    code, said = run_fot("ui", "--port", str(port))
+    assert code == 2
+    assert f"do not start on port {port} (no answer from postgresql://host/x): try" in said
 
 
 def test_a_port_that_is_taken_is_one_line(run_fot) -> None:

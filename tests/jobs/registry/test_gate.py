@@ -1,5 +1,6 @@
 """The gate: what passes, what does not, and that it says why."""
 
+import json
 import math
 import re
 
@@ -186,10 +187,38 @@ def test_other_addresses_are_refused_without_showing_credentials(uri: str) -> No
         ("http://me:sec?ret@host", "http://"),
         ("sqlite:////me@work/what?/mlflow.db", "sqlite:////me@work/what?/mlflow.db"),
         ("nothing: to hide @ all", "nothing: to hide @ all"),
+        ('["http://host/x?sig=secret"]', '["http://host/x"]'),
+        ('["http://host?sig=secret","and more"]', '["http://host","and more"]'),
+        ("('http://me:secret@host', 1)", "('http://host', 1)"),
+        ("at <http://host/x?sig=secret>.", "at <http://host/x>."),
+        ("http://host/x?sig=secret: refused (s3://b/a?sig=secret)", "http://host/x: refused (s3://b/a)"),
+        ("Max retries exceeded with url: /x?sig=secret/health (", "Max retries exceeded with url: /x ("),
+        ("http://me:sec\\ret@host/x", "http://host/x"),
+        ("http://host/x?password=sec\\ret", "http://host/x"),
     ],
 )
 def test_credentials_are_hidden(text: str, shown: str) -> None:
     assert hide_credentials(text) == shown
+
+
+@pytest.mark.parametrize(
+    "text", ["http://h/x?sig=secret", 'a "s3://u:secret@b/c?d"', "x http://h?a=secret\nb", "(http://h?secret\\)"]
+)
+@pytest.mark.parametrize("separators", [None, (",", ":")])
+def test_hiding_credentials_leaves_json_what_it_is(text: str, separators: tuple | None) -> None:
+    told = {"reasons": [text, [text]], text: {"more": text}}
+    hidden = hide_credentials(json.dumps(told, separators=separators))
+    assert "secret" not in hidden
+    assert [type(value) for value in json.loads(hidden).values()] == [list, dict]
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://me:sec ret@host", "http://me:secret@host\n", 'http://me:"secret"@host', "a <secret>"]
+)
+def test_an_address_with_what_no_url_holds_is_refused_without_showing_it(uri: str) -> None:
+    with pytest.raises(ValidationError, match="write %20 for a blank") as refused:
+        Registry(tracking_uri=uri)
+    assert "ret" not in refused.value.errors()[0]["msg"]
 
 
 @pytest.mark.parametrize("given", ["http://me:se/cret@host:x", ["http://me:secret@host"], {"uri": "http://a:secret@b"}])

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from jobs.registry.config import Registry
 from jobs.registry.outbox import Outbox
@@ -106,7 +108,6 @@ def test_recording_again_doubles_nothing_and_completes_what_was_cut_short(
     work_dir: Path, make_outcome, monkeypatch
 ) -> None:
     """Each of the calls that write fails once; after every failure the same outcome is recorded again."""
-    from mlflow.tracking import MlflowClient
 
     class KilledError(BaseException):
         pass
@@ -370,8 +371,6 @@ def test_a_deleted_experiment_comes_back(work_dir: Path, make_outcome) -> None:
 
 
 def test_a_run_that_another_machine_made_at_the_same_moment_is_the_only_one(work_dir: Path, monkeypatch) -> None:
-    from mlflow.tracking import MlflowClient
-
     client, create = connect(embedded_uri(work_dir)), MlflowClient.create_run
     others = []
 
@@ -430,6 +429,40 @@ def test_a_server_that_takes_questions_and_never_answers_is_down(work_dir: Path,
     over.set()
     server.shutdown()
     server.server_close()
+
+
+def test_mlflow_prints_no_address_for_it_may_hold_a_password() -> None:
+    """Where it prints one, it asks the server for the run's name first."""
+    MlflowClient(DOWN.tracking_uri)._tracking_client._log_url("0123")
+
+
+def test_a_token_with_a_line_break_is_not_told(work_dir: Path, make_outcome, monkeypatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "secret\n")
+    with console.capture() as said:
+        record(make_outcome(), work_dir, Registry(tracking_uri="http://127.0.0.1:9"))
+    assert "cannot be used (a token holds a line break: see MLFLOW_TRACKING_TOKEN)" in said.get()
+    assert "secret" not in said.get()
+
+
+def test_a_database_whose_driver_is_missing_is_down(work_dir: Path, make_outcome, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    with socket.socket() as database, console.capture() as said:
+        database.bind(("127.0.0.1", 0))
+        database.listen()
+        uri = f"postgresql://me:secret@127.0.0.1:{database.getsockname()[1]}/x"
+        assert record(make_outcome(), work_dir, Registry(tracking_uri=uri))["run_id"] is None
+    assert "cannot be used (psycopg2 is not installed)" in said.get()
+    assert Outbox(work_dir).has("one")
+
+
+def test_an_outcome_cut_short_in_one_job_and_completed_in_another_has_come_of_both(
+    work_dir: Path, make_outcome, monkeypatch
+) -> None:
+    with monkeypatch.context() as here:
+        here.setattr(MlflowClient, "log_artifacts", lambda *_: Path("/gone").read_text())
+        record(make_outcome(tags={"fot.job": "tiny-1"}), work_dir)
+    made = register(make_outcome(tags={"fot.job": "tiny-1-2"}), work_dir)
+    assert connect(embedded_uri(work_dir)).get_run(made["run_id"]).data.tags["fot.job"] == "tiny-1 tiny-1-2"
 
 
 @pytest.mark.slow

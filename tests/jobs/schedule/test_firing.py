@@ -17,7 +17,7 @@ from jobs.registry.server import connect, embedded_uri
 from jobs.schedule import firing as module
 from jobs.schedule.firing import FiringRunsError, fire, going_on
 from jobs.schedule.history import history_of, read_history
-from jobs.schedule.store import Schedule
+from jobs.schedule.store import OWN_RAY, Schedule
 from jobs.stop import StoppedError
 from jobs.train.config import Continued
 from jobs.workspace import Workspace
@@ -190,3 +190,13 @@ def test_firings_from_the_first_to_one_that_the_gate_refuses(
 
     again = fire(schedule, "run-now")  # what was refused is not made again
     assert (again.state, again.reasons) == ("skipped", ("no new documents: what came of them is known",))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_firing_on_a_cluster_of_several_nodes(schedule: Schedule, cluster, fot, monkeypatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", cluster.ray_address)
+    fired = fot("schedule", "run-now", "nightly")
+    assert fired.returncode == 0, fired.stdout
+    assert "nightly: promoted, models:/fot/tiny/1" in fired.stdout
+    assert not (schedule.directory.parent / OWN_RAY).exists()  # whose turn it is matters on one machine alone

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from jobs.registry.runs import find
+from jobs.registry.server import connect, embedded_uri
 from jobs.stop import StoppedError
 from jobs.submit import commands, package, watch
 from jobs.submit.cluster import look_at
@@ -213,6 +215,10 @@ submit(Request(Path({str(path)!r}), address={head!r}, owner="ann", tags=["projec
     metrics = next((tmp_path / "runs" / "store" / "base").glob("*/metrics.jsonl"))
     assert [entry["step"] for entry in read_metrics(metrics)] == list(range(1, 401))
     assert f"step-{int(stopped[1]):08d} restored" in worker_log(tmp_path)
+    client = connect(embedded_uri(tmp_path / "runs"))
+    trained, whole = find(client, job_id), find(client, f"{job_id}-2")
+    assert (trained.info.run_name, trained.data.tags["fot.job"]) == ("kept: base", f"{job_id} {job_id}-2")
+    assert (whole.info.run_name, whole.data.tags["fot.job"]) == ("kept", f"{job_id}-2")
     again = dashboard.job(f"{job_id}-2")
     assert (again.state, again.first, again.attempt, again.owner) == ("SUCCEEDED", job_id, 2, "ann")
     assert yaml.safe_load(again.recipe)["work_dir"] == str(tmp_path / "runs")
