@@ -98,11 +98,12 @@ def fire_schedule(name: str, trigger: Trigger = "run-now", scheduled: str | None
 
 
 def slept_through(schedule: Schedule, when: datetime) -> Firing | None:
-    """The line for a firing that comes so late that it was missed, where such are skipped."""
-    current = datetime.now(UTC)
-    if schedule.settings.missed == "catch_up" or current - when <= ON_TIME:
+    """The line for a firing that comes so late that it was missed, where such are skipped; a later attempt is not."""
+    current, history = datetime.now(UTC), history_of(schedule)
+    begun = any(firing.scheduled == when for firing in history)
+    if schedule.settings.missed == "catch_up" or current - when <= ON_TIME or begun:
         return None
-    return missed(passed(schedule.settings, history_of(schedule), current) or [when], ASLEEP)
+    return missed(passed(schedule.settings, history, current) or [when], ASLEEP)
 
 
 def as_task(stage: str, build: Callable[[], Output]) -> Output:

@@ -186,6 +186,8 @@ def test_what_comes_late_is_missed_where_such_is_skipped(schedule: Schedule) -> 
     assert (late.state, late.scheduled) == ("missed", at_two(-1))
     assert late.reasons[0].startswith("2 firings, the first at ")
     assert late.reasons[0].endswith(ASLEEP)
+    append(schedule.history, Firing(firing="f", trigger="cron", scheduled=at_two(-2), began=now, state="failed"))
+    assert slept_through(skipping, at_two(-2)) is None  # its next attempt
 
 
 @pytest.fixture
