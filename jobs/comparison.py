@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from jobs.credentials import without_credentials
 from jobs.data.stages import Inputs
 from jobs.evaluate.result import RESULT, Point, Result, Table
 from jobs.outcome import report_stage
 from jobs.plot import plot_curves
-from jobs.registry.config import without_credentials
 from jobs.variants import Comparison
 from jobs.version import code_version
 from pipelines.store import Output, Stage

@@ -8,7 +8,7 @@ pod has one claim at /shared: relative paths of the recipe, work_dir among them,
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -66,13 +66,13 @@ def show_manifest(path: Path, overrides: Sequence[str], deployment: Deployment) 
     content = read_overridden(path, overrides)
     content.setdefault(WORK_DIR, recipe.work_dir)
     every = [each.resources for each in load_all(path, overrides).values() if isinstance(each, Recipe)]
-    made = make_manifest(content, recipe.name, max(every, key=_size), deployment)
+    made = make_manifest(content, recipe.name, every, deployment)
     print(yaml.dump(made, Dumper=_Dumper, sort_keys=False, width=120), end="")
 
 
-def make_manifest(content: Content, name: str, resources: Resources, deployment: Deployment) -> Manifest:
-    """The RayJob or RayCronJob that runs a recipe. `content`: the keys of its file; `resources`: the most that it asks
-    for, in any of its variants.
+def make_manifest(content: Content, name: str, every: Iterable[Resources], deployment: Deployment) -> Manifest:
+    """The RayJob or RayCronJob that runs a recipe. `content`: the keys of its file; `every`: what it asks for, or what
+    each of its variants does.
 
     Raises UserError where pods would not see a path, the recipe holds credentials, or a name, cron line or time zone
     is not one.
@@ -85,8 +85,8 @@ def make_manifest(content: Content, name: str, resources: Resources, deployment:
         )
     called = kubernetes_name(name)
     code = {"version": version("fot"), "hash": hash_json(version("fot"))}  # the image's, from the package's wheel
-    metadata = make_metadata(called, 1, name, login("set USER"), {}, json.dumps(code), shell_yaml(content))
-    spec, kind = ray_job_spec(metadata, resources, deployment), "RayJob"
+    metadata = make_metadata(called, 1, name, _owner(), {}, json.dumps(code), shell_yaml(content))
+    spec, kind = ray_job_spec(metadata, every, deployment), "RayJob"
     if deployment.cron is not None:
         check_cron(deployment.cron, deployment.time_zone)
         kind = "RayCronJob"
@@ -110,7 +110,7 @@ def kubernetes_name(name: str) -> str:
     return plain
 
 
-def ray_job_spec(metadata: Mapping[str, str], resources: Resources, deployment: Deployment) -> Manifest:
+def ray_job_spec(metadata: Mapping[str, str], every: Iterable[Resources], deployment: Deployment) -> Manifest:
     """The spec of a RayJob. `metadata`: the job's, with its recipe."""
     head = _pod(deployment, HEAD)
     variables = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
@@ -133,7 +133,7 @@ def ray_job_spec(metadata: Mapping[str, str], resources: Resources, deployment: 
             },
             "workerGroupSpecs": [
                 _group("data", DATA_WORKERS, _pod(deployment, DATA_WORKER)),
-                _training_group(resources, deployment),
+                _training_group(every, deployment),
             ],
         },
     }
@@ -146,16 +146,23 @@ def training_pods(resources: Resources, gpus_per_node: int) -> tuple[int, int]:
     return pods, -(-resources.workers // pods)
 
 
-def _training_group(resources: Resources, deployment: Deployment) -> Manifest:
-    pods, workers = training_pods(resources, deployment.gpus_per_node)
-    gpus = workers * resources.gpus_per_worker
-    memory = workers * (GPU_WORKER_GIB if gpus else CPU_WORKER_GIB)
-    takes = {"cpu": str(workers * resources.cpus_per_worker), "memory": f"{memory}Gi"}
+def _training_group(every: Iterable[Resources], deployment: Deployment) -> Manifest:
+    """One that has room for each of them: as many pods as one asks for, each as large as one asks for."""
+    asked = [_training_pods(resources, deployment.gpus_per_node) for resources in every]
+    pods, cpus, gpus, memory = (max(each) for each in zip(*asked, strict=True))
+    takes = {"cpu": str(cpus), "memory": f"{memory}Gi"}
     if not gpus:
         return _group("training", pods, _pod(deployment, takes))
     pod = _pod(deployment, {**takes, GPU: str(gpus)})
     pod["spec"]["tolerations"] = [{"key": GPU, "operator": "Exists", "effect": "NoSchedule"}]  # of nodes with GPUs
     return _group("training", pods, pod)
+
+
+def _training_pods(resources: Resources, gpus_per_node: int) -> tuple[int, int, int, int]:
+    """How many, and of each the CPUs, GPUs and GiB."""
+    pods, workers = training_pods(resources, gpus_per_node)
+    memory = GPU_WORKER_GIB if resources.gpus_per_worker else CPU_WORKER_GIB
+    return pods, workers * resources.cpus_per_worker, workers * resources.gpus_per_worker, workers * memory
 
 
 def _group(name: str, most: int, pod: Manifest) -> Manifest:
@@ -191,9 +198,9 @@ def _pod(deployment: Deployment, takes: Mapping[str, str]) -> Manifest:
     }
 
 
-def _size(resources: Resources) -> tuple[float, float]:
-    """GPUs and CPUs of all workers."""
-    return resources.workers * resources.gpus_per_worker, resources.workers * resources.cpus_per_worker
+def _owner() -> str:
+    """Without what the shell would replace that KubeRay puts it into."""
+    return re.sub("[$`]", "_", login("set USER"))
 
 
 def _on_the_claim(content: Content) -> Content:

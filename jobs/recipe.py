@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from jobs.credentials import without_credentials
 from jobs.evaluate.config import Evaluation
-from jobs.registry.config import Registry, without_credentials
+from jobs.registry.config import Registry
 from jobs.settings import WorkDirectory, read_overridden, validated
 from jobs.train.config import Continued, FotObjective, MemorizingObjective, Positive, Resources, Training
 from pipelines.config import Data, Part, TokenizerPart

@@ -2,7 +2,7 @@
 
 import os
 import re
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_serializer, field_validator, model_validator
@@ -13,7 +13,7 @@ SERVERS = ("http", "https")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # with a driver behind a plus: postgresql+psycopg2
 NO_URL = r'\s"<>`'  # never in a URL: it ends before them. In JSON a quote comes after a backslash.
 ADDRESS = re.compile(  # of urllib3's "with url: /path?query", too
-    rf"\b((?!sqlite|file)[a-z0-9+.-]+://|with url: /)((?:[^\\{NO_URL}]|\\[^{NO_URL}])+)", re.IGNORECASE
+    rf"\b((?!sqlite|file)[a-z0-9+.-]{{1,30}}://|with url: /)((?:[^\\{NO_URL}]|\\[^{NO_URL}])+)", re.IGNORECASE
 )
 CLOSING = "'.,:;)]}"  # behind a URL they are rather the text's
 
@@ -27,15 +27,6 @@ def hide_credentials(text: str) -> str:
         return found[1] + ("" if "@" in query else address.rpartition("@")[2]) + found[2][len(url) :]
 
     return ADDRESS.sub(shown, text)
-
-
-def without_credentials(value: Any) -> Any:
-    """JSON with every text in it as `hide_credentials` has it."""
-    if isinstance(value, dict):
-        return {name: without_credentials(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [without_credentials(each) for each in value]
-    return hide_credentials(value) if isinstance(value, str) else value
 
 
 def check_tracking_uri(uri: str) -> str:

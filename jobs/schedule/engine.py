@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,6 +31,7 @@ from prefect.context import FlowRunContext
 from prefect.deployments.runner import EntrypointType
 from prefect.exceptions import ObjectNotFound, PrefectException
 from prefect.runner import Runner
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Completed, Crashed, Scheduled, State
 
 from jobs.child import die_with_parent
@@ -53,7 +55,8 @@ UNFINISHED = [
     StateType.CANCELLING,
 ]
 ON_TIME = timedelta(minutes=5)  # what begins no later than that was not missed
-CRASHED = timedelta(seconds=10)  # in which Prefect sees that a run's process has ended
+CRASHED = timedelta(seconds=30)  # in which Prefect sees that a run's process has ended
+ASK_ONCE = partial(temporary_settings, {PREFECT_CLIENT_MAX_RETRIES: 0})  # a tick is asked again by the next
 NOBODY_THERE, ASLEEP = "nobody was there to fire", "this machine slept"
 
 
@@ -144,25 +147,19 @@ class _Planned:
 class Plans:
     """What Prefect is told of a work_dir's schedules: of each a deployment, and one run that is to come.
 
-    `deploy`: makes a schedule's deployment; `broken`: is told, again and again, of a schedule that cannot be read, and
-    so does not fire.
+    `deploy`: makes a schedule's deployment.
     """
 
-    def __init__(
-        self,
-        work_dir: Path,
-        client: SyncPrefectClient,
-        deploy: Callable[[Schedule], UUID],
-        broken: Callable[[UserError], None],
-    ) -> None:
-        self._work_dir, self._client, self._deploy, self._broken = work_dir, client, deploy, broken
+    def __init__(self, work_dir: Path, client: SyncPrefectClient, deploy: Callable[[Schedule], UUID]) -> None:
+        self._work_dir, self._client, self._deploy = work_dir, client, deploy
         self._planned: dict[str, _Planned] = {}
-        self._firing: set[str] = set()
+        self._seen: dict[str, int] = {}  # the size of each history when it was last looked at
         self._began = datetime.now(UTC).isoformat()
 
-    def follow(self) -> None:
-        """Bring Prefect to where the files are."""
-        found = {schedule.name: schedule for schedule in schedules(self._work_dir, self._broken)}
+    def follow(self) -> list[UserError]:
+        """Bring Prefect to where the files are. Returns why some cannot be read; these schedules do not fire."""
+        broken: list[UserError] = []
+        found = {schedule.name: schedule for schedule in schedules(self._work_dir, broken.append)}
         for name in [name for name in self._planned if name not in found]:
             with suppress(ObjectNotFound):
                 self._delete(name)
@@ -171,6 +168,7 @@ class Plans:
                 self._follow(schedule)
             except ObjectNotFound:  # somebody deleted the deployment in Prefect's pages
                 self._planned.pop(name, None)
+        return broken
 
     def withdraw(self) -> None:
         """Take back all that is to come."""
@@ -185,26 +183,16 @@ class Plans:
             if planned is not None:
                 self._withdraw(planned)
             planned = self._planned[name] = _Planned(settings, self._deploy(schedule))
-        had_fired = self._fired(schedule)
         if settings.paused:
             return
         if planned.time is None:
             self._catch_up(schedule, planned.deployment, current)
-        elif had_fired and (again := cut_short(settings, history_of(schedule))) is not None:
-            self._ask(schedule, planned.deployment, "catch-up", again, now() + CRASHED)
+        else:
+            self._see_to_what_died(schedule, planned.deployment)
         if planned.time is None or planned.time <= current:
             coming = next(firings(settings.cron, settings.time_zone, max(current, settings.since)))
             run = self._ask(schedule, planned.deployment, "cron", coming, coming)
             self._planned[name] = replace(planned, run=run, time=coming)
-
-    def _fired(self, schedule: Schedule) -> bool:
-        """Whether a firing ran when this was asked before, and runs no more."""
-        before = schedule.name in self._firing
-        if schedule.holder is not None:
-            self._firing.add(schedule.name)
-            return False
-        self._firing.discard(schedule.name)
-        return before
 
     def _catch_up(self, schedule: Schedule, deployment: UUID, current: datetime) -> None:
         """See to what was to fire while nobody served."""
@@ -216,6 +204,15 @@ class Plans:
             self._ask(schedule, deployment, "catch-up", time, now())
         elif times := passed(settings, history, current):
             append(schedule.history, missed(times, NOBODY_THERE))
+
+    def _see_to_what_died(self, schedule: Schedule, deployment: UUID) -> None:
+        """Have a firing tried again whose process ended without a word, looking only where its history has grown."""
+        size = schedule.history.stat().st_size if schedule.history.exists() else 0
+        if size == self._seen.get(schedule.name) or schedule.holder is not None:
+            return
+        if (again := cut_short(schedule.settings, history_of(schedule))) is not None:
+            self._ask(schedule, deployment, "catch-up", again, now() + CRASHED)
+        self._seen[schedule.name] = size
 
     def _ask(self, schedule: Schedule, deployment: UUID, trigger: Trigger, scheduled: datetime, at: datetime) -> UUID:
         """Have a firing run at a time: once, also where the answer is lost and this is asked again."""
@@ -248,10 +245,10 @@ class Engine:
 
     unreachable = (httpx.HTTPError, PrefectException, TimeoutError)  # the server, for now
 
-    def __init__(self, work_dir: Path, broken: Callable[[UserError], None]) -> None:
+    def __init__(self, work_dir: Path) -> None:
         os.environ[WORK_DIR], os.environ[SERVED_BY] = str(work_dir), str(os.getpid())
         self._client = get_client(sync_client=True)
-        self._plans = Plans(work_dir, self._client, self._deploy, broken)
+        self._plans = Plans(work_dir, self._client, self._deploy)
         self._runner = Runner("fot", QUERY_SECONDS, PREFETCH_SECONDS, limit=None, pause_on_shutdown=False)
         self._polled: tuple[datetime | None, float] = (None, time.monotonic())
         self._loop = asyncio.new_event_loop()
@@ -276,15 +273,16 @@ class Engine:
         self._thread.join(30)
         self._client.__exit__(None, None, None)
 
-    def tick(self) -> None:
-        """Bring Prefect to where the files are. Raises one of `unreachable` while the server does not answer, UserError
-        where what looks for due runs has ended."""
+    def tick(self) -> list[UserError]:
+        """As `Plans.follow`. Raises one of `unreachable` while the server does not answer, UserError where what looks
+        for due runs has ended."""
         self._check()
-        self._plans.follow()
+        with ASK_ONCE():
+            return self._plans.follow()
 
     def withdraw(self) -> None:
         """Have no firing begin any more."""
-        with suppress(*self.unreachable):
+        with suppress(*self.unreachable), ASK_ONCE():
             self._plans.withdraw()
 
     def _run(self) -> None:

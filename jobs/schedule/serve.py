@@ -21,7 +21,7 @@ from pipelines.errors import UserError
 from pipelines.progress import say
 
 TICK = 1.0  # seconds between looks at the schedules' files
-PATIENCE = 60.0  # seconds that a server may leave questions unanswered
+PATIENCE = 180.0  # seconds that a server may leave questions unanswered
 STOP_SECONDS = 300.0  # that a training has for its checkpoint
 
 
@@ -48,28 +48,28 @@ def serve(work_dir: Path, port: int) -> None:
 def _fire_all(work_dir: Path, server: "subprocess.Popen[bytes]", pages: str) -> None:
     from jobs.schedule.engine import Engine
 
-    said: set[str] = set()
+    broken: set[str] = set()  # what was said of schedules that cannot be read, as long as it holds
 
-    def broken(error: UserError) -> None:
-        if str(error) not in said:
-            said.add(str(error))
-            say(str(error))
-
-    with Engine(work_dir, broken) as engine:
+    with Engine(work_dir) as engine:
         say(f"firing the schedules of {work_dir}; Prefect's pages are at {pages} (Ctrl-C ends both)")
         answered = time.monotonic()
         try:
             while True:
                 try:
-                    engine.tick()
-                    answered = time.monotonic()
+                    now_broken = set(map(str, engine.tick()))
+                    for message in now_broken - broken:
+                        say(message)
+                    answered, broken = time.monotonic(), now_broken
                 except engine.unreachable as error:
                     if server.poll() is not None or time.monotonic() - answered > PATIENCE:
                         raise UserError(f"Prefect's server is gone ({error}): start this again") from None
                 time.sleep(TICK)
         finally:
-            engine.withdraw()
-            _stop_firings()
+            try:
+                if server.poll() is None:
+                    engine.withdraw()
+            finally:
+                _stop_firings()
 
 
 def _stop_firings() -> None:
@@ -116,7 +116,7 @@ def _environment(work_dir: Path, port: int) -> dict[str, str]:
         "PREFECT_HOME": str(work_dir / SCHEDULES / PREFECT),
         "PREFECT_API_URL": f"http://{HOST}:{port}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{HOST}:{port}",  # not every page that a browser shows
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"http://{HOST}:{port},http://localhost:{port}",  # not of any page
         "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",  # what its server answers while its database is busy
         "DO_NOT_TRACK": "1",
         "PREFECT_LOGGING_LEVEL": "WARNING",

@@ -131,6 +131,8 @@ def read_schedule(directory: Path) -> Schedule | None:
         check_cron(settings.cron, settings.time_zone)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
     except ValueError:
         raise UserError(f"{path} is no JSON: remove {directory} and add the schedule again") from None
     except UserError as error:

@@ -15,7 +15,14 @@ import yaml
 
 from jobs.stop import STOPPED, StoppedError
 from jobs.submit.cluster import look_at
-from jobs.submit.dashboard import Dashboard, DashboardDownError, JobExistsError, NoJobError, dashboard_address
+from jobs.submit.dashboard import (
+    AnswerLostError,
+    Dashboard,
+    DashboardDownError,
+    JobExistsError,
+    NoJobError,
+    dashboard_address,
+)
 from jobs.submit.job import Job, login
 from jobs.submit.needs import check_fits, needs_view
 from jobs.submit.package import Submission, code_here, load_all, make_submission, refuse_credentials
@@ -157,7 +164,7 @@ def _send(dashboard: Dashboard, submission: Submission, job_id: str, metadata: M
         dashboard.submit(request)
     except JobExistsError:
         raise UserError(f"job {job_id} was submitted by somebody else at this moment: `fot logs {job_id} -f`") from None
-    except DashboardDownError as error:
+    except AnswerLostError as error:
         _find(dashboard, job_id, error)
     print(job_id, flush=True)
     with _leaving(_goes_on(job_id)):
@@ -169,7 +176,7 @@ def _send(dashboard: Dashboard, submission: Submission, job_id: str, metadata: M
     say(f"  fot logs {job_id} -f    fot status {job_id}    fot stop {job_id}")
 
 
-def _find(dashboard: Dashboard, job_id: str, lost: DashboardDownError) -> None:
+def _find(dashboard: Dashboard, job_id: str, lost: AnswerLostError) -> None:
     """Wait until a job is seen, of which Ray's answer to its submission was lost. Raises UserError where it is not."""
     perhaps = f"job {job_id} may have been started: `fot status {job_id}` tells"
     try:

@@ -7,6 +7,7 @@ for the rest.
 import difflib
 import json
 import os
+import socket
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 class DashboardDownError(UserError):
     """The dashboard does not answer now."""
+
+
+class AnswerLostError(DashboardDownError):
+    """What was asked may have been done."""
 
 
 class NoJobError(UserError):
@@ -142,7 +147,8 @@ class Dashboard:
             if not self.ray_version and isinstance(reason, ConnectionResetError | HTTPException):
                 raise self._no_ray() from None  # something is there, and does not speak HTTP
             why = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-            raise DashboardDownError(
+            unheard = isinstance(reason, ConnectionRefusedError | socket.gaierror)
+            raise (DashboardDownError if unheard else AnswerLostError)(
                 f"nothing answers at {self.address} ({why}): start the cluster, or give its dashboard by --address "
                 f"http://HOST:8265"
             ) from None
@@ -159,7 +165,7 @@ class Dashboard:
         if "already exists" in text:
             return JobExistsError(f"there is such a job at {self.address}")
         why = text.splitlines()[-1] if text else error.reason
-        return DashboardDownError(
+        return (AnswerLostError if error.code >= 500 else DashboardDownError)(
             f"Ray's dashboard at {self.address} answers {error.code}: {hide_credentials(why)[:300]}"
         )
 

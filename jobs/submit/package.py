@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from jobs.credentials import has_credentials
 from jobs.dictionary.config import DictionaryRecipe, load_dictionary
 from jobs.recipe import Recipe, load_recipe
 from jobs.registry.config import hide_credentials
@@ -41,8 +42,6 @@ READ = re.compile(
     r"|evaluation\.lm_eval\.include"
 )
 WRITTEN = re.compile(rf"{WORK_DIR}|(base\.pretrain\.training|finetune)\.checkpoints\.path")
-SECRET = re.compile(r"[?&]([^=&#]*(sign|token|secret|passw|pwd|auth|key)[^=&#]*|sig)=", re.IGNORECASE)  # in a query
-USER_IN_URL = re.compile(r"(?<!abfs)(?<!abfss)://[^/?#\s]*@|://[^/?#\s]*:[^/?#\s]*@")  # abfs://CONTAINER@ACCOUNT
 Recipes = Mapping[str, Recipe | DictionaryRecipe]
 EARLIEST = (1980, 1, 1, 0, 0, 0)  # that a zip file can say
 
@@ -162,7 +161,7 @@ def holds_credentials(content: Content) -> str | None:
         if not isinstance(value, str):
             continue
         hidden = key == "registry.tracking_uri" and hide_credentials(value) != value
-        if hidden or USER_IN_URL.search(value) or (is_url(value) and SECRET.search(value)):
+        if hidden or has_credentials(value):
             return key
     return None
 

@@ -40,7 +40,7 @@ def of(recipe):
     def make(deployment: Deployment = HERE, **changes: object) -> dict:
         content = {**recipe, "data": {"sources": [{"name": "words", "path": "corpus.jsonl"}]}, **changes}
         valid = Recipe.model_validate(content)
-        return make_manifest(content, valid.name, valid.resources, deployment)
+        return make_manifest(content, valid.name, [valid.resources], deployment)
 
     return make
 
@@ -163,16 +163,21 @@ def test_a_comparison_keeps_its_variants(capsys) -> None:
     assert recipe_of(yaml.safe_load(capsys.readouterr().out))["variants"]
 
 
-def test_training_pods_hold_the_largest_variant(recipe, write_recipe, capsys) -> None:
+def test_training_pods_have_room_for_every_variant(recipe, write_recipe, capsys) -> None:
     recipe["data"]["sources"][0]["path"] = "corpus.jsonl"
-    larger = {
-        "resources.workers": 4,
-        "finetune.batch.micro_batches": 4,
-        "base.pretrain.training.batch.micro_batches": 4,
-    }
-    path = write_recipe({**recipe, "variants": {"small": {"set": {}}, "large": {"set": larger}}})
+    batches = {f"{part}.batch.micro_batches": 8 for part in ("finetune", "base.pretrain.training")}
+    gpus = {"resources.gpus_per_worker": 1, **batches}
+    many = {"resources.workers": 8, **gpus}
+    wide = {"resources.workers": 4, "resources.cpus_per_worker": 16, **gpus}
+    path = write_recipe({**recipe, "variants": {"many": {"set": many}, "wide": {"set": wide}}})
     show_manifest(path, [], HERE)
-    assert groups(yaml.safe_load(capsys.readouterr().out))["training"]["maxReplicas"] == 4
+    group = groups(yaml.safe_load(capsys.readouterr().out))["training"]
+    assert (group["maxReplicas"], limits(group)["cpu"], limits(group)[GPU]) == (1, "64", "8")
+
+
+def test_the_owner_is_nothing_to_a_shell(of, monkeypatch) -> None:
+    monkeypatch.setenv("LOGNAME", "a$HOME`id`")
+    assert of()["spec"]["metadata"]["fot.owner"] == "a_HOME_id_"
 
 
 @pytest.mark.parametrize(

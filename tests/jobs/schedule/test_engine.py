@@ -17,7 +17,6 @@ from jobs.schedule import engine as module
 from jobs.schedule.engine import ASLEEP, NOBODY_THERE, FailedStageError, Plans, as_task, slept_through
 from jobs.schedule.history import Firing, append, history_of
 from jobs.schedule.store import SETTINGS, Schedule
-from pipelines.errors import UserError
 
 
 @dataclass
@@ -27,12 +26,16 @@ class Prefect:
     deployments: list[UUID] = field(default_factory=list)
     runs: dict[str, SimpleNamespace] = field(default_factory=dict)
     loses: int = 0  # so many answers
+    refuses: int = 0  # so many questions
 
     def deploy(self, schedule: Schedule) -> UUID:
         self.deployments.append(uuid4())
         return self.deployments[-1]
 
     def create_flow_run_from_deployment(self, deployment, parameters, state, name, idempotency_key):
+        if self.refuses:
+            self.refuses -= 1
+            raise httpx.ConnectError("refused")
         if deployment not in self.deployments:
             raise ObjectNotFound(Exception(deployment))
         run = SimpleNamespace(id=uuid4(), state_type=StateType.SCHEDULED, **parameters, at=state.state_details)
@@ -63,14 +66,9 @@ def prefect() -> Prefect:
 
 
 @pytest.fixture
-def told() -> list[UserError]:
-    return []
-
-
-@pytest.fixture
-def plans(schedule: Schedule, work_dir: Path, prefect: Prefect, told: list) -> Plans:
+def plans(schedule: Schedule, work_dir: Path, prefect: Prefect) -> Plans:
     """Of the nightly schedule, which was added some days ago."""
-    return Plans(work_dir, prefect, prefect.deploy, told.append)
+    return Plans(work_dir, prefect, prefect.deploy)
 
 
 def at_two(days: int) -> datetime:
@@ -141,19 +139,21 @@ def test_pausing_and_removing_take_back_what_is_to_come(schedule: Schedule, plan
 
 
 def test_a_schedule_that_cannot_be_read_is_no_harm_to_others(
-    schedule: Schedule, plans: Plans, prefect: Prefect, told: list
+    schedule: Schedule, plans: Plans, prefect: Prefect
 ) -> None:
     broken = schedule.directory.with_name("broken")
     broken.mkdir()
     (broken / SETTINGS).write_text("{")
-    plans.follow()
+    (told,) = plans.follow()
     assert [trigger for trigger, _ in prefect.asked()] == ["catch-up", "cron"]
-    assert "broken" in str(told[0])
+    assert str(broken) in str(told)
+    shutil.rmtree(broken)
+    assert plans.follow() == []
 
 
 def test_what_is_deleted_in_the_pages_is_made_again(schedule: Schedule, prefect: Prefect, work_dir: Path) -> None:
     gone = [uuid4()]
-    plans = Plans(work_dir, prefect, lambda each: gone.pop() if gone else prefect.deploy(each), pytest.fail)
+    plans = Plans(work_dir, prefect, lambda each: gone.pop() if gone else prefect.deploy(each))
     plans.follow()
     assert prefect.asked() == []
     plans.follow()
@@ -169,9 +169,13 @@ def test_a_firing_whose_process_died_is_tried_again(schedule: Schedule, plans: P
     plans.follow()
     for number in range(3):
         began = Firing(firing=f"f{number}", trigger="cron", scheduled=at_two(-1), began=datetime.now(UTC))
-        append(schedule.history, began)
         with schedule.lock():
+            append(schedule.history, began)
             plans.follow()
+        if number == 0:
+            prefect.refuses = 1
+            with pytest.raises(httpx.HTTPError):
+                plans.follow()
         plans.follow()
         plans.follow()
         assert prefect.asked() == [("cron", at_two(0)), ("catch-up", at_two(-1))]

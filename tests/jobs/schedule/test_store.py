@@ -1,5 +1,7 @@
 """Schedules in files, and the lock that keeps two firings apart."""
 
+import errno
+import os
 import subprocess
 import sys
 import time
@@ -58,6 +60,15 @@ def test_a_file_that_is_none_is_one_line_and_no_harm_to_others(
     assert schedules(work_dir, told.append) == [schedule]
     assert len(told) == 1
     assert find_schedule(work_dir, "nightly") == schedule
+
+
+def test_a_file_that_may_not_be_read_is_one_line(schedule: Schedule, monkeypatch) -> None:
+    def refuse_to_read(path: Path) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "read_text", refuse_to_read)
+    with pytest.raises(UserError, match=r"schedule\.json cannot be read \(Permission denied\)"):
+        read_schedule(schedule.directory)
 
 
 def test_the_lock_is_held_once_and_says_by_whom(schedule: Schedule) -> None:

@@ -115,6 +115,16 @@ def test_a_job_that_may_have_been_started_is_named(losing) -> None:
         submit(request)
 
 
+def test_a_job_that_was_refused_was_not_started(losing) -> None:
+    request, answers, _ = losing(lambda pages, job_id: None)
+    asked = answers.pages["/api/jobs/"]
+    answers.pages["/api/jobs/"] = lambda headers: (
+        (400, "ValueError: runtime_env is invalid") if asked(headers) is None else []
+    )
+    with pytest.raises(UserError, match=r"answers 400: ValueError: runtime_env is invalid$"):
+        submit(request)
+
+
 def test_it_is_said_once_what_is_waited_for_when_that_takes_long(losing, details, monkeypatch, capsys) -> None:
     monkeypatch.setattr(commands, "UNSAID", 0.0)
     monkeypatch.setattr(watch, "POLL", 0.01)
