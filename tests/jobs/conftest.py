@@ -268,9 +268,14 @@ class Browser:
     def click(self, text: str) -> None:
         """On the last and innermost of what has just this text, once it is there."""
         has_text = "[...document.querySelectorAll('*')].filter(each => each.textContent.trim() === arguments[0])"
-        self.wait_for(
-            lambda: self.script(f"const found = {has_text}.pop(); found && found.click(); return found", text)
-        )
+
+        def click() -> bool:
+            found = self.script(f"return {has_text}.pop()", text)
+            if found is not None:
+                found.click()
+            return found is not None
+
+        self.wait_for(click)
 
     def quit(self) -> None:
         self._driver.quit()

@@ -249,8 +249,10 @@ def test_a_person_fires_in_prefects_pages_and_sees_it_stage_by_stage(add, serve,
     (made,) = wait_for(ended(schedule, "promoted"), "a firing")
     assert made.trigger == "run-now"
     (run,) = [each for each in ask(port, "flow_runs") if each["state_type"] == "COMPLETED"]
-    browser.open(f"http://127.0.0.1:{port}/runs/flow-run/{run['id']}?tab=Task Runs")
-    browser.wait_for_texts("Promoted", "shards-", "finetune-", "report-")
+    browser.open(f"http://127.0.0.1:{port}/runs/flow-run/{run['id']}")
+    browser.wait_for_texts("Promoted")
+    browser.click("Task Runs")
+    browser.wait_for_texts("shards-", "finetune-", "report-")
 
 
 @pytest.fixture
