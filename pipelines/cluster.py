@@ -140,12 +140,17 @@ def run_tasks(
 
 def autoscales() -> bool:
     """Whether the cluster launches nodes for what waits for them, or may do so."""
-    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
-    from ray.experimental.internal_kv import _internal_kv_get
-
-    report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
-    reported = (report.get("autoscaler_report") or {}).get("active_nodes") or ()
+    reported = (json.loads(_report() or "{}").get("autoscaler_report") or {}).get("active_nodes") or ()
     return grows([*reported, *(node["Labels"].get(NODE_TYPE) for node in ray.nodes() if node["Alive"])]) is not False
+
+
+def _report() -> bytes | None:
+    """What an autoscaler of the first generation says of itself, as JSON."""
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray._private.worker import global_worker
+
+    answer: bytes | None = global_worker.gcs_client.internal_kv_get(DEBUG_AUTOSCALING_STATUS.encode(), None)
+    return answer
 
 
 def grows(types: Iterable[str | None]) -> bool | None:

@@ -231,7 +231,7 @@ def test_ray_starts_with_what_a_machines_own_file_says(tmp_path, there) -> None:
 
 def kuberay(workers: int) -> dict:
     """A manifest's cluster as the autoscaler reads it."""
-    spec = ray_job_spec({}, Resources(workers=workers, gpus_per_worker=1), Deployment("image", "claim"))
+    spec = ray_job_spec({}, [Resources(workers=workers, gpus_per_worker=1)], Deployment("image", "claim"))
     return _derive_autoscaling_config_from_ray_cr(
         {"metadata": {"name": "fot", "namespace": "default"}, "spec": spec["rayClusterSpec"]}
     )

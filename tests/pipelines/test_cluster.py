@@ -172,7 +172,7 @@ def test_a_cluster_grows_where_its_nodes_have_types_that_an_autoscaler_gave_or_m
         monkeypatch.setattr(ray, "nodes", lambda nodes=nodes: nodes)
         assert autoscales() == grows
     report = b'{"autoscaler_report": {"active_nodes": {"gpu-worker": 1}}}'  # of the first generation
-    monkeypatch.setattr("ray.experimental.internal_kv._internal_kv_get", lambda key: report)
+    monkeypatch.setattr("pipelines.cluster._report", lambda: report)
     assert autoscales()
 
 
