@@ -180,9 +180,11 @@ def _at_once(gpus: int, grows: bool) -> int:
 
 
 def _stop(tasks: list[ray.ObjectRef]) -> None:
+    """Those that are about to end may do so first: Ray 2.60 aborts this process where a task ends in the very moment in
+    which it is cancelled."""
     for _ in range(CANCELS):
         if not tasks:
             return
+        _, tasks = ray.wait(tasks, num_returns=len(tasks), timeout=1)
         for task in tasks:  # again and again: it is lost on a task that is just being sent to its worker
             ray.cancel(task, force=True)
-        _, tasks = ray.wait(tasks, num_returns=len(tasks), timeout=1)
