@@ -253,7 +253,7 @@ def test_ctrl_c_leaves_one_line_and_the_same_command_goes_on(fot, start_fot, pat
     check_kills(moments, signal.SIGINT, fot, start_fot, [str(path)], path.parent)
 
 
-@pytest.mark.parametrize("size", ["64k", "400k", pytest.param("3500k", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", ["64k", *(pytest.param(size, marks=pytest.mark.slow) for size in ("400k", "3500k"))])
 def test_a_full_disk_is_one_line(fot, path: Path, tmp_path: Path, size: str) -> None:
     """In a mount namespace of its own: work_dir on a file system that fills up in the shards, or at a checkpoint."""
     work_dir = tmp_path / "runs"
