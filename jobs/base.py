@@ -27,29 +27,38 @@ def read_llama_config(path: Path, shape: CheckpointShape | None = None) -> dict[
 
 def read_config(path: Path, shape: CheckpointShape | None = None) -> dict[str, Any]:
     """The same, but with or without weights."""
+    config = read_config_file(path)
+    check_config(path, config, shape)
+    return config
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """A checkpoint directory's config.json, of whatever model. Raises UserError where there is none."""
     try:
         config = json.loads((path / "config.json").read_text())
     except FileNotFoundError:
         raise UserError(f"base.checkpoint {path} is no Hugging Face checkpoint: it has no config.json") from None
     except ValueError:
         raise UserError(f"base.checkpoint {path}: its config.json is not JSON") from None
-    model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type not in ("llama", "fot_llama", "longllama"):
-        raise UserError(f"base.checkpoint {path} is no LLaMA: its config.json says model_type {model_type!r}")
+    return config if isinstance(config, dict) else {}
+
+
+def check_config(where: object, config: Mapping[str, Any], shape: CheckpointShape | None = None) -> None:
+    """Raises UserError where a checkpoint's configuration is no LLaMA's, or another one's than the recipe is for."""
+    if (model_type := config.get("model_type")) not in ("llama", "fot_llama", "longllama"):
+        raise UserError(f"base.checkpoint {where} is no LLaMA: its config.json says model_type {model_type!r}")
     if missing := [name for name in SIZES if not isinstance(config.get(name), int)]:
-        raise UserError(f"base.checkpoint {path}: its config.json has no {missing[0]}")
+        raise UserError(f"base.checkpoint {where}: its config.json has no {missing[0]}")
     if shape is not None:
-        _check_shape(path, config, shape)
-    return config
+        _check_shape(where, config, shape)
 
 
-def _check_shape(path: Path, config: Mapping[str, Any], shape: CheckpointShape) -> None:
-    """Raises UserError where the checkpoint is another model than the recipe is for."""
+def _check_shape(where: object, config: Mapping[str, Any], shape: CheckpointShape) -> None:
     has, wanted = _shape_values(config), _shape_values(shape.model_dump())
     if different := [name for name in wanted if has[name] != wanted[name]]:
         name = different[0]
         raise UserError(
-            f"base.checkpoint {path} has {name} {has[name]}, base.shape says {wanted[name]}: give the model that the "
+            f"base.checkpoint {where} has {name} {has[name]}, base.shape says {wanted[name]}: give the model that the "
             f"recipe is for, or --set base.shape=null"
         )
 

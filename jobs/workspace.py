@@ -8,9 +8,10 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from jobs.checkpoint_source import checkpoint_stage, locate
 from jobs.recipe import Recipe
 from jobs.registry.models import fetch_model, is_model_uri
-from jobs.train.spec import Start
+from jobs.train.spec import MODEL, Start
 from pipelines.cluster import ray_cluster
 from pipelines.errors import UserError
 from pipelines.hashing import FileHashes
@@ -62,6 +63,19 @@ class WorkDir:
         outputs = run_workflow(stages, self.store, report=_report, warn=say, around=around)
         return outputs, time.monotonic() - began
 
+    def find_model(self, checkpoint: str, revision: str | None = None, uri: str | None = None) -> Path:
+        """The Hugging Face directory of a checkpoint, however it is written (jobs/checkpoint_source.py): fetched,
+        downloaded or converted into this work_dir once, if it is none. `uri`: of the registry's MLflow, if not that of
+        the work_dir. Raises UserError, one line, for what is not there or no checkpoint."""
+        if is_model_uri(checkpoint):
+            from jobs.registry.server import tracking_uri
+
+            return fetch_model(checkpoint, uri or tracking_uri(self.directory), self.directory / MODELS)
+        located = locate(checkpoint, revision)
+        with self.hashes() as hashes:
+            stage = checkpoint_stage(located, hashes)
+        return located.path if stage is None else self.store.build(stage, {}, say).path / MODEL
+
 
 class Workspace(WorkDir):
     """A recipe's. A base that is a registered model is fetched into it, and the recipe then names that directory."""
@@ -73,7 +87,7 @@ class Workspace(WorkDir):
             from jobs.registry.server import tracking_uri
 
             uri = tracking_uri(self.directory, recipe.registry.tracking_uri)
-            here = str(fetch_model(checkpoint, uri, self.directory / MODELS))
+            here = str(self.find_model(checkpoint, uri=uri))
             recipe = recipe.model_copy(update={"base": recipe.base.model_copy(update={"checkpoint": here})})
         self.recipe = recipe
 
