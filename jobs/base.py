@@ -19,20 +19,14 @@ SIZES = ("vocab_size", "num_hidden_layers", "max_position_embeddings", "hidden_s
 def read_llama_config(path: Path, shape: CheckpointShape | None = None) -> dict[str, Any]:
     """The configuration of a LLaMA checkpoint directory, of the shape that the recipe says, if it says one. Raises
     UserError for anything else."""
-    config = read_config(path, shape)
+    config = read_config(path)
+    check_config(path, config, shape)
     if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
         raise UserError(f"base.checkpoint {path} holds no weights (*.safetensors): download or convert them")
     return config
 
 
-def read_config(path: Path, shape: CheckpointShape | None = None) -> dict[str, Any]:
-    """The same, but with or without weights."""
-    config = read_config_file(path)
-    check_config(path, config, shape)
-    return config
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     """A checkpoint directory's config.json, of whatever model. Raises UserError where there is none."""
     try:
         config = json.loads((path / "config.json").read_text())

@@ -1,11 +1,10 @@
-"""How a checkpoint is written: what kind of thing its name is, without looking for more than a path."""
+"""How a checkpoint is written: what kind of thing its name says it is, found out without reading any."""
 
 import re
 from pathlib import Path
 from typing import Literal
 
 from jobs.registry.models import is_model_uri
-from pipelines.errors import UserError
 
 PACKAGE = "package:"
 HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
@@ -23,8 +22,6 @@ def kind_of(checkpoint: str) -> Kind:
     return "hub" if could_be and not Path(checkpoint).exists() else "path"
 
 
-def check_revision(checkpoint: str | None, revision: str | None) -> None:
-    """Raises UserError for a revision of anything but a hub id."""
-    if revision is not None and (checkpoint is None or kind_of(checkpoint) != "hub"):
-        named = "base.pretrain" if checkpoint is None else checkpoint
-        raise UserError(f"base.revision belongs to a hub id (ORGANIZATION/NAME), which {named} is not: leave it out")
+def is_local(checkpoint: str) -> bool:
+    """Whether it is a path, on whatever machine."""
+    return kind_of(checkpoint) == "path"

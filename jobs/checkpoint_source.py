@@ -24,8 +24,8 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from jobs.base import read_config_file, read_llama_config
-from jobs.checkpoint_name import PACKAGE, check_revision, kind_of
+from jobs.base import read_config, read_llama_config
+from jobs.checkpoint_name import PACKAGE, kind_of
 from jobs.gguf_model import check_magic, convert_gguf, read_gguf_config
 from jobs.train.spec import MODEL
 from pipelines.errors import UserError
@@ -62,8 +62,9 @@ def locate(checkpoint: str, revision: str | None = None) -> Located:
 
     Raises UserError, one line, for what is not there. (A registered model is `WorkDir.find_model`'s to fetch.)
     """
-    check_revision(checkpoint, revision)
-    match kind_of(checkpoint):
+    kind = kind_of(checkpoint)
+    assert revision is None or kind == "hub", "a recipe with another one is refused"
+    match kind:
         case "hub":
             snapshot = _download(checkpoint, revision, [CONFIG])
             return Located(checkpoint, "hub", snapshot, snapshot.name)
@@ -88,25 +89,21 @@ def read_source_config(located: Located) -> dict[str, Any]:
     UserError where there is none, and for a GGUF file that cannot be converted."""
     if located.kind == "gguf":
         return read_gguf_config(located.path)
-    return read_config_file(located.path)
-
-
-def identity(located: Located, hashes: FileHashes) -> Mapping[str, Any]:
-    """What names the content of a GGUF file or of a hub's repository."""
-    if located.kind == "gguf":
-        return {"gguf": hashes.hash(located.path)}
-    return {"hub": located.given, "commit": located.commit}
+    return read_config(located.path)
 
 
 def checkpoint_stage(located: Located, hashes: FileHashes) -> Stage | None:
     """The stage that makes a Hugging Face directory of it, as MODEL in its output; None where it is one already.
 
-    Raises UserError for what is no GGUF file.
+    Raises UserError for a file that is no GGUF.
     """
     if located.kind == "directory":
         return None
     if located.kind == "gguf":
         check_magic(located.path)
+        named = {"gguf": hashes.hash(located.path)}
+    else:
+        named = {"hub": located.given, "commit": str(located.commit)}
 
     def bring(output: Path, inputs: Mapping[str, Path]) -> None:
         target = output / MODEL
@@ -116,7 +113,7 @@ def checkpoint_stage(located: Located, hashes: FileHashes) -> Stage | None:
         else:
             _bring_from_hub(located, target)
 
-    return Stage(CHECKPOINT, bring, identity(located, hashes), content=MODEL)
+    return Stage(CHECKPOINT, bring, named, content=MODEL)
 
 
 def _in_package(checkpoint: str) -> Path:
@@ -203,12 +200,13 @@ def _download(repository: str, revision: str | None, patterns: list[str]) -> Pat
             snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=[SUBDIRECTORIES])
         )
     except LocalEntryNotFoundError:
-        why = "the hub cannot be reached, and it is not whole in the cache on this machine"
-        remedy = "run where there is a network first, or give a directory"
+        why = "there is no such path, the hub cannot be reached, and this machine's cache does not hold all of it"
+        remedy = f"run once with a network, or give a directory (./{repository})"
     except GatedRepoError:
         why, remedy = "the hub asks who you are", "accept its licence there and set HF_TOKEN"
     except RepositoryNotFoundError:
-        why, remedy = "there is no such directory here, nor a repository on the hub that you may read", "check the name"
+        why = "there is no such path, nor a repository on the hub that you may read"
+        remedy = f"check the name, set HF_TOKEN, or give a directory (./{repository})"
     except RevisionNotFoundError:
         why, remedy = "the hub's repository has no such branch, tag or commit", "set another base.revision"
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""A GGUF file of llama architecture as a Hugging Face directory: float32 weights, configuration, tokenizer, chat template.
+"""A GGUF file of llama architecture as a Hugging Face directory: weights in float32, configuration, tokenizer.
 
 transformers reads such files, but refuses to save what it read; it passes over tensors that it has no place for, over
 RoPE scaling, and over how some vocabularies split their text. So the header is checked first, and what would not be
@@ -56,7 +56,10 @@ def read_gguf_config(file: Path) -> dict[str, Any]:
 
     Raises UserError for what is no whole GGUF file of llama architecture, and for what would not be carried over.
     """
-    reader = _open(file)
+    return _stated(file, _open(file))
+
+
+def _stated(file: Path, reader: "GGUFReader") -> dict[str, Any]:
     stated = {name: _value(reader, f"{ARCHITECTURE}.{key}") for key, name in SIZES.items()}
     if missing := [key for key, name in SIZES.items() if not isinstance(stated[name], int)]:
         raise UserError(f"{file}: its header has no {ARCHITECTURE}.{missing[0]}: download or convert it again")
@@ -82,7 +85,9 @@ def convert_gguf(file: Path, target: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
-    stated = read_gguf_config(file)
+    reader = _open(file)
+    stated, split = _stated(file, reader), _value(reader, "tokenizer.ggml.pre")
+    del reader
     logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the file's memory map is read-only
@@ -105,7 +110,7 @@ def convert_gguf(file: Path, target: Path) -> None:
     mode = stat.S_IMODE((target / "config.json").stat().st_mode)
     for weights in target.glob("*.safetensors"):
         os.chmod(weights, mode)  # safetensors lets no one else read it
-    _write_tokenizer(file, target)
+    _write_tokenizer(file, split, target)
     with torch.inference_mode():
         got_BTV = LlamaForCausalLM.from_pretrained(target, dtype="auto").eval()(ids_BT).logits
     if not torch.equal(got_BTV, expected_BTV):
@@ -168,13 +173,12 @@ def _of(config: Any, name: str) -> Any:
     return config.rope_parameters["rope_theta"] if name == "rope_theta" else getattr(config, name)
 
 
-def _write_tokenizer(file: Path, target: Path) -> None:
-    """The tokenizer as transformers makes it, mended where it would split otherwise than the model's, and read again."""
+def _write_tokenizer(file: Path, split: str | None, target: Path) -> None:
+    """The tokenizer as transformers makes it, mended where it splits otherwise than the model's, and read again."""
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    split = _value(_open(file), "tokenizer.ggml.pre")
     backend = tokenizer.backend_tokenizer
     if split == "smollm":
         digits = pre_tokenizers.Digits(individual_digits=True)

@@ -1,12 +1,15 @@
 """`fot plan`: what a recipe's trainings take, by the formulas of `jobs/train/estimate.py`.
 
-Starts neither torch nor Ray, and reads no more than the recipe and the base checkpoint's config.json, if there is one.
+Starts neither torch nor Ray, and reads no more than the recipe and the base checkpoint's configuration (config.json, or
+a GGUF file's header), which of a hub's repository is fetched where the recipe does not say the shape.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jobs.base import read_config
+from jobs.base import check_config
+from jobs.checkpoint_name import kind_of
+from jobs.checkpoint_source import locate, read_source_config
 from jobs.recipe import Recipe, load_recipe
 from jobs.train.config import (
     Draw,
@@ -57,14 +60,26 @@ def base_shape(recipe: Recipe) -> Shape:
     if base.pretrain is not None:
         return Shape.of({**base.pretrain.shape.model_dump(), "vocab_size": _vocabulary(recipe)})
     assert base.checkpoint is not None, "a recipe has one of the two"
-    path = Path(base.checkpoint).expanduser()
-    if (path / "config.json").exists():
-        return Shape.of(read_config(path, base.shape))
-    if base.shape is None:
-        raise UserError(
-            f"base.checkpoint {path} has no config.json, so its shape is unknown: download it or set base.shape"
-        )
-    return Shape.of(base.shape.model_dump())
+    if not _is_here(base.checkpoint):
+        if base.shape is not None:
+            return Shape.of(base.shape.model_dump())
+        if kind_of(base.checkpoint) != "hub":
+            raise UserError(
+                f"base.checkpoint {base.checkpoint} has no config.json, so its shape is unknown: download it or set "
+                f"base.shape"
+            )
+    located = locate(base.checkpoint, base.revision)
+    config = read_source_config(located)
+    check_config(located.named, config, base.shape)
+    return Shape.of(config)
+
+
+def _is_here(checkpoint: str) -> bool:
+    """Whether a checkpoint's configuration is on this machine, where the hub's cache does not count."""
+    if kind_of(checkpoint) == "package":
+        return True
+    path = Path(checkpoint).expanduser()
+    return path.is_file() or (path / "config.json").exists()
 
 
 def _vocabulary(recipe: Recipe) -> int:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from jobs.checkpoint_name import kind_of
 from jobs.credentials import without_credentials
 from jobs.evaluate.config import Evaluation
 from jobs.registry.config import Registry
@@ -60,12 +61,15 @@ class CheckpointShape(ModelShape):
 
 
 class Base(Part):
-    """The existing LLaMA: `checkpoint` (a Hugging Face directory), or `pretrain` to make one.
+    """The existing LLaMA: `checkpoint`, or `pretrain` to make one.
 
-    `shape`: the checkpoint's. Another one is refused, and `fot plan` needs no download.
+    `checkpoint`: a Hugging Face directory, a .gguf file, a hub id (ORGANIZATION/NAME), what an installed Python package
+    ships (package:NAME/PATH), or a registered model (models:/fot/NAME@ALIAS). `revision`: the hub id's branch, tag or
+    commit. `shape`: the checkpoint's. Another one is refused, and `fot plan` needs no download.
     """
 
     checkpoint: str | None = None
+    revision: Annotated[str | None, Field(exclude_if=lambda revision: revision is None)] = None  # older keys stay
     shape: CheckpointShape | None = None
     pretrain: Pretrain | None = None
 
@@ -73,10 +77,16 @@ class Base(Part):
     def _one_of_both(self) -> "Base":
         if (self.checkpoint is None) == (self.pretrain is None):
             raise ValueError(
-                "base: give either a Hugging Face LLaMA directory (--set base.checkpoint=DIR) or base.pretrain"
+                "base: give either a Hugging Face LLaMA directory (--set base.checkpoint=DIR; or a .gguf file, a hub "
+                "id, package:NAME/FILE) or base.pretrain"
             )
         if self.shape is not None and self.pretrain is not None:
             raise ValueError("base.shape is a checkpoint's: with base.pretrain leave it out")
+        if self.revision is not None and (self.checkpoint is None or kind_of(self.checkpoint) != "hub"):
+            raise ValueError(
+                f"base.revision belongs to a hub id (ORGANIZATION/NAME), which {self.checkpoint or 'base.pretrain'} is "
+                f"not: leave it out"
+            )
         return self
 
 

@@ -10,7 +10,7 @@ from jobs.data.stages import SHARDS, Corpus, Inputs, data_stages, look_at_corpus
 from jobs.evaluate.stages import evaluation_stages
 from jobs.outcome import recipe_report
 from jobs.recipe import Recipe
-from jobs.train.stages import base_stage, finetune_stage
+from jobs.train.stages import base_stages, finetune_stage
 from jobs.workspace import Workspace
 from pipelines.dataset import DamagedShardError
 from pipelines.hashing import FileHashes
@@ -27,7 +27,7 @@ def recipe_stages(workspace: Workspace) -> list[Stage]:
     start = workspace.start
     with workspace.hashes() as hashes:
         corpus = look_at_corpus(recipe, workspace.store, hashes)
-        training = [base_stage(workspace, hashes, start), finetune_stage(workspace, start)]
+        training = [*base_stages(workspace, corpus, hashes, start), finetune_stage(workspace, start)]
         readers = [*training, *_evaluations(recipe, hashes)]
         stages = [*data_stages(recipe, corpus, start), *(_repairing(recipe, corpus, stage) for stage in readers)]
     return [*stages, recipe_report(recipe, [stage.name for stage in stages])]

@@ -1,6 +1,7 @@
-"""The stages that make a recipe's batches: tokenizer -> shards -> documents -> groups.
+"""The stages that make a recipe's batches: (checkpoint ->) tokenizer -> shards -> documents -> groups.
 
-`shards` are the tokens, `documents` the index of what each is used for, `groups` the packing for one shape of training.
+`checkpoint` is there where the base, whose tokenizer is taken, is no Hugging Face directory yet. `shards` are the
+tokens, `documents` the index of what each is used for, `groups` the packing for one shape of training.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,10 +10,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from jobs.checkpoint_source import CHECKPOINT, Located, checkpoint_stage, locate
 from jobs.data.batches import batch_shape, make_sampler
 from jobs.recipe import Recipe, Texts
 from jobs.train.config import Training
-from jobs.train.spec import Start
+from jobs.train.spec import MODEL, Start
 from pipelines.config import Data
 from pipelines.corpus import Document, Entry, Unit
 from pipelines.dataset import TokenDataset
@@ -29,6 +31,7 @@ from pipelines.shards import MANIFEST, Manifest
 from pipelines.store import Output, Stage, Store
 from pipelines.tokenize import Encoding, recipe_part, tokenize
 from pipelines.tokenizer import import_tokenizer, train_tokenizer
+from pipelines.workflow import finished_outputs
 
 Inputs = Mapping[str, Path]
 SHARDS, DOCUMENTS = "shards", "documents"
@@ -38,42 +41,55 @@ TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "
 
 @dataclass(frozen=True)
 class Corpus:
-    """What the recipe's sources hold now, what data set that comes to, and the tokenizer that belongs to it."""
+    """What the recipe's sources hold now, what data set that comes to, and the tokenizer that belongs to it; where that
+    is the base's, also the base, and the stage that makes a directory of it, if it is none."""
 
     entries: list[Entry]
     generation: Generation
     tokenizer: Stage
+    base: Located | None = None
+    brought: Stage | None = None
+
+    @property
+    def first(self) -> list[Stage]:
+        """The stages that tokens are made with."""
+        return [self.tokenizer] if self.brought is None else [self.brought, self.tokenizer]
 
 
 def look_at_corpus(recipe: Texts, store: Store, hashes: FileHashes) -> Corpus:
     """List the sources and find the data set that they continue, if there is one.
 
-    Raises UserError for what is missing or unusable in a source or tokenizer.
+    Raises UserError for what is missing or unusable in a source, tokenizer or base.
     """
+    checkpoint, own = recipe.base.checkpoint, recipe.tokenizer.path
+    base = locate(checkpoint, recipe.base.revision) if checkpoint is not None and own is None else None
+    brought = None if base is None else checkpoint_stage(base, hashes)
+    there = finished_outputs([] if brought is None else [brought], store)
     entries = list_entries(recipe.data, recipe.seed, hashes)
     part = recipe_part(recipe.data)
 
     def with_tokenizer(known: list[tuple[Path, Manifest]]) -> tuple[Generation, Stage]:
         generation = next_generation(entries, part, known, recipe.data.task_bytes)
         first = generation.identities[: generation.original]
-        return generation, _tokenizer_stage(recipe, entries, first, hashes)
+        return generation, _tokenizer_stage(recipe, entries, first, hashes, base, brought)
 
     known = []
     for directory, manifest, output in finished_data_sets(store):
         if manifest.recipe != part:
             continue
         generation, tokenizer = with_tokenizer([(directory, manifest)])
-        same_tokenizer = output.inputs["tokenizer"] == store.key(tokenizer, {})
+        made = all(name in there for name in tokenizer.inputs)
+        same_tokenizer = made and output.inputs["tokenizer"] == store.key(tokenizer, there)
         if generation.parent and same_tokenizer and output.params["backend"] == recipe.tokenizer.backend:
             known.append((directory, manifest))
-    return Corpus(entries, *with_tokenizer(known))
+    return Corpus(entries, *with_tokenizer(known), base, brought)
 
 
 def data_stages(recipe: Recipe, corpus: Corpus, start: Start | None = None) -> list[Stage]:
     """From the corpus to what the recipe's trainings read; with a `start` the base is there already."""
     trainings = recipe.trainings if start is None else {"finetune": recipe.finetune}
     groups = [groups_stage(recipe, f"{name}-groups", training, start) for name, training in trainings.items()]
-    return [corpus.tokenizer, shards_stage(recipe, corpus), documents_stage(recipe), *groups]
+    return [*corpus.first, shards_stage(recipe, corpus), documents_stage(recipe), *groups]
 
 
 def finished_data_sets(store: Store) -> Iterator[tuple[Path, Manifest, Output]]:
@@ -92,10 +108,23 @@ def finished_data_sets(store: Store) -> Iterator[tuple[Path, Manifest, Output]]:
 
 
 def _tokenizer_stage(
-    recipe: Texts, entries: list[Entry], identities: list[dict[str, Any]], hashes: FileHashes
+    recipe: Texts,
+    entries: list[Entry],
+    identities: list[dict[str, Any]],
+    hashes: FileHashes,
+    base: Located | None,
+    brought: Stage | None,
 ) -> Stage:
-    """The tokenizer that is given, or one learned from the corpus: its first generation, so that growth keeps it."""
-    given = recipe.tokenizer.path or recipe.base.checkpoint
+    """The tokenizer that is given, the base's, or one learned from the corpus: its first generation, so that growth
+    keeps it."""
+    if brought is not None:
+
+        def take(output: Path, inputs: Inputs) -> None:
+            import_tokenizer(str(inputs[CHECKPOINT] / MODEL), output)
+
+        return Stage("tokenizer", take, {}, inputs=(CHECKPOINT,), version=2)
+
+    given = recipe.tokenizer.path if base is None else str(base.path)
     if given is None:
         units = [unit for unit in units_again(identities, entries) if unit is not None]
 

@@ -16,14 +16,12 @@ from jobs.evaluate.tasks import MODULES, NEED_NO_TOKENIZER, READ_DOCUMENTS
 from jobs.outcome import REPORT, make_outcome, report_stage
 from jobs.recipe import Name, Texts
 from jobs.registry.config import Registry
-from jobs.registry.models import fetch_model, is_model_uri
 from jobs.registry.record import register
-from jobs.registry.server import tracking_uri
 from jobs.settings import override, validated
 from jobs.train.spec import MODEL
 from jobs.version import code_version
 from jobs.views import print_results
-from jobs.workspace import MODELS, WorkDir, duration
+from jobs.workspace import WorkDir, duration
 from pipelines.config import Part
 from pipelines.errors import UserError
 from pipelines.files import write_atomically
@@ -103,11 +101,7 @@ def chosen(tasks: Sequence[str], overrides: Sequence[str]) -> Evaluation:
 
 def _find(checkpoint: str, work: WorkDir) -> Path:
     """A checkpoint's directory. Raises UserError where it is no LLaMA's."""
-    path = Path(checkpoint).expanduser()
-    if is_model_uri(checkpoint):
-        path = fetch_model(checkpoint, tracking_uri(work.directory), work.directory / MODELS)
-    if not path.is_dir():
-        raise UserError(f"{checkpoint} is no directory: give a Hugging Face checkpoint or models:/fot/NAME@ALIAS")
+    path = work.find_model(checkpoint)
     if not (path / "config.json").exists() and any(path.glob("step-*")):
         raise UserError(
             f"{checkpoint} holds a training's checkpoints: `fot export {checkpoint} DIRECTORY` makes a model"

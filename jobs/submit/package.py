@@ -20,11 +20,11 @@ from typing import Any
 
 import yaml
 
+from jobs.checkpoint_name import is_local
 from jobs.credentials import has_credentials
 from jobs.dictionary.config import DictionaryRecipe, load_dictionary
 from jobs.recipe import Recipe, load_recipe
 from jobs.registry.config import hide_credentials
-from jobs.registry.models import is_model_uri
 from jobs.settings import Content, read_overridden
 from jobs.submit.job import make_metadata
 from jobs.variants import load_comparison
@@ -187,8 +187,10 @@ def pack_code(root: Path) -> Code:
 
 
 def _is_local(key: str, value: str) -> bool:
-    if is_url(value) or is_model_uri(value) or value == STDLIB:
+    if is_url(value) or value == STDLIB:
         return False
+    if key.endswith("checkpoint"):
+        return is_local(value)
     return key != "tokenizer.path" or value[:1] in "./~" or Path(value).exists()  # else it is an id of the hub's
 
 

@@ -5,9 +5,10 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-from jobs.base import asked_mem_layers, check_llama, check_tokens, read_llama_config
+from jobs.base import asked_mem_layers, check_config, check_llama, check_tokens, read_llama_config
+from jobs.checkpoint_source import CHECKPOINT, Located, checkpoint_stage, locate, read_source_config
 from jobs.data.batches import last_step, make_sampler
-from jobs.data.stages import DOCUMENTS, SHARDS, Inputs, directory_files
+from jobs.data.stages import DOCUMENTS, SHARDS, Corpus, Inputs, directory_files
 from jobs.evaluate import attention_mass, lm_eval_tasks, passkey, perplexity, trec, webquestions
 from jobs.evaluate.windows import choose_windows
 from jobs.recipe import ModelShape, Recipe
@@ -21,7 +22,6 @@ from jobs.train.spec import CHECKPOINTS, METRICS, MODEL, Start, TrainSpec
 from jobs.version import made_by
 from jobs.workspace import Workspace
 from pipelines.dataset import TokenDataset
-from pipelines.errors import UserError
 from pipelines.files import write_atomically
 from pipelines.hashing import FileHashes, hash_json
 from pipelines.integrity import check_manifest
@@ -34,8 +34,9 @@ CONTINUES = "fot.continues"  # tag: the version that a training goes on with
 NOT_DECIDING = {"checkpoints", "measure", "bad_loss"}  # settings that may change while a training goes on
 
 
-def base_stage(workspace: Workspace, hashes: FileHashes, start: Start | None = None) -> Stage:
-    """The LLaMA that is given (or was, where a `start` is gone on from), looked at, or one that is pre-trained.
+def base_stages(workspace: Workspace, corpus: Corpus, hashes: FileHashes, start: Start | None = None) -> list[Stage]:
+    """The LLaMA that is given (or was, where a `start` is gone on from), looked at, or one that is pre-trained; before
+    it what makes a directory of it, where that is not the corpus's tokenizer's already.
 
     Raises UserError for what is no LLaMA.
     """
@@ -48,27 +49,38 @@ def base_stage(workspace: Workspace, hashes: FileHashes, start: Start | None = N
 
         params = {"pretrain": {"shape": _dump(pretrain.shape), "training": _deciding(pretrain.training)}}
         inputs = ("tokenizer", SHARDS, DOCUMENTS, "base-groups")
-        return Stage("base", make, {**params, **_what_else_decides(recipe)}, inputs=inputs, content=MODEL)
+        return [Stage("base", make, {**params, **_what_else_decides(recipe)}, inputs=inputs, content=MODEL)]
 
-    given = checkpoint if start is None else start.base
-    assert given is not None, "a recipe has one of the two"
-    path = Path(given).expanduser().resolve()
-    if not path.is_dir():
-        raise UserError(f"base.checkpoint {path} is no directory: give a Hugging Face LLaMA directory")
-    config = read_llama_config(path, recipe.base.shape)
-    files = directory_files(path, hashes)
+    if start is not None:
+        located = Located(str(start.base), "directory", start.base)
+    else:
+        assert checkpoint is not None, "a recipe has one of the two"
+        located = corpus.base or locate(checkpoint, recipe.base.revision)
+    brought = checkpoint_stage(located, hashes)
+    if brought is None:
+        read_llama_config(located.path, recipe.base.shape)
+        named = {"path": str(located.path), "files": directory_files(located.path, hashes)}
+    else:
+        if recipe.base.shape is not None or located.kind == "hub":
+            check_config(located.named, read_source_config(located), recipe.base.shape)
+        named = {"source": located.named, "files": brought.params}
 
     def bring(output: Path, inputs: Inputs) -> None:
+        path = located.path if brought is None else inputs[CHECKPOINT] / MODEL
         tokenizer = load_tokenizer(inputs["tokenizer"])
+        config = read_llama_config(path, recipe.base.shape)
         check_llama(path, config, recipe.finetune, tokenizer.vocab_size)
         if recipe.tokenizer.path is not None:
             check_tokens(path, tokenizer)
-        write_atomically(output / "base.json", json.dumps(files, indent=1).encode())
+        write_atomically(output / "base.json", json.dumps(named["files"], indent=1).encode())
         (output / MODEL).unlink(missing_ok=True)
         (output / MODEL).symlink_to(path, target_is_directory=True)
 
     needs = {"context": recipe.finetune.objective.context, "mem_layers": asked_mem_layers(recipe.finetune)}
-    return Stage("base", bring, {"path": str(path), "files": files, **needs}, inputs=("tokenizer",))
+    if brought is None:
+        return [Stage("base", bring, {**named, **needs}, inputs=("tokenizer",))]
+    base = Stage("base", bring, {**named, **needs}, inputs=("tokenizer", CHECKPOINT))
+    return [base] if corpus.brought is not None else [brought, base]
 
 
 def finetune_stage(workspace: Workspace, start: Start | None = None) -> Stage:
@@ -171,8 +183,11 @@ def _check_data(recipe: Recipe, training: Training, dataset: TokenDataset, input
 
 
 def origin(base: Path) -> str:
-    """Where a base model came from: its directory, or the stage that made it."""
-    return str(base.resolve()) if base.is_symlink() else f"pre-trained here, stage key {base.parent.name}"
+    """Where a base model came from: its directory, what a directory was made of, or the stage that trained it."""
+    if not base.is_symlink():
+        return f"pre-trained here, stage key {base.parent.name}"
+    params = json.loads((base.parent / RECORD).read_text())["params"]
+    return str(params.get("source") or base.resolve())
 
 
 def _weights(recipe: Recipe) -> dict[str, float | None]:
