@@ -12,9 +12,10 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 import pytest
@@ -397,3 +398,90 @@ def cluster(monkeypatch):
         cluster.add_node(1)
     yield cluster
     cluster.end()
+
+
+CHAT = "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}"
+
+
+@pytest.fixture(scope="session")
+def llama_for_gguf():
+    """A random LLaMA of two layers with grouped keys, and a byte-level BPE of 300 tokens: what the GGUF holds."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    rope = {"rope_type": "default", "rope_theta": 5000.0}
+    config = LlamaConfig(
+        vocab_size=300, max_position_embeddings=64, tie_word_embeddings=True, rope_parameters=rope, **shape, **heads
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def write_gguf(llama_for_gguf, tmp_path_factory):
+    """Writes that LLaMA as llama.cpp's converter does, with other header values (None: leaves one out) and tensors."""
+    import numpy as np
+    from gguf import GGUFWriter, TokenType, get_tensor_name_map
+    from gguf.constants import MODEL_ARCH
+
+    from pipelines.tokenizer import train_tokenizer
+
+    directory = tmp_path_factory.mktemp("tokenizer-for-gguf")
+    train_tokenizer([words(3000, 1) + " 12 345\n\n   7"], 300, directory)
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())["model"]
+    tokens = sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)
+
+    def interleaved(rows, heads: int):
+        """llama.cpp's order of a head's rows for RoPE."""
+        return rows.reshape(heads, 2, rows.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(rows.shape)
+
+    def write(path: Path, arch: str = "llama", tensors: Mapping = MappingProxyType({}), **changes: object) -> Path:
+        config, names = llama_for_gguf.config, get_tensor_name_map(MODEL_ARCH.LLAMA, 2)
+        header: dict = {
+            f"{arch}.block_count": 2,
+            f"{arch}.context_length": 64,
+            f"{arch}.embedding_length": 32,
+            f"{arch}.feed_forward_length": 48,
+            f"{arch}.attention.head_count": 4,
+            f"{arch}.attention.head_count_kv": 2,
+            f"{arch}.rope.freq_base": 5000.0,
+            f"{arch}.rope.dimension_count": 8,
+            f"{arch}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "smollm",
+            "tokenizer.ggml.bos_token_id": 0,
+            "tokenizer.ggml.eos_token_id": 1,
+            "tokenizer.ggml.padding_token_id": 1,
+            "tokenizer.chat_template": CHAT,
+            **{key.replace("__", "."): value for key, value in changes.items()},
+        }
+        writer = GGUFWriter(path, arch)
+        for key, value in header.items():
+            match value:
+                case str():
+                    writer.add_string(key, value)
+                case int():
+                    writer.add_uint32(key, value)
+                case float():
+                    writer.add_float32(key, value)
+        writer.add_token_list(tokens)
+        writer.add_token_types([TokenType.CONTROL] * 2 + [TokenType.NORMAL] * (len(tokens) - 2))
+        writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
+        for name, tensor in llama_for_gguf.state_dict().items():
+            if name == "lm_head.weight":
+                continue
+            rows = tensor.numpy()
+            if "q_proj" in name or "k_proj" in name:
+                rows = interleaved(rows, 4 if "q_proj" in name else 2)
+            writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(rows))
+        for name, rows in tensors.items():
+            writer.add_tensor(name, rows)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return write

@@ -32,6 +32,13 @@ def test_the_finetune_recipe_says_what_it_needs() -> None:
         ("finetune.objective.kind=fto", "finetune.objective"),
         ("finetune.objective.segments=[[1,0],[1,1]]", "segment 0 asks for 1 positives"),
         ("base.checkpoint=/model", "either a Hugging Face LLaMA directory"),
+        (
+            "base={checkpoint: /model, revision: main}",
+            "base.revision belongs to a hub id (ORGANIZATION/NAME), which /m",
+        ),
+        ("base={checkpoint: 'package:a/b', revision: main}", "which package:a/b is not: leave it out"),
+        ("base={checkpoint: a/b.gguf, revision: main}", "which a/b.gguf is not: leave it out"),
+        ("base.revision=main", "which base.pretrain is not: leave it out"),
         ("finetune.objective.mem_layers=[5]", "mem_layers [5]: the base has 2 layers, 0 to 1"),
         ("finetune.objective.mem_layers=[]", "finetune.objective.mem_layers"),
         ("finetune.objective.context=32", "is longer than the base is pre-trained with (16)"),
@@ -131,6 +138,13 @@ def test_what_asks_of_memory_is_refused_for_a_model_without(
     with pytest.raises(UserError) as error:
         load_recipe(write_recipe(recipe), [objective, f"evaluation.{evaluation}"])
     assert message in str(error.value)
+
+
+def test_a_revision_is_described_where_there_is_one(recipe: dict, write_recipe) -> None:
+    path = write_recipe(recipe)
+    assert "revision" not in load_recipe(path).described()["base"]
+    described = load_recipe(path, ["base={checkpoint: a/b, revision: v2}"]).described()
+    assert described["base"]["revision"] == "v2"
 
 
 def test_what_everybody_may_read_of_a_recipe_shows_no_credentials(recipe: dict, write_recipe) -> None:

