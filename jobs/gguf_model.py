@@ -6,9 +6,12 @@ carried over is refused by name; the tensors go into a plain LLaMA; and what was
 same logits, to the bit, and the same tokens. In memory are the weights once, in float32.
 """
 
+import io
+import json
 import os
 import stat
 import warnings
+from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +33,7 @@ IGNORE_MERGES = {
     "llama3",
     "llama-v3",
 }  # a word that is a token is that token, however merges would make it
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 READ_BACK = 32  # tokens of the forward passes that are compared
 # transformers' names, by those of a GGUF header behind "llama."
 SIZES = {
@@ -89,7 +93,7 @@ def convert_gguf(file: Path, target: Path) -> None:
     stated, split = _stated(file, reader), _value(reader, "tokenizer.ggml.pre")
     del reader
     logging.disable_progress_bar()
-    with warnings.catch_warnings():
+    with redirect_stderr(io.StringIO()), warnings.catch_warnings():  # it draws a bar that cannot be turned off
         warnings.simplefilter("ignore")  # the file's memory map is read-only
         read = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
     ids_BT = torch.arange(READ_BACK)[None] * 7 % stated["vocab_size"]
@@ -110,7 +114,7 @@ def convert_gguf(file: Path, target: Path) -> None:
     mode = stat.S_IMODE((target / "config.json").stat().st_mode)
     for weights in target.glob("*.safetensors"):
         os.chmod(weights, mode)  # safetensors lets no one else read it
-    _write_tokenizer(file, split, target)
+    _write_tokenizer(file, split, stated["vocab_size"], target)
     with torch.inference_mode():
         got_BTV = LlamaForCausalLM.from_pretrained(target, dtype="auto").eval()(ids_BT).logits
     if not torch.equal(got_BTV, expected_BTV):
@@ -173,27 +177,35 @@ def _of(config: Any, name: str) -> Any:
     return config.rope_parameters["rope_theta"] if name == "rope_theta" else getattr(config, name)
 
 
-def _write_tokenizer(file: Path, split: str | None, target: Path) -> None:
-    """The tokenizer as transformers makes it, mended where it splits otherwise than the model's, and read again."""
-    from tokenizers import pre_tokenizers
+def _write_tokenizer(file: Path, split: str | None, size: int, target: Path) -> None:
+    """The tokenizer as transformers makes it, mended where it splits otherwise than the model's or has tokens beyond
+    the model's `size`, and read again."""
+    from tokenizers import Tokenizer, pre_tokenizers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    backend = tokenizer.backend_tokenizer
+    read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    definition = json.loads(read.backend_tokenizer.to_str())
+    # GPT-2's <|endoftext|> is added to every byte-level BPE, the file's or not.
+    definition["added_tokens"] = [token for token in definition["added_tokens"] if token["id"] < size]
+    backend = Tokenizer.from_str(json.dumps(definition))
     if split == "smollm":
         digits = pre_tokenizers.Digits(individual_digits=True)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
     if split in IGNORE_MERGES:
         backend.model.ignore_merges = True
+    vocabulary = backend.get_vocab()
+    special = {name: getattr(read, name) for name in SPECIAL if getattr(read, name) in vocabulary}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.chat_template = read.chat_template
     tokenizer.save_pretrained(target)
     written = PreTrainedTokenizerFast.from_pretrained(target)
-    if _described(written) != _described(tokenizer):
+    if _described(written) != _described(tokenizer) or max(written.get_vocab().values()) >= size:
         raise UserError(f"{file}: its tokenizer as written gives other tokens than as read: it cannot be used")
 
 
 def _described(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
     """What tells tokenizers apart: special tokens, the chat template, the tokens of texts made for that."""
-    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id]
+    special = [getattr(tokenizer, name) for name in SPECIAL]
     return [special, tokenizer.chat_template, len(tokenizer), [tokenizer.encode(text) for text in PROBES]]
 
 
