@@ -1,8 +1,12 @@
 """The recipe's data parts: strict, frozen pydantic models. Unknown keys are errors."""
 
+import difflib
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+STDLIB, SITE_PACKAGES = "python:stdlib", "python:site-packages"
+INSTALLED = (STDLIB, SITE_PACKAGES)  # paths of what lies in every Python environment
 
 
 class Part(BaseModel):
@@ -18,8 +22,9 @@ Positive = Annotated[int, Field(gt=0)]
 class Source(Part):
     """One source of documents.
 
-    `path`: a file, a directory, a glob, or `python:stdlib` (the running interpreter's standard library); on this
-    machine or at a URL (s3://, gs://, hf:// and whatever else fsspec opens). A .jsonl or .json file holds a document a
+    `path`: a file, a directory or a glob, on this machine or at a URL (s3://, gs://, hf:// and whatever else fsspec
+    opens); `python:stdlib`, the running interpreter's standard library; or `python:site-packages`, the packages
+    installed beside it, each a document. A .jsonl or .json file holds a document a
     line, a .parquet or .arrow file a document a row, any other file is one document; each may end in .gz or .zst. In a
     directory each top-level entry is a document of its own, a subdirectory as its files concatenated directory by
     directory, unless it holds nothing but .jsonl, .parquet and .arrow files; with `directory: one_document` the whole
@@ -34,8 +39,13 @@ class Source(Part):
         "random",
         description="of files and directories in a tree: seeded random; or Isabelle theories after those they import",
     )
-    suffixes: tuple[str, ...] | None = Field(None, description="take only files that end so, in directories")
+    suffixes: tuple[str, ...] | None = Field(
+        None, description="take only files that end so, in directories; of installed packages .py by itself"
+    )
     exclude: tuple[str, ...] = Field((), description="names of files or directories to leave out, * and ? allowed")
+    max_tree_bytes: Positive | None = Field(
+        None, description="of a tree only the first files that come to so many bytes together"
+    )
     follow_links: bool = Field(False, description="read symbolic links that lead out of the path, too")
     text_field: str = "text"
     id_field: str = "id"
@@ -46,6 +56,14 @@ class Source(Part):
         None, description="share of training tokens, beside the others'"
     )
     max_epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="the most that a training may read it")
+
+    @field_validator("path")
+    @classmethod
+    def _known(cls, path: str) -> str:
+        if path.startswith("python:") and path not in INSTALLED:
+            near = difflib.get_close_matches(path, INSTALLED, 1, 0.0)[0]
+            raise ValueError(f"there is no source {path}: did you mean {near}? (a file of that name: ./{path})")
+        return path
 
     @model_validator(mode="after")
     def _lengths_in_order(self) -> "Source":

@@ -1,6 +1,7 @@
 """What people see of a data set: lines of text, made from its report, its batches and their plan."""
 
 import json
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,11 @@ from jobs.views import table
 from pipelines.documents import REPORT
 from pipelines.progress import human
 from pipelines.sampler import CrossBatchSampler, MicroBatch
+from pipelines.shards import Manifest
 from pipelines.tokenizer import TextTokenizer
 
 BAR = 40  # characters of the longest bar of a histogram
+NAMES = 80  # characters shown of a list of names
 EXCERPT = 50  # characters shown of either end of a piece
 
 
@@ -41,6 +44,14 @@ def source_view(documents: Path) -> Iterator[str]:
     for least in sorted(lengths):
         bar = "#" * -(-BAR * lengths[least] // max(lengths.values()))
         yield f"{human(least):>8} to {human(2 * least):<8} {lengths[least]:>9}  {bar}"
+
+
+def licence_view(manifest: Manifest) -> Iterator[str]:
+    """The licences of the installed packages that were read, as their metadata says, and which packages."""
+    yield "licences of installed packages"
+    for licence, packages in manifest.licences.items():
+        names = textwrap.shorten(", ".join(packages), NAMES, placeholder=" ...")
+        yield f"  {len(packages):>4}  {licence}: {names}"
 
 
 def training_view(sampler: CrossBatchSampler, name: str, last: int) -> Iterator[str]:
