@@ -16,13 +16,14 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from pipelines.config import SITE_PACKAGES, STDLIB, Data, Source
+from pipelines.config import SITE_PACKAGES, STDLIB, Data, Recall, Source
 from pipelines.corpus import Entry, File
 from pipelines.distributions import find_distributions
 from pipelines.errors import UserError
 from pipelines.hashing import FileHashes
 from pipelines.progress import say
 from pipelines.storage import Item, is_url, open_binary, printable, readable, storage_of, suffix_and_codec
+from pipelines.synthetic import SYNTHETIC, TAG, recall_names
 from pipelines.tables import TABLES
 from pipelines.trees import beginning, import_order, random_order
 
@@ -93,12 +94,17 @@ class _Search:
 
     def entries(self) -> Iterator[Listed]:
         found = False
-        for each in self._distributions() if self.source.path == SITE_PACKAGES else self._files_of_roots():
+        for each in self._listed():
             found = True
             yield each
         if not found:
             limits = f" with suffixes {', '.join(self.suffixes)}" if self.suffixes else ""
             raise self._mistake(f"{self.source.path} holds no files{limits}: check data.sources")
+
+    def _listed(self) -> Iterator[Listed]:
+        if self.source.recall is not None:
+            return self._made_up(self.source.recall)
+        return self._distributions() if self.source.path == SITE_PACKAGES else self._files_of_roots()
 
     def _files_of_roots(self) -> Iterator[Listed]:
         for name, root in self._roots():
@@ -120,6 +126,10 @@ class _Search:
             files = self._wanted([(name, item) for name, item in taken if item is not None and not item.directory])
             if files:
                 yield self._tree(each.name, each.name, files)._replace(licence=each.licence)
+
+    def _made_up(self, settings: Recall) -> Iterator[Listed]:
+        for name in recall_names(settings, self.seed):
+            yield Listed(name, [(name, Item(name, SYNTHETIC + name, False, settings.characters, TAG))], False)
 
     def _is_named_in(self, name: str) -> bool:
         """Whether a distribution's file is one of those asked for, by its name."""

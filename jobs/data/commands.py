@@ -102,7 +102,7 @@ def inspect(path: Path, overrides: Sequence[str], training: str) -> None:
     batch = sampler.micro_batch(first, 0)
     manifest = Manifest.read(outputs[SHARDS].path)
     views = [
-        source_view(outputs[DOCUMENTS].path),
+        source_view(outputs[DOCUMENTS].path, recipe.data.sources),
         *([licence_view(manifest)] if manifest.licences else []),
         training_view(sampler, training, last),
         sample_view(sampler, load_tokenizer(outputs["tokenizer"].path), SAMPLES),

@@ -3,12 +3,13 @@
 import json
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jobs.train.config import Objective
 from jobs.train.objective import plan_of
 from jobs.views import table
+from pipelines.config import Source
 from pipelines.documents import REPORT
 from pipelines.progress import human
 from pipelines.sampler import CrossBatchSampler, MicroBatch
@@ -20,8 +21,9 @@ NAMES = 80  # characters shown of a list of names
 EXCERPT = 50  # characters shown of either end of a piece
 
 
-def source_view(documents: Path) -> Iterator[str]:
-    """Table of sources and a histogram of document lengths."""
+def source_view(documents: Path, sources: Sequence[Source]) -> Iterator[str]:
+    """Table of sources and a histogram of document lengths; what is made up is said to be."""
+    synthetic = {source.name for source in sources if source.recall is not None}
     report = json.loads((documents / REPORT).read_text())
     header = ("source", "documents", "tokens", "chars/token", "training", "held out", "duplicates")
     rows = []
@@ -29,7 +31,8 @@ def source_view(documents: Path) -> Iterator[str]:
         per_token = source["characters"] / max(1, source["tokens"])
         uses = [human(source["uses"][use][0]) for use in ("training", "held out")]
         counts = human(source["documents"]), human(source["tokens"]), f"{per_token:.2f}"
-        rows.append((name, *counts, *uses, human(source["duplicates"])))
+        label = f"{name} (synthetic)" if name in synthetic else name
+        rows.append((label, *counts, *uses, human(source["duplicates"])))
     yield from table(header, rows)
     for name, source in report.items():
         copies = {use: count for use, (count, _) in source["uses"].items() if use not in ("training", "held out")}

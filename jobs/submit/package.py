@@ -29,7 +29,7 @@ from jobs.settings import Content, read_overridden
 from jobs.submit.job import make_metadata
 from jobs.variants import load_comparison
 from jobs.version import code_version
-from pipelines.config import INSTALLED
+from pipelines.config import BUILT_IN
 from pipelines.errors import UserError
 from pipelines.hashing import hash_json
 from pipelines.storage import is_url
@@ -187,7 +187,7 @@ def pack_code(root: Path) -> Code:
 
 
 def _is_local(key: str, value: str) -> bool:
-    if is_url(value) or is_model_uri(value) or value in INSTALLED:
+    if is_url(value) or is_model_uri(value) or value in BUILT_IN:
         return False
     return key != "tokenizer.path" or value[:1] in "./~" or Path(value).exists()  # else it is an id of the hub's
 
