@@ -9,6 +9,7 @@ import json
 import os
 import posixpath
 import re
+import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from email.message import Message
@@ -37,6 +38,12 @@ class _Found:
 
     def order(self) -> tuple[str, ...]:
         return re.sub(r"[-_.]+", "-", self.name).lower(), self.version, self.licence
+
+
+def site_packages() -> tuple[str, str]:
+    """Where the packages of the running Python lie, pure and compiled ones; mostly the same directory."""
+    places = sysconfig.get_paths()
+    return places["purelib"], places["platlib"]
 
 
 def find_distributions(directories: Sequence[str]) -> tuple[list[Distribution], dict[str, str]]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from pipelines.config import SITE_PACKAGES, STDLIB, Data, Recall, Source
 from pipelines.corpus import Entry, File
-from pipelines.distributions import find_distributions
+from pipelines.distributions import find_distributions, site_packages
 from pipelines.errors import UserError
 from pipelines.hashing import FileHashes
 from pipelines.progress import say
@@ -75,7 +75,7 @@ class _Search:
         if source.path == STDLIB:
             self.path = sysconfig.get_paths()["stdlib"]
         elif source.path == SITE_PACKAGES:
-            self.path = sysconfig.get_paths()["purelib"]
+            self.path, _ = site_packages()
             self.suffixes = self.suffixes or (".py",)
         elif is_url(source.path):
             self.path = source.path.removeprefix("file://")
@@ -116,8 +116,7 @@ class _Search:
 
     def _distributions(self) -> Iterator[Listed]:
         """Each installed distribution as a tree; what is left out is named."""
-        places = sysconfig.get_paths()
-        distributions, left_out = find_distributions([places["purelib"], places["platlib"]])
+        distributions, left_out = find_distributions(site_packages())
         if left_out:
             named = ", ".join(f"{name} ({why})" for name, why in left_out.items())
             say(f"source {self.source.name!r}: left out: {printable(named)}")

@@ -1,12 +1,11 @@
 import csv
 import importlib.metadata
 import json
-import sysconfig
 
 import pytest
 
 from pipelines.corpus import Document
-from pipelines.distributions import find_distributions
+from pipelines.distributions import find_distributions, site_packages
 from pipelines.errors import UserError
 
 CODE = {"a/__init__.py": "import a", "a/deep/x.py": "x = 1", "a/data.json": "{}", "a.py": "pass"}
@@ -17,7 +16,7 @@ def site(tmp_path, monkeypatch):
     """An environment's site-packages, empty."""
     site = tmp_path / "site-packages"
     site.mkdir()
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"purelib": str(site), "platlib": str(site)})
+    monkeypatch.setattr("pipelines.listing.site_packages", lambda: (str(site), str(site)))
     return site
 
 
@@ -123,8 +122,7 @@ def test_a_directory_by_two_names_is_read_once(tmp_path, site, install):
 
 
 def test_this_environment_s_packages_are_found():
-    paths = sysconfig.get_paths()
-    distributions, _ = find_distributions([paths["purelib"], paths["platlib"]])
+    distributions, _ = find_distributions(site_packages())
     by_name = {each.name: each for each in distributions}
     numpy = by_name[f"numpy-{importlib.metadata.version('numpy')}"]
     assert "BSD" in numpy.licence
