@@ -1,8 +1,14 @@
 """The recipe's data parts: strict, frozen pydantic models. Unknown keys are errors."""
 
+import difflib
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from pipelines.recall import DISTANCE, LEAST_CHARACTERS
+
+STDLIB, SITE_PACKAGES, RECALL = "python:stdlib", "python:site-packages", "synthetic:recall"
+BUILT_IN = (STDLIB, SITE_PACKAGES, RECALL)  # paths of what every environment has
 
 
 class Part(BaseModel):
@@ -15,16 +21,34 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 
 
+class Recall(Part):
+    """Of `synthetic:recall`: how many documents there are, how long each is, about, and how far a question is from the
+    fact that it asks for, at least and at most, as share of the document's length."""
+
+    documents: Annotated[int, Field(gt=0, le=1_000_000)]
+    characters: Annotated[int, Field(ge=LEAST_CHARACTERS, le=10_000_000)] = 16_000
+    distance: tuple[Annotated[float, Field(ge=0.0, le=0.9)], Fraction] = DISTANCE
+
+    @model_validator(mode="after")
+    def _room_between(self) -> "Recall":
+        least, most = self.distance
+        if least >= most:
+            raise ValueError(f"recall.distance: the least ({least}) is not below the most ({most})")
+        return self
+
+
 class Source(Part):
     """One source of documents.
 
-    `path`: a file, a directory, a glob, or `python:stdlib` (the running interpreter's standard library); on this
-    machine or at a URL (s3://, gs://, hf:// and whatever else fsspec opens). A .jsonl or .json file holds a document a
-    line, a .parquet or .arrow file a document a row, any other file is one document; each may end in .gz or .zst. In a
-    directory each top-level entry is a document of its own, a subdirectory as its files concatenated directory by
-    directory, unless it holds nothing but .jsonl, .parquet and .arrow files; with `directory: one_document` the whole
-    directory is a single document (a repository). A directory written by Hugging Face datasets' `save_to_disk` is read
-    as that data set.
+    `path`: a file, a directory or a glob, on this machine or at a URL (s3://, gs://, hf:// and whatever else fsspec
+    opens); `python:stdlib`, the running interpreter's standard library; `python:site-packages`, the packages installed
+    beside it, each a document; or `synthetic:recall`, made-up documents with the settings of `recall`.
+
+    A .jsonl or .json file holds a document a line, a .parquet or .arrow file a document a row, any other file is one
+    document; each may end in .gz or .zst. In a directory each top-level entry is a document of its own, a subdirectory
+    as its files concatenated directory by directory, unless it holds nothing but .jsonl, .parquet and .arrow
+    files; with `directory: one_document` the whole directory is a single document (a repository). A directory written
+    by Hugging Face datasets' `save_to_disk` is read as that data set.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
@@ -34,9 +58,15 @@ class Source(Part):
         "random",
         description="of files and directories in a tree: seeded random; or Isabelle theories after those they import",
     )
-    suffixes: tuple[str, ...] | None = Field(None, description="take only files that end so, in directories")
+    suffixes: tuple[str, ...] | None = Field(
+        None, description="take only files that end so, in directories; of installed packages .py by itself"
+    )
     exclude: tuple[str, ...] = Field((), description="names of files or directories to leave out, * and ? allowed")
+    max_tree_bytes: Positive | None = Field(
+        None, description="of a tree only the first files that come to so many bytes together"
+    )
     follow_links: bool = Field(False, description="read symbolic links that lead out of the path, too")
+    recall: Recall | None = Field(None, description="what documents `synthetic:recall` makes up")
     text_field: str = "text"
     id_field: str = "id"
     min_tokens: Positive = Field(1, description="shorter documents are left out")
@@ -46,6 +76,22 @@ class Source(Part):
         None, description="share of training tokens, beside the others'"
     )
     max_epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="the most that a training may read it")
+
+    @field_validator("path")
+    @classmethod
+    def _known(cls, path: str) -> str:
+        if path.startswith(("python:", "synthetic:")) and path not in BUILT_IN:
+            near = difflib.get_close_matches(path, BUILT_IN, 1, 0.0)[0]
+            raise ValueError(f"there is no source {path}: did you mean {near}? (a file of that name: ./{path})")
+        return path
+
+    @model_validator(mode="after")
+    def _recall_where_it_belongs(self) -> "Source":
+        if self.path == RECALL and self.recall is None:
+            raise ValueError(f"source {self.name}: {RECALL} needs recall.documents, how many to make up")
+        if self.path != RECALL and self.recall is not None:
+            raise ValueError(f"source {self.name}: recall is of {RECALL} only: remove it, or set path to that")
+        return self
 
     @model_validator(mode="after")
     def _lengths_in_order(self) -> "Source":

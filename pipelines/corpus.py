@@ -17,16 +17,21 @@ class File:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a source lists: the files of one whole document, or one file of records (lines or rows)."""
+    """What a source lists: the files of one whole document, or one file of records (lines or rows).
+
+    `licence`: of an installed package, as its metadata says.
+    """
 
     source: str
     name: str
     files: tuple[File, ...]
     records: bool
+    licence: str | None = None
 
     def identity(self) -> list[Any]:
         """What the entry is made of, wherever it lies. JSON."""
-        return [self.source, self.name, [[file.name, file.content] for file in self.files]]
+        licence = [] if self.licence is None else [self.licence]
+        return [self.source, self.name, [[file.name, file.content] for file in self.files], *licence]
 
 
 @dataclass(frozen=True)

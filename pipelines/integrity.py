@@ -103,7 +103,7 @@ def repair(
     for number, unit in zip(damage, units, strict=True):
         shard = manifest.shards[number]
         if unit is None:
-            names = ", ".join(name for name, _ in shard.unit["entries"][:3])
+            names = ", ".join(entry[0] for entry in shard.unit["entries"][:3])
             raise UserError(
                 f"{damage[number]}, and what it was made of has changed or is gone (source {shard.unit['source']!r}: "
                 f"{names}): bring it back, or remove {encoding.output} to make the data set again"

@@ -14,23 +14,32 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
-from pipelines.config import Data, Source
+from pipelines.config import SITE_PACKAGES, STDLIB, Data, Recall, Source
 from pipelines.corpus import Entry, File
+from pipelines.distributions import find_distributions, site_packages
 from pipelines.errors import UserError
 from pipelines.hashing import FileHashes
+from pipelines.progress import say
 from pipelines.storage import Item, is_url, open_binary, printable, readable, storage_of, suffix_and_codec
+from pipelines.synthetic import SYNTHETIC, TAG, recall_names
 from pipelines.tables import TABLES
-from pipelines.trees import import_order, random_order
+from pipelines.trees import beginning, import_order, random_order
 
-STDLIB = "python:stdlib"
 NEVER = ("__pycache__", "site-packages", ".*")  # caches, other people's packages, hidden files
 LINES = (".jsonl", ".json")
 RECORDS_IN_TREES = (".jsonl", *TABLES)  # a subdirectory of nothing else holds records; any other is a document
 HEADER = 1 << 18  # bytes of a theory in which its header is looked for
 
-Listed = tuple[str, list[tuple[str, Item]], bool]  # a document's or file's name, its files (name, item), if of records
+
+class Listed(NamedTuple):
+    """What becomes an entry: a document's or a file's name, its files (name, item), whether they hold records."""
+
+    name: str
+    files: list[tuple[str, Item]]
+    records: bool
+    licence: str | None = None
 
 
 def list_entries(data: Data, seed: int, hashes: FileHashes) -> list[Entry]:
@@ -40,19 +49,20 @@ def list_entries(data: Data, seed: int, hashes: FileHashes) -> list[Entry]:
     link that leads where it may not.
     """
     listed = [
-        (source.name, *each)
+        (source.name, each)
         for number, source in enumerate(data.sources)
         for each in _Search(source, f"data.sources.{number}", seed).entries()
     ]
-    contents = iter(hashes.contents([item for _, _, files, _ in listed for _, item in files]))
+    contents = iter(hashes.contents([item for _, each in listed for _, item in each.files]))
     return [
         Entry(
             source,
-            printable(name),
-            tuple(File(printable(inner), item.path, item.size, next(contents)) for inner, item in files),
-            records,
+            printable(each.name),
+            tuple(File(printable(inner), item.path, item.size, next(contents)) for inner, item in each.files),
+            each.records,
+            each.licence,
         )
-        for source, name, files, records in listed
+        for source, each in listed
     ]
 
 
@@ -61,8 +71,12 @@ class _Search:
 
     def __init__(self, source: Source, setting: str, seed: int) -> None:
         self.source, self.setting, self.seed = source, setting, seed
+        self.suffixes = source.suffixes
         if source.path == STDLIB:
             self.path = sysconfig.get_paths()["stdlib"]
+        elif source.path == SITE_PACKAGES:
+            self.path, _ = site_packages()
+            self.suffixes = self.suffixes or (".py",)
         elif is_url(source.path):
             self.path = source.path.removeprefix("file://")
         else:
@@ -74,24 +88,52 @@ class _Search:
                 f"source {source.name!r}: its URL holds a query, which may be secret and would become part of document "
                 f"ids: download the file, or give a URL without"
             )
-        self.follow_links = source.follow_links or source.path == STDLIB  # some systems' has links
+        self.follow_links = source.follow_links or source.path in (STDLIB, SITE_PACKAGES)  # some have links
         self.storage = storage_of(self.path)
         self.top = self.path  # what links may not lead out of
 
     def entries(self) -> Iterator[Listed]:
         found = False
+        for each in self._listed():
+            found = True
+            yield each
+        if not found:
+            limits = f" with suffixes {', '.join(self.suffixes)}" if self.suffixes else ""
+            raise self._mistake(f"{self.source.path} holds no files{limits}: check data.sources")
+
+    def _listed(self) -> Iterator[Listed]:
+        if self.source.recall is not None:
+            return self._made_up(self.source.recall)
+        return self._distributions() if self.source.path == SITE_PACKAGES else self._files_of_roots()
+
+    def _files_of_roots(self) -> Iterator[Listed]:
         for name, root in self._roots():
             if root.directory:
-                listed = self._directory(name, root)
+                yield from self._directory(name, root)
             else:
                 base = name or posixpath.basename(root.path)
-                listed = iter([(base, [(base, root)], suffix_and_codec(base)[0] in (*LINES, *TABLES))])
-            for each in listed:
-                found = True
-                yield each
-        if not found:
-            limits = f" with suffixes {', '.join(self.source.suffixes)}" if self.source.suffixes else ""
-            raise self._mistake(f"{self.source.path} holds no files{limits}: check data.sources")
+                yield Listed(base, [(base, root)], suffix_and_codec(base)[0] in (*LINES, *TABLES))
+
+    def _distributions(self) -> Iterator[Listed]:
+        """Each installed distribution as a tree; what is left out is named."""
+        distributions, left_out = find_distributions(site_packages())
+        if left_out:
+            named = ", ".join(f"{name} ({why})" for name, why in left_out.items())
+            say(f"source {self.source.name!r}: left out: {printable(named)}")
+        for each in distributions:
+            taken = [(name, self.storage.info(path)) for name, path in each.files if self._is_named_in(name)]
+            files = self._wanted([(name, item) for name, item in taken if item is not None and not item.directory])
+            if files:
+                yield self._tree(each.name, each.name, files)._replace(licence=each.licence)
+
+    def _made_up(self, settings: Recall) -> Iterator[Listed]:
+        for name in recall_names(settings, self.seed):
+            yield Listed(name, [(name, Item(name, SYNTHETIC + name, False, settings.characters, TAG))], False)
+
+    def _is_named_in(self, name: str) -> bool:
+        """Whether a distribution's file is one of those asked for, by its name."""
+        asked_for = self.suffixes is None or name.endswith(self.suffixes)
+        return asked_for and not any(self._is_left_out(part) for part in name.split("/"))
 
     def _mistake(self, text: str) -> UserError:
         return UserError(f"source {self.source.name!r}: {printable(text)}")
@@ -149,12 +191,12 @@ class _Search:
     def _entries(self, prefix: str, files: Mapping[str, Item]) -> Iterator[Listed]:
         """A directory's entries: files, and subdirectories, each a document or nothing but files of records."""
         if (saved := self._saved_dataset(files)) is not None:
-            yield from ((prefix + name, [(prefix + name, files[name])], True) for name in saved)
+            yield from (Listed(prefix + name, [(prefix + name, files[name])], True) for name in saved)
             return
         for entry, group in groupby(files.items(), key=lambda file: file[0].partition("/")[0]):
             within = list(group)
             for name, item in self._wanted([file for file in within if file[0] == entry]):
-                yield prefix + name, [(prefix + name, item)], suffix_and_codec(name)[0] in (*LINES, *TABLES)
+                yield Listed(prefix + name, [(prefix + name, item)], suffix_and_codec(name)[0] in (*LINES, *TABLES))
             inner = [(name[len(entry) + 1 :], item) for name, item in within if name != entry]
             if self._saved_dataset(dict(inner)) is not None:
                 yield from self._entries(f"{prefix}{entry}/", dict(inner))
@@ -162,7 +204,7 @@ class _Search:
             wanted = self._wanted(inner)
             if all(suffix_and_codec(name)[0] in RECORDS_IN_TREES for name, _ in wanted):
                 for name, item in wanted:
-                    yield f"{prefix}{entry}/{name}", [(f"{prefix}{entry}/{name}", item)], True
+                    yield Listed(f"{prefix}{entry}/{name}", [(f"{prefix}{entry}/{name}", item)], True)
             else:
                 yield self._tree(prefix + entry, entry, wanted)
 
@@ -176,12 +218,13 @@ class _Search:
                 order = import_order(list(items), dict(zip(theories, headers, strict=True)))
         else:
             order = random_order(list(items), f"{self.seed}/{self.source.name}/{printable(base)}")
-        return name, [(f"{base}/{inner}", items[inner]) for inner in order], False
+        if self.source.max_tree_bytes is not None:
+            order = beginning(order, {inner: item.size for inner, item in items.items()}, self.source.max_tree_bytes)
+        return Listed(name, [(f"{base}/{inner}", items[inner]) for inner in order], False)
 
     def _wanted(self, files: Sequence[tuple[str, Item]]) -> list[tuple[str, Item]]:
         """Those with one of the source's suffixes. Raises UserError where one of them may not be read."""
-        suffixes = self.source.suffixes
-        wanted = [(name, item) for name, item in files if suffixes is None or name.endswith(suffixes)]
+        wanted = [(name, item) for name, item in files if self.suffixes is None or name.endswith(self.suffixes)]
         for _, item in wanted:
             self._check_link(item)
         return wanted

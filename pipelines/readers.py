@@ -12,6 +12,7 @@ from typing import IO, Any
 from pipelines.config import Source
 from pipelines.corpus import Document, Dropped, Entry, File, Unit
 from pipelines.storage import BLOCK, open_decompressed, printable, readable, suffix_and_codec
+from pipelines.synthetic import is_synthetic
 from pipelines.tables import TABLES, name_some, read_rows
 
 PROSE = (".txt", ".md", ".tex")  # files that can only be meant as text
@@ -65,7 +66,8 @@ def _read_whole(entry: Entry) -> Iterator[Document | Dropped]:
     encoded = text.encode()
     if text.strip():
         content_hash = hashlib.sha256(encoded).hexdigest()
-        name = f"{entry.source}/{entry.name}"
+        made_up = is_synthetic(entry.files[0].path)
+        name = f"synthetic/{entry.name}" if made_up else f"{entry.source}/{entry.name}"
         yield Document(name, entry.source, text, entry.name, 0, len(encoded), content_hash)
     elif texts:
         yield Dropped("empty", entry.files[0].path if len(entry.files) == 1 else entry.name)

@@ -149,6 +149,16 @@ class Manifest:
     def dropped(self) -> Counter[str]:
         return sum((Counter(shard.dropped) for shard in self.shards), Counter())
 
+    @property
+    def licences(self) -> dict[str, list[str]]:
+        """The installed packages that it was made of, by licence."""
+        packages: dict[str, list[str]] = {}
+        for shard in self.shards:
+            for name, _, *licence in shard.unit["entries"]:
+                for each in licence:
+                    packages.setdefault(each, []).append(name)
+        return dict(sorted(packages.items()))
+
     def write(self, directory: Path) -> None:
         write_atomically(directory / MANIFEST, json.dumps(asdict(self), indent=1, sort_keys=True).encode())
 

@@ -17,6 +17,7 @@ from typing import IO, Any, Protocol, cast
 import pyarrow as pa
 
 from pipelines.errors import UserError
+from pipelines.synthetic import is_synthetic, synthetic_text
 
 BLOCK = 1 << 20  # bytes read at once
 CODECS = {".gz": "gzip", ".zst": "zstd"}
@@ -78,7 +79,9 @@ def suffix_and_codec(name: str) -> tuple[str, str | None]:
 
 
 def open_binary(path: str) -> IO[bytes]:
-    """A buffered, seekable stream of a file's bytes."""
+    """A buffered, seekable stream of a file's bytes, or of a synthetic document's."""
+    if is_synthetic(path):
+        return io.BytesIO(synthetic_text(path).encode())
     if not is_url(path):
         return open(path, "rb", buffering=BLOCK)
     with _answering(path):

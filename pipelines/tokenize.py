@@ -33,8 +33,8 @@ from pipelines.tokenizer import TextTokenizer, load_tokenizer
 
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 1_000_000, 10_000  # encoded and written at once: bounds a task's memory
 RECORD = ".record.json"  # of a finished task, beside its shard
-# Settings of a source that its shards do not show.
-NOT_CONTENT = {"path", "held_out", "weight", "max_epochs", "follow_links"}
+# Settings of a source that its shards do not show, or show by what they were made of.
+NOT_CONTENT = {"path", "max_tree_bytes", "recall", "held_out", "weight", "max_epochs", "follow_links"}
 
 
 def recipe_part(data: Data) -> dict[str, Any]:

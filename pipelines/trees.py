@@ -21,6 +21,19 @@ def random_order(names: Sequence[str], seed: str) -> list[str]:
     return ["/".join(path) for files in directories for path in files]
 
 
+def beginning(names: Sequence[str], sizes: Mapping[str, int], limit: int) -> list[str]:
+    """The first of the files, of at most `limit` bytes together; one that is larger by itself is passed over."""
+    taken, total = [], 0
+    for name in names:
+        if sizes[name] > limit:
+            continue
+        total += sizes[name]
+        if total > limit:
+            break
+        taken.append(name)
+    return taken
+
+
 def import_order(names: Sequence[str], theories: Mapping[str, str]) -> list[str]:
     """Isabelle theories after those of the tree that they import, the others after them; else by name.
 

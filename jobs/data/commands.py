@@ -14,7 +14,7 @@ from jobs.data.stages import (
     look_at_corpus,
     repair_shards,
 )
-from jobs.data.views import batch_view, plan_view, sample_view, source_view, training_view
+from jobs.data.views import batch_view, licence_view, plan_view, sample_view, source_view, training_view
 from jobs.recipe import load_recipe
 from jobs.workspace import Workspace
 from pipelines.dataset import TokenDataset
@@ -100,8 +100,10 @@ def inspect(path: Path, overrides: Sequence[str], training: str) -> None:
     objective, first = settings.objective, sampler.first
     last = last_step(sampler, settings, workspace.start)
     batch = sampler.micro_batch(first, 0)
+    manifest = Manifest.read(outputs[SHARDS].path)
     views = [
-        source_view(outputs[DOCUMENTS].path),
+        source_view(outputs[DOCUMENTS].path, recipe.data.sources),
+        *([licence_view(manifest)] if manifest.licences else []),
         training_view(sampler, training, last),
         sample_view(sampler, load_tokenizer(outputs["tokenizer"].path), SAMPLES),
         plan_view(batch, objective, first, recipe.seed),

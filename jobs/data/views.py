@@ -1,24 +1,29 @@
 """What people see of a data set: lines of text, made from its report, its batches and their plan."""
 
 import json
+import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jobs.train.config import Objective
 from jobs.train.objective import plan_of
 from jobs.views import table
+from pipelines.config import Source
 from pipelines.documents import REPORT
 from pipelines.progress import human
 from pipelines.sampler import CrossBatchSampler, MicroBatch
+from pipelines.shards import Manifest
 from pipelines.tokenizer import TextTokenizer
 
 BAR = 40  # characters of the longest bar of a histogram
+NAMES = 80  # characters shown of a list of names
 EXCERPT = 50  # characters shown of either end of a piece
 
 
-def source_view(documents: Path) -> Iterator[str]:
-    """Table of sources and a histogram of document lengths."""
+def source_view(documents: Path, sources: Sequence[Source]) -> Iterator[str]:
+    """Table of sources and a histogram of document lengths; what is made up is said to be."""
+    synthetic = {source.name for source in sources if source.recall is not None}
     report = json.loads((documents / REPORT).read_text())
     header = ("source", "documents", "tokens", "chars/token", "training", "held out", "duplicates")
     rows = []
@@ -26,7 +31,8 @@ def source_view(documents: Path) -> Iterator[str]:
         per_token = source["characters"] / max(1, source["tokens"])
         uses = [human(source["uses"][use][0]) for use in ("training", "held out")]
         counts = human(source["documents"]), human(source["tokens"]), f"{per_token:.2f}"
-        rows.append((name, *counts, *uses, human(source["duplicates"])))
+        label = f"{name} (synthetic)" if name in synthetic else name
+        rows.append((label, *counts, *uses, human(source["duplicates"])))
     yield from table(header, rows)
     for name, source in report.items():
         copies = {use: count for use, (count, _) in source["uses"].items() if use not in ("training", "held out")}
@@ -41,6 +47,14 @@ def source_view(documents: Path) -> Iterator[str]:
     for least in sorted(lengths):
         bar = "#" * -(-BAR * lengths[least] // max(lengths.values()))
         yield f"{human(least):>8} to {human(2 * least):<8} {lengths[least]:>9}  {bar}"
+
+
+def licence_view(manifest: Manifest) -> Iterator[str]:
+    """The licences of the installed packages that were read, as their metadata says, and which packages."""
+    yield "licences of installed packages"
+    for licence, packages in manifest.licences.items():
+        names = textwrap.shorten(", ".join(packages), NAMES, placeholder=" ...")
+        yield f"  {len(packages):>4}  {licence}: {names}"
 
 
 def training_view(sampler: CrossBatchSampler, name: str, last: int) -> Iterator[str]:

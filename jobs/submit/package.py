@@ -29,9 +29,9 @@ from jobs.settings import Content, read_overridden
 from jobs.submit.job import make_metadata
 from jobs.variants import load_comparison
 from jobs.version import code_version
+from pipelines.config import BUILT_IN
 from pipelines.errors import UserError
 from pipelines.hashing import hash_json
-from pipelines.listing import STDLIB
 from pipelines.storage import is_url
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,7 +187,7 @@ def pack_code(root: Path) -> Code:
 
 
 def _is_local(key: str, value: str) -> bool:
-    if is_url(value) or value == STDLIB:
+    if is_url(value) or value in BUILT_IN:
         return False
     if key.endswith("checkpoint"):
         return is_local(value)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.trees import import_order, imports, random_order
+from pipelines.trees import beginning, import_order, imports, random_order
 
 paths = st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map("/".join)
 
@@ -23,6 +23,19 @@ def test_random_order_depends_on_the_seed_alone(names):
     """Pinned: data sets made before have this order."""
     assert random_order(names, "0/s/tree") == ["b/c/3", "5", "6", "a/2", "a/1", "b/4"]
     assert len({tuple(random_order(names, f"{seed}/s/tree")) for seed in range(20)}) > 10
+
+
+@pytest.mark.parametrize(
+    ("limit", "taken"),
+    [(9, ["a"]), (10, ["a", "b"]), (12, ["a", "b"]), (30, ["a", "b", "big"]), (36, ["a", "b", "big", "c"])],
+)
+def test_a_tree_s_beginning_is_the_files_that_come_to_so_many_bytes(limit, taken):
+    sizes = {"a": 4, "b": 6, "big": 20, "c": 5}
+    assert beginning(list(sizes), sizes, limit) == taken
+
+
+def test_a_file_larger_than_the_limit_alone_is_passed_over():
+    assert beginning(["big", "a", "b"], {"big": 20, "a": 4, "b": 6}, 10) == ["a", "b"]
 
 
 @pytest.mark.parametrize(

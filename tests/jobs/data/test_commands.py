@@ -239,3 +239,50 @@ def test_a_faster_backend_that_cannot_do_it_is_passed_over_with_a_word(
     assert "going on with Hugging Face tokenizers" in made.stdout.replace("\n", " ")
     (directory,) = shards(tmp_path)
     assert Manifest.read(directory).tokenizer["backend"] == "huggingface"
+
+
+def test_installed_packages_and_made_up_documents_are_a_corpus(
+    fot_here, recipe: dict, write_recipe, tmp_path: Path, monkeypatch
+) -> None:
+    site = tmp_path / "site-packages"
+    for number in range(8):
+        package = f"package{number}"
+        (site / package).mkdir(parents=True)
+        (site / package / "code.py").write_text("".join(f"def f{line}(x): return {number}\n" for line in range(60)))
+        metadata = site / f"{package}-1.{number}.dist-info"
+        metadata.mkdir()
+        (metadata / "RECORD").write_text(f"{package}/code.py,,\n")
+        licence = "MIT" if number else "BSD-3-Clause"
+        (metadata / "METADATA").write_text(f"Name: {package}\nVersion: 1.{number}\nLicense-Expression: {licence}\n")
+    (site / "package0-1.0.dist-info" / "code.py").write_text("nobody's")
+    monkeypatch.setattr("pipelines.listing.site_packages", lambda: (str(site), str(site)))
+    recipe["data"]["sources"] = [
+        {"name": "packages", "path": "python:site-packages", "held_out": 0.0},
+        {"name": "recall", "path": "synthetic:recall", "recall": {"documents": 4, "characters": 4000}, "held_out": 0.0},
+    ]
+    path = write_recipe(recipe)
+    made = fot_here("data", "prepare", path)
+    assert made.returncode == 0, made.stdout
+    (directory,) = shards(tmp_path)
+    manifest = Manifest.read(directory)
+    assert manifest.documents == 12
+    assert manifest.licences == {
+        "BSD-3-Clause": ["package0-1.0"],
+        "MIT": [f"package{number}-1.{number}" for number in range(1, 8)],
+    }
+    seen = fot_here("data", "inspect", path)
+    assert seen.returncode == 0, seen.stdout
+    lines = seen.stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:3]] == ["packages", "recall"]
+    assert lines[2].startswith("recall (synthetic)")
+    assert "     1  BSD-3-Clause: package0-1.0" in lines
+    assert re.search(r"(packages/package\d-1\.\d|synthetic/recall-4000_0\.25_1\.0_0_00000\d), tokens", seen.stdout)
+
+    (directory / manifest.shards[-1].file).write_bytes(b"broken")
+    assert fot_here("data", "repair", path).returncode == 0
+    assert fot_here("data", "verify", path).returncode == 0
+
+    recipe["data"]["sources"][1]["recall"]["documents"] = 6
+    grown = fot_here("data", "prepare", write_recipe(recipe))
+    assert grown.returncode == 0, grown.stdout
+    assert Manifest.read(shards(tmp_path)[-1]).parent == manifest.hash
