@@ -203,8 +203,8 @@ def export(checkpoint: str, directory: Path, dtype: str | None) -> None:
 @click.option("--seed", default=0, show_default=True)
 @click.option("--work-dir", default="runs", show_default=True, metavar="DIR", help="Holds all that is made.")
 def evaluate(checkpoint: str, tasks: tuple[str, ...], texts: tuple[str, ...], **settings: Any) -> None:
-    """Measure CHECKPOINT (a Hugging Face directory, hub id, .gguf file, package:NAME/FILE or models:/fot/NAME@ALIAS) and
-    record what came out."""
+    """Measure CHECKPOINT (a Hugging Face directory, a hub id, a .gguf file, package:NAME/FILE, models:/fot/NAME@ALIAS)
+    and record what came out."""
     from jobs.evaluate.commands import Request, evaluate_checkpoint
 
     evaluate_checkpoint(Request(checkpoint=checkpoint, tasks=tasks, texts=texts, **settings))

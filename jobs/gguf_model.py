@@ -11,6 +11,7 @@ import json
 import os
 import stat
 import warnings
+from collections.abc import Mapping
 from contextlib import redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,7 +91,8 @@ def convert_gguf(file: Path, target: Path) -> None:
     from transformers.utils import logging
 
     reader = _open(file)
-    stated, split = _stated(file, reader), _value(reader, "tokenizer.ggml.pre")
+    stated = _stated(file, reader)
+    header = {key: _value(reader, f"tokenizer.ggml.{key}") for key in ("model", "pre", "add_space_prefix")}
     del reader
     logging.disable_progress_bar()
     with redirect_stderr(io.StringIO()), warnings.catch_warnings():  # it draws a bar that cannot be turned off
@@ -114,7 +116,7 @@ def convert_gguf(file: Path, target: Path) -> None:
     mode = stat.S_IMODE((target / "config.json").stat().st_mode)
     for weights in target.glob("*.safetensors"):
         os.chmod(weights, mode)  # safetensors lets no one else read it
-    _write_tokenizer(file, split, stated["vocab_size"], target)
+    _write_tokenizer(file, header, stated["vocab_size"], target)
     with torch.inference_mode():
         got_BTV = LlamaForCausalLM.from_pretrained(target, dtype="auto").eval()(ids_BT).logits
     if not torch.equal(got_BTV, expected_BTV):
@@ -177,10 +179,10 @@ def _of(config: Any, name: str) -> Any:
     return config.rope_parameters["rope_theta"] if name == "rope_theta" else getattr(config, name)
 
 
-def _write_tokenizer(file: Path, split: str | None, size: int, target: Path) -> None:
+def _write_tokenizer(file: Path, header: Mapping[str, Any], size: int, target: Path) -> None:
     """The tokenizer as transformers makes it, mended where it splits otherwise than the model's or has tokens beyond
-    the model's `size`, and read again."""
-    from tokenizers import Tokenizer, pre_tokenizers
+    the model's `size`, and read again. `header`: what the file says of it."""
+    from tokenizers import Tokenizer, normalizers, pre_tokenizers
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
@@ -188,10 +190,14 @@ def _write_tokenizer(file: Path, split: str | None, size: int, target: Path) -> 
     # GPT-2's <|endoftext|> is added to every byte-level BPE, the file's or not.
     definition["added_tokens"] = [token for token in definition["added_tokens"] if token["id"] < size]
     backend = Tokenizer.from_str(json.dumps(definition))
-    if split == "smollm":
+    if header["model"] == "llama":  # as SentencePiece: a space is put before a text, also before one of its own
+        first = [] if header["add_space_prefix"] is False else [normalizers.Prepend("\u2581")]
+        backend.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "\u2581")])
+        backend.pre_tokenizer = None
+    if header["pre"] == "smollm":
         digits = pre_tokenizers.Digits(individual_digits=True)
         backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
-    if split in IGNORE_MERGES:
+    if header["pre"] in IGNORE_MERGES:
         backend.model.ignore_merges = True
     vocabulary = backend.get_vocab()
     special = {name: getattr(read, name) for name in SPECIAL if getattr(read, name) in vocabulary}

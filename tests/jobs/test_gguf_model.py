@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter, TokenType
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import jobs.gguf_model as gguf_model
 from jobs.checkpoint_source import locate
 from jobs.gguf_model import convert_gguf, read_gguf_config
 from pipelines.errors import UserError
-from pipelines.tokenizer import PROBES
+from pipelines.tokenizer import PROBES, import_tokenizer, load_tokenizer
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 TOKENS_OF_SMOLLM2 = {  # as llama.cpp gives them: llama-cpp-python 0.3.36, Llama.tokenize
@@ -162,3 +164,42 @@ def test_the_real_model_of_the_package(tmp_path: Path) -> None:
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
+
+
+def test_a_sentencepiece_vocabulary_gives_the_tokens_of_sentencepiece(tmp_path: Path) -> None:
+    model = tmp_path / "tokenizer.model"
+    text = tmp_path / "text"
+    text.write_text("the grass is green and the sky is blue\n two  spaces,   three\ndef f(x): return x + 12\n" * 50)
+    SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(model.with_suffix("")),
+        vocab_size=330,
+        model_type="bpe",
+        byte_fallback=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    made = SentencePieceProcessor(str(model))
+    places = range(made.vocab_size())
+    writer = GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_string("tokenizer.ggml.model", "llama")
+    for key, place in (("bos", made.bos_id()), ("eos", made.eos_id()), ("unknown", made.unk_id())):
+        writer.add_uint32(f"tokenizer.ggml.{key}_token_id", place)
+    writer.add_token_list([made.id_to_piece(place).encode() for place in places])
+    writer.add_token_scores([made.get_score(place) for place in places])
+    kinds = {made.unk_id(): TokenType.UNKNOWN, made.bos_id(): TokenType.CONTROL, made.eos_id(): TokenType.CONTROL}
+    of_bytes = [TokenType.BYTE if made.is_byte(place) else TokenType.NORMAL for place in places]
+    writer.add_token_types([kinds.get(place, of_bytes[place]) for place in places])
+    for key in ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count"):
+        writer.add_uint32(f"llama.{key}", 1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    header = {"model": "llama", "pre": None, "add_space_prefix": None}
+    gguf_model._write_tokenizer(tmp_path / "tiny.gguf", header, made.vocab_size(), tmp_path / "written")
+    (tmp_path / "taken").mkdir()
+    import_tokenizer(str(tmp_path / "written"), tmp_path / "taken")
+    tokenizer = load_tokenizer(tmp_path / "taken")
+    for sample in ("the sky", " two  spaces", "   three\n x + 12", "café 漢字", ""):
+        assert tokenizer.encode(sample) == made.encode(sample), sample
