@@ -61,19 +61,16 @@ def batch_loss(
     objective: Objective,
     step: int,
     seed: int,
+    labels: int,
     team: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
-    """Next-token loss (nats) of this rank's rows of a micro-batch, which lie on the model's device; its mean over the
-    ranks of `team`, which hold the others, is the mean over all tokens of the micro-batch."""
+    """The share of this rank's rows of a micro-batch, which lie on the model's device, in the step's next-token loss
+    (nats): their sum over the step's `labels`, so that the sum of all shares is the mean over the step's labels."""
     logits_RLV = model(batch.input_ids, **seen_by(batch, objective, step, seed, team)).logits
-    count, ranks = (batch.labels != IGNORE).sum(), 1
-    if team is not None:
-        torch.distributed.all_reduce(count, group=team)
-        ranks = team.size()
     loss = functional.cross_entropy(
         logits_RLV.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum"
     )
-    return loss * (ranks / count)
+    return loss / max(1, labels)
 
 
 def seen_by(

@@ -106,12 +106,13 @@ def test_the_loss_is_the_mean_over_labels_and_every_objective_sees_otherwise(obj
     )
     model = FotLlamaForCausalLM(config)
     batch = rows(3, objective.contexts)
-    loss = batch_loss(model, batch, objective, 0, 0)
+    labels = int((batch.labels != IGNORE).sum())
+    loss = batch_loss(model, batch, objective, 0, 0, labels)
     plan = plan_of(objective, batch, 0, 0)
     arguments = {} if plan is None else {"plan": plan, "objective": objective.kind}
     logits = model(batch.input_ids, use_cache=False, **arguments).logits
     expected = functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE)
     torch.testing.assert_close(loss, expected)
     if plan is not None:
-        alone = batch_loss(model, batch, StandardObjective(context=6), 0, 0)
+        alone = batch_loss(model, batch, StandardObjective(context=6), 0, 0, labels)
         assert abs(alone - loss) > 1e-3
