@@ -81,7 +81,7 @@ def random_batch(objective: Objective, groups: int, shape: dict[str, Any]) -> Te
     return TensorBatch(
         input_ids=ids,
         labels=ids.roll(-1, 1),
-        document_ids=torch.zeros_like(ids),
+        document_ids=torch.arange(groups).repeat_interleave(contexts)[:, None].expand_as(ids),
         group=[group for group in range(groups) for _ in range(contexts)],
         segment=list(range(contexts)) * groups,
         related=[[one == other for other in range(groups)] for one in range(groups)],

@@ -38,7 +38,8 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
     - `objective`: "fot" (CrossBatch, differentiable), "memorizing" (Memorizing Transformer: memory is not
       differentiated; with the gate if the configuration has `mem_gate`, else in one softmax), "transformer_xl" (the
       plan names the previous context, which all layers see, undifferentiated, at the positions before);
-    - `document_ids` [R, L] (training): attention inside a row stays inside each of the documents joined in it;
+    - `document_ids` [R, L] (training; also without a plan): attention inside a row stays inside each of the documents
+      joined in it, rows that the plan names are seen whole;
     - `ranks` (training): a process group over which the rows are spread. All its ranks give R rows of L tokens; rank
       i's are rows i * R to (i + 1) * R - 1, and its `plan` [R, d] names rows of any rank;
     - `last_context_length` (reading): instead of the configuration's.
@@ -109,15 +110,18 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
             )
         if L == 0:
             raise ValueError("the input has no tokens: give at least one, such as the tokenizer's bos")
+        if plan is None and document_ids is not None:
+            plan = torch.empty(B, 0, dtype=torch.long)
         if plan is not None:
             if past_key_values is not None:
                 raise ValueError("past_key_values with a plan: in training the plan's rows are the past")
             if attention_mask is not None and not attention_mask.all():
                 raise ValueError("padding with a plan: give rows of equal length without padding")
-            kwargs["cross_batch"] = self._cross_batch(plan, objective, document_ids, ranks, B, L)
-            attention_mask, use_cache = self._document_mask(document_ids), False
-        elif document_ids is not None or ranks is not None or objective != "fot":
-            raise ValueError("ranks, objective and document_ids belong to training: give them with a plan")
+            cross_batch = self._cross_batch(plan, objective, document_ids, ranks, B, L)
+            kwargs["cross_batch"] = cross_batch
+            attention_mask, use_cache = self._document_mask(cross_batch.document_ids), False
+        elif ranks is not None or objective != "fot":
+            raise ValueError("ranks and objective belong to training: give them with a plan")
         else:
             self.config.check_last_context(last_context_length)
             if attention_mask is None and position_ids is None and input_ids is not None and past_key_values is None:
@@ -188,6 +192,8 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         check_plan(plan_Rd, count * R, document_ids_RL, range(rank * R, (rank + 1) * R))
         if objective == "transformer_xl" and plan_Rd.shape[1] > 1:
             raise ValueError(f"transformer_xl sees one context, the previous: the plan has {plan_Rd.shape[1]} columns")
+        if document_ids_RL is not None and bool((document_ids_RL == document_ids_RL[:, :1]).all()):
+            document_ids_RL = None  # nothing is joined: causal attention needs no mask
         one_context = None
         if objective == "transformer_xl":
             one_context = rotation(self.model.rotary_emb, torch.full((1, 1), L, device=self.device), L)

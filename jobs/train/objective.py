@@ -77,8 +77,11 @@ def seen_by(
     batch: TensorBatch, objective: Objective, step: int, seed: int, team: torch.distributed.ProcessGroup | None
 ) -> dict[str, Any]:
     """The model's arguments that say what this rank's rows see."""
+    arguments: dict[str, Any] = {"use_cache": False}
+    if objective.separate_documents:
+        arguments["document_ids"] = batch.document_ids
     plan_Rd = plan_of(objective, batch, step, seed)
-    if plan_Rd is None:
-        return {"use_cache": False}
-    own = slice(batch.first, batch.first + len(batch.input_ids))
-    return {"plan": plan_Rd[own], "objective": objective.kind, "ranks": team, "use_cache": False}
+    if plan_Rd is not None:
+        own = slice(batch.first, batch.first + len(batch.input_ids))
+        arguments |= {"plan": plan_Rd[own], "objective": objective.kind, "ranks": team}
+    return arguments

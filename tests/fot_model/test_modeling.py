@@ -459,7 +459,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"plan": pad_plan([[], [0, -1]]), "objective": "transformer_xl"},
         "transformer_xl sees one context, the previous: the plan has 2 columns",
     ),
-    "documents without a plan": ({"plan": None, "document_ids": DOCUMENTS}, "document_ids .*with a plan"),
+    "documents without a plan, by row": ({"plan": None, "document_ids": DOCUMENTS[:, 0]}, r"give \[2, 4\]"),
     "an objective without a plan": ({"plan": None, "objective": "memorizing"}, "objective .*with a plan"),
 }
 
