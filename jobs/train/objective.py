@@ -1,6 +1,6 @@
 """What a training's objective asks of a batch: who sees whom at a step, and the loss.
 
-Shapes: R rows of a micro-batch, d additional contexts, L tokens a context, V vocabulary.
+Shapes: R rows of a micro-batch, d additional contexts, L tokens a context.
 """
 
 import hashlib
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fot_model import c_prev_plan, cross_batch_plan
 from jobs.train.config import (
@@ -22,7 +21,7 @@ from jobs.train.config import (
     TransformerXlObjective,
 )
 from pipelines.loader import TensorBatch
-from pipelines.sampler import IGNORE, MicroBatch
+from pipelines.sampler import MicroBatch
 
 
 def plan_of(objective: Objective, rows: MicroBatch | TensorBatch, step: int, seed: int) -> Tensor | None:
@@ -66,11 +65,11 @@ def batch_loss(
 ) -> Tensor:
     """The share of this rank's rows of a micro-batch, which lie on the model's device, in the step's next-token loss
     (nats): their sum over the step's `labels`, so that the sum of all shares is the mean over the step's labels."""
-    logits_RLV = model(batch.input_ids, **seen_by(batch, objective, step, seed, team)).logits
-    loss = functional.cross_entropy(
-        logits_RLV.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
-    return loss / max(1, labels)
+    seen = seen_by(batch, objective, step, seed, team)
+    loss: Tensor = model(
+        batch.input_ids, shift_labels=batch.labels, num_items_in_batch=max(1, labels), skip_logits=True, **seen
+    ).loss
+    return loss
 
 
 def seen_by(

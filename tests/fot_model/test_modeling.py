@@ -378,7 +378,7 @@ def loss_and_gradients(model: FotLlamaForCausalLM, **how: Any) -> tuple[Tensor, 
 
 def test_a_step_trains_every_parameter_with_the_loss_of_all_rows() -> None:
     model, ids_RL, plan_Rd = focused([1], num_key_value_heads=2).train(), tokens(3, 6), pad_plan([[], [0], [1, 0]])
-    output = model(ids_RL, labels=ids_RL, plan=plan_Rd)
+    output = model(ids_RL, labels=ids_RL, plan=plan_Rd, skip_logits=False)
     expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids_RL[:, 1:].flatten())
     assert_same(output.loss, expected, 1e-6)
     assert output.past_key_values is None
