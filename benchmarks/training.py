@@ -81,7 +81,7 @@ def random_batch(objective: Objective, groups: int, shape: dict[str, Any]) -> Te
     return TensorBatch(
         input_ids=ids,
         labels=ids.roll(-1, 1),
-        document_ids=torch.zeros_like(ids),
+        document_ids=torch.arange(groups).repeat_interleave(contexts)[:, None].expand_as(ids),
         group=[group for group in range(groups) for _ in range(contexts)],
         segment=list(range(contexts)) * groups,
         related=[[one == other for other in range(groups)] for one in range(groups)],
@@ -100,7 +100,7 @@ def step_seconds(engine: Any, settings: Training, batch: TensorBatch) -> float:
 
     batch = batch.to(engine.device)
     began = time.perf_counter()
-    engine.backward(batch_loss(engine, batch, settings.objective, 0, 0))
+    engine.backward(batch_loss(engine, batch, settings.objective, 0, 0, batch.labels.numel()))
     take_step(engine)
     if engine.device.type == "cuda":
         torch.cuda.synchronize()
@@ -203,7 +203,7 @@ def rank(directory: Path, settings: dict[str, Any]) -> None:
     for turn in range(int(os.environ["ROUNDS"]) + 1):
         torch.distributed.barrier()
         began = time.perf_counter()
-        engine.backward(batch_loss(engine, batch, made.objective, 0, 0))
+        engine.backward(batch_loss(engine, batch, made.objective, 0, 0, batch.labels.numel()))
         take_step(engine)
         seconds.append(time.perf_counter() - began)
         checkpoints.save(engine, turn + 1, {})

@@ -9,11 +9,13 @@ Shapes: B batch (R rows of contexts in training), L tokens, d additional context
 """
 
 import os
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn import functional
 from transformers import Cache, LlamaForCausalLM
 from transformers.generation import GenerationMode, MaxLengthCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -24,9 +26,29 @@ from fot_model.cache import FotCache
 from fot_model.config import FotLlamaConfig, LongLlamaConfig
 from fot_model.cross_batch import same_document
 from fot_model.layer import TEMPERATURE, CrossBatch, FotAttention, Objective
+from fot_model.loss import IGNORE, LmHead
 from fot_model.plan import check_plan
 from fot_model.reading import check_cache, check_positions, check_rows, check_unpadded, new_padding, read
 from fot_model.rope import rotation
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which loss a forward pass is to give: `labels` of the tokens, or `shift_labels` of their predictions; what a mean
+    is over (`items`), by default over all that have a label."""
+
+    labels: Tensor | None
+    shift_labels: Tensor | None
+    items: Tensor | int | None
+    reduction: Literal["mean", "none"]
+    skip_logits: bool
+
+    def shifted(self) -> Tensor:
+        """What each position [B, L] is to predict."""
+        if self.shift_labels is not None:
+            return self.shift_labels
+        assert self.labels is not None
+        return functional.pad(self.labels[:, 1:], (0, 1), value=IGNORE)
 
 
 class FotLlamaForCausalLM(LlamaForCausalLM):
@@ -38,10 +60,17 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
     - `objective`: "fot" (CrossBatch, differentiable), "memorizing" (Memorizing Transformer: memory is not
       differentiated; with the gate if the configuration has `mem_gate`, else in one softmax), "transformer_xl" (the
       plan names the previous context, which all layers see, undifferentiated, at the positions before);
-    - `document_ids` [R, L] (training): attention inside a row stays inside each of the documents joined in it;
+    - `document_ids` [R, L] (training; also without a plan): attention inside a row stays inside each of the documents
+      joined in it, rows that the plan names are seen whole;
     - `ranks` (training): a process group over which the rows are spread. All its ranks give R rows of L tokens; rank
       i's are rows i * R to (i + 1) * R - 1, and its `plan` [R, d] names rows of any rank;
-    - `last_context_length` (reading): instead of the configuration's.
+    - `last_context_length` (reading): instead of the configuration's;
+    - `shift_labels` [B, L] in place of `labels`: the label of each token is what it is to predict, not the token;
+    - `reduction`: "mean" over the tokens that have a label, or over `num_items_in_batch`; "none": the loss of each
+      token [B, L], 0 where it has no label (-100);
+    - `skip_logits`: with labels, give the loss alone; by default in training mode. Then the logits of all tokens are
+      never there at once (`loss.py`), unless the head is no plain one (LoRA, quantized, tensor parallel) or
+      `loss_function` another.
 
     Reading returns a `FotCache` as `past_key_values`. Raises ValueError for arguments that exclude each other or are
     out of range.
@@ -56,6 +85,7 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         config.check()
         for layer in self.model.layers:
             FotAttention.adopt(layer.self_attn, self.model.rotary_emb.attention_scaling)
+        LmHead.adopt(self.lm_head)
         self.post_init()
 
     def _apply(self, *args: Any, **kwargs: Any) -> "FotLlamaForCausalLM":
@@ -78,6 +108,10 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
             if temperature is not None and not getattr(temperature, "_is_hf_initialized", False):
                 nn.init.constant_(temperature, TEMPERATURE)
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        super().set_output_embeddings(new_embeddings)
+        LmHead.adopt(new_embeddings)
+
     @can_return_tuple
     def forward(
         self,
@@ -94,6 +128,10 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         document_ids: Tensor | None = None,
         ranks: ProcessGroup | None = None,
         last_context_length: int | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        reduction: Literal["mean", "none"] = "mean",
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         check_rows(input_ids)
@@ -101,7 +139,13 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         given = [tensor for tensor in inputs.values() if tensor is not None]
         if len(given) != 1:
             raise ValueError("give either input_ids or inputs_embeds")
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"reduction {reduction!r}: give mean or none")
         B, L = given[0].shape[:2]
+        wanted = None
+        if labels is not None or shift_labels is not None:
+            skips = self.training if skip_logits is None else skip_logits
+            wanted = Wanted(labels, shift_labels, num_items_in_batch, reduction, skips)
         if L == 0 and past_key_values is not None:
             read = past_key_values.get_seq_length()
             raise ValueError(
@@ -109,15 +153,18 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
             )
         if L == 0:
             raise ValueError("the input has no tokens: give at least one, such as the tokenizer's bos")
+        if plan is None and document_ids is not None:
+            plan = torch.empty(B, 0, dtype=torch.long)
         if plan is not None:
             if past_key_values is not None:
                 raise ValueError("past_key_values with a plan: in training the plan's rows are the past")
             if attention_mask is not None and not attention_mask.all():
                 raise ValueError("padding with a plan: give rows of equal length without padding")
-            kwargs["cross_batch"] = self._cross_batch(plan, objective, document_ids, ranks, B, L)
-            attention_mask, use_cache = self._document_mask(document_ids), False
-        elif document_ids is not None or ranks is not None or objective != "fot":
-            raise ValueError("ranks, objective and document_ids belong to training: give them with a plan")
+            cross_batch = self._cross_batch(plan, objective, document_ids, ranks, B, L)
+            kwargs["cross_batch"] = cross_batch
+            attention_mask, use_cache = self._document_mask(cross_batch.document_ids), False
+        elif ranks is not None or objective != "fot":
+            raise ValueError("ranks and objective belong to training: give them with a plan")
         else:
             self.config.check_last_context(last_context_length)
             if attention_mask is None and position_ids is None and input_ids is not None and past_key_values is None:
@@ -133,7 +180,7 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
                     attention_mask,
                     position_ids,
                     past_key_values,
-                    labels,
+                    wanted,
                     use_cache,
                     logits_to_keep,
                     kept_local,
@@ -141,15 +188,21 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
                 )
             if self.config.mem_layers and attention_mask is not None and attention_mask.dim() == 2:
                 new_padding(attention_mask, B, L, 0)
-        return super().forward(
+        output = self.model(
             **inputs,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            labels=labels,
             use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
             **kwargs,
+        )
+        loss, logits = self._loss_and_logits(output.last_hidden_state, logits_to_keep, wanted)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
         )
 
     def save_pretrained(
@@ -188,6 +241,8 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         check_plan(plan_Rd, count * R, document_ids_RL, range(rank * R, (rank + 1) * R))
         if objective == "transformer_xl" and plan_Rd.shape[1] > 1:
             raise ValueError(f"transformer_xl sees one context, the previous: the plan has {plan_Rd.shape[1]} columns")
+        if document_ids_RL is not None and bool((document_ids_RL == document_ids_RL[:, :1]).all()):
+            document_ids_RL = None  # nothing is joined: causal attention needs no mask
         one_context = None
         if objective == "transformer_xl":
             one_context = rotation(self.model.rotary_emb, torch.full((1, 1), L, device=self.device), L)
@@ -212,7 +267,7 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         cache: Cache | None,
-        labels: Tensor | None,
+        wanted: "Wanted | None",
         use_cache: bool,
         logits_to_keep: int | Tensor,
         kept_local: int | None,
@@ -235,14 +290,41 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         if isinstance(logits_to_keep, int) and logits_to_keep and not wants_states:
             needed = min(L, logits_to_keep)
         hidden_BLC, states = read(self.model, embeddings_BLC, seen_BL, cache, kept_local, needed, **kwargs)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_BLC[:, kept])
+        loss, logits = self._loss_and_logits(hidden_BLC, logits_to_keep, wanted)
         return CausalLMOutputWithPast(
-            loss=None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs),
+            loss=loss,
             logits=logits,
             past_key_values=cache if use_cache else None,
             hidden_states=states,
         )
+
+    def _loss_and_logits(
+        self, hidden_BLC: Tensor, logits_to_keep: int | Tensor, wanted: "Wanted | None"
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of the positions that are kept."""
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden_BLC = hidden_BLC[:, kept]
+        if wanted is None:
+            return None, self.lm_head(hidden_BLC)
+        labels_BL = wanted.shifted().to(hidden_BLC.device)
+        if labels_BL.shape != hidden_BLC.shape[:2]:
+            raise ValueError(
+                f"labels {list(labels_BL.shape)}: give {list(hidden_BLC.shape[:2])}, one for each position that is kept"
+            )
+        in_parts = isinstance(self.lm_head, LmHead) and self.tp_size is None and not hasattr(self, "_loss_function")
+        if wanted.skip_logits and in_parts:
+            if wanted.reduction == "none":
+                return self.lm_head(hidden_BLC, labels_BL, "none"), None
+            loss = self.lm_head(hidden_BLC, labels_BL)
+            items = (labels_BL != IGNORE).sum() if wanted.items is None else wanted.items
+            return loss / (items.to(loss.device) if isinstance(items, Tensor) else items), None
+        logits_BLV = self.lm_head(hidden_BLC)
+        if wanted.reduction == "none":
+            losses_BL = functional.cross_entropy(logits_BLV.float().transpose(1, 2), labels_BL, reduction="none")
+            return losses_BL, None if wanted.skip_logits else logits_BLV
+        given = {"num_items_in_batch": wanted.items, "shift_labels": labels_BL.contiguous()}
+        loss = self.loss_function(logits=logits_BLV, labels=wanted.labels, vocab_size=self.config.vocab_size, **given)
+        return loss, None if wanted.skip_logits else logits_BLV
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: GenerationMode, *args: Any

@@ -122,6 +122,13 @@ class CrossBatchSampler:
         first = ((step - self.first) * self.shape.micro_batches + micro_batch) * self.shape.groups_per_micro_batch
         return [self._group_at(place) for place in range(first, first + self.shape.groups_per_micro_batch)]
 
+    def labels(self, step: int) -> int:
+        """How many tokens of a step have a label; no token is read. All but the last of each document have one."""
+        places = [place for number in range(self.shape.micro_batches) for place in self.group_numbers(step, number)]
+        pieces = [piece for source, number in places for piece in self.groups[source].pieces(number)]
+        ends = sum(start + length == int(self.dataset.length[document]) for document, start, length in pieces)
+        return self.shape.tokens_per_step - ends
+
     def _group_at(self, place: int) -> tuple[int, int]:
         if self._mixture is None:
             size = int(self._ends[-1])

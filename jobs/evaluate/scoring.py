@@ -1,14 +1,14 @@
 """The loss of held-out windows with what was read before them, for evaluations and for a model in training.
 
-Shapes: B windows, L tokens a window, T = L + 1, V vocabulary.
+Shapes: B windows, L tokens a window, T = L + 1.
 """
 
 import torch
-from torch.nn import functional
 
 from fot_model import FotCache, FotLlamaForCausalLM
 from jobs.evaluate.windows import Window, read_windows
 from pipelines.dataset import TokenDataset
+from pipelines.sampler import IGNORE
 
 
 def score(
@@ -33,11 +33,13 @@ def score(
         here = [Window(window.document, window.start - back * local) for window in windows]
         tokens_BT = torch.from_numpy(read_windows(dataset, here, local + 1)).to(device)
         inputs_BL, labels_BL = tokens_BT[:, :-1], tokens_BT[:, 1:]
-        kept = local if back < scored else 1
-        output = model(inputs_BL, past_key_values=cache, last_context_length=local, logits_to_keep=kept)
-        cache.flush()
+        given = {"past_key_values": cache, "last_context_length": local}
         if back < scored:
-            losses.append(_losses(output.logits, labels_BL))
+            output = model(inputs_BL, shift_labels=labels_BL, reduction="none", skip_logits=True, **given)
+            losses.append(output.loss.double().sum(1))
+        else:
+            model(inputs_BL, logits_to_keep=1, **given)
+        cache.flush()
     return torch.stack(losses, dim=1)
 
 
@@ -57,15 +59,9 @@ def score_chain(
     for window in windows:  # a row each window of the chain, one chain at a time
         chain = [Window(window.document, window.start - back * local) for back in range(reach - 1, -1, -1)]
         tokens_RT = torch.from_numpy(read_windows(dataset, chain, local + 1)).to(device)
-        logits_RLV = model(tokens_RT[:, :-1], plan=plan, objective="transformer_xl").logits
-        losses.append(_losses(logits_RLV[-1:], tokens_RT[-1:, 1:]))
+        labels_RL = torch.full_like(tokens_RT[:, 1:], IGNORE)
+        labels_RL[-1] = tokens_RT[-1, 1:]
+        seen = {"plan": plan, "objective": "transformer_xl"}
+        output = model(tokens_RT[:, :-1], shift_labels=labels_RL, reduction="none", skip_logits=True, **seen)
+        losses.append(output.loss[-1:].double().sum(1))
     return torch.stack(losses)
-
-
-def _losses(logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
-    """Loss of each row [B], one row's logits at a time in float32."""
-    rows = [
-        functional.cross_entropy(logits_LV.float(), labels_L, reduction="none").double().sum()
-        for logits_LV, labels_L in zip(logits_BLV, labels_BL, strict=True)
-    ]
-    return torch.stack(rows)

@@ -17,11 +17,21 @@ LONGLLAMA_3B = ((0, 0), (1, 1), (2, 1), (3, 0))
 MemLayers = Annotated[tuple[Count, ...], Field(min_length=1)]
 
 
-class StandardObjective(Part):
+class Rows(Part):
+    """What every objective has: rows of `context` tokens.
+
+    `separate_documents`: where documents are joined in a row, attention within the row stays inside each of them.
+    Additional contexts are seen whole: what there is of other documents is a negative (paper, section 3.2).
+    """
+
+    context: Positive = Field(description="tokens of the local context")
+    separate_documents: bool = True
+
+
+class StandardObjective(Rows):
     """Next-token prediction within the local context."""
 
     kind: Literal["standard"] = "standard"
-    context: Positive = Field(description="tokens of the local context")
 
     @property
     def contexts(self) -> int:
@@ -42,7 +52,7 @@ class Draw(Part):
     of: Annotated[tuple[Positive, ...], Field(min_length=1)]
 
 
-class FotObjective(Part):
+class FotObjective(Rows):
     """The Focused Transformer: in memory layers a context also sees additional contexts (CrossBatch).
 
     Who sees whom is either a table or a number:
@@ -55,7 +65,6 @@ class FotObjective(Part):
     """
 
     kind: Literal["fot"] = "fot"
-    context: Positive = Field(description="tokens of the local context")
     segments: Annotated[tuple[Seen, ...], Field(min_length=2)] | None = None
     d: Positive | Switch | Draw | None = None
     contexts: Annotated[int, Field(ge=2)] = 4
@@ -100,25 +109,23 @@ class FotObjective(Part):
                 return [constant]
 
 
-class MemorizingObjective(Part):
+class MemorizingObjective(Rows):
     """The Memorizing Transformer: memory layers see all earlier contexts of the group, undifferentiated.
 
     With `gate` through a learnt gate a head, else in one softmax: so the paper fine-tunes a FoT model for 1k steps.
     """
 
     kind: Literal["memorizing"] = "memorizing"
-    context: Positive = Field(description="tokens of the local context")
     contexts: Annotated[int, Field(ge=2)] = 4
     gate: bool = True
     mem_layers: MemLayers | None = None
     mem_positionals: bool = True
 
 
-class TransformerXlObjective(Part):
+class TransformerXlObjective(Rows):
     """Transformer-XL: every layer sees the previous context, undifferentiated, at the positions before."""
 
     kind: Literal["transformer_xl"] = "transformer_xl"
-    context: Positive = Field(description="tokens of the local context")
     contexts: Annotated[int, Field(ge=2)] = 4
 
 

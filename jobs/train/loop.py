@@ -1,10 +1,11 @@
 """The training loop, as every Ray Train worker (a rank) runs it.
 
 A step is M micro-batches. A team of ranks (one rank, unless micro-batches are spread over several) takes micro-batches
-t, t + teams, ... and accumulates their gradients, so the global batch of a step and its loss are the same on any number
-of ranks. With the FoT objective the rows of a micro-batch see one another in the memory layers, as the CrossBatch plan
-says (paper, section 3.2). Checkpoints hold model, optimizer and step; batches, learning rates and d are functions of
-the step, so a resumed training continues bit for bit.
+t, t + teams, ... and accumulates their gradients. The loss of a step is the mean over all its labelled tokens, wherever
+they lie, so it is the same on any number of ranks, as is the global batch. With the FoT objective the rows of a
+micro-batch see one another in the memory layers, as the CrossBatch plan says (paper, section 3.2). Checkpoints hold
+model, optimizer and step; batches, learning rates and d are functions of the step, so a resumed training continues bit
+for bit.
 """
 
 import os
@@ -78,16 +79,17 @@ def train_loop(spec: TrainSpec) -> None:
                 factor = schedule_factor(training.schedule, step, training.steps)
                 for group, peak in zip(engine.optimizer.param_groups, peaks, strict=True):
                     group["lr"] = peak * factor
+                labels = sampler.labels(step)
                 total, norm = torch.zeros((), device=ranks.device), None
                 for _ in range(accumulation):
                     batch = next(batches).to(ranks.device)
-                    loss = batch_loss(engine, batch, objective, step, seed, ranks.team)
-                    engine.backward(loss)
+                    loss = batch_loss(engine, batch, objective, step, seed, labels, ranks.team)
+                    engine.backward(loss * ranks.world * accumulation)  # it takes means over both, of shares of a sum
                     norm = take_step(engine)  # applies the gradients at the last micro-batch of the step
-                    total += loss.detach() / accumulation
+                    total += loss.detach()
                 asked = torch.tensor(float(spec.stop is not None and spec.stop.exists()), device=ranks.device)
                 torch.distributed.all_reduce(sums := torch.stack([total, asked]))
-                loss_of_step, stops = sums[0].item() / ranks.world, sums[1].item() > 0
+                loss_of_step, stops = sums[0].item(), sums[1].item() > 0
                 watch.check(step, loss_of_step, norm)
                 seconds = time.monotonic() - began
 

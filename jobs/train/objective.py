@@ -1,6 +1,6 @@
 """What a training's objective asks of a batch: who sees whom at a step, and the loss.
 
-Shapes: R rows of a micro-batch, d additional contexts, L tokens a context, V vocabulary.
+Shapes: R rows of a micro-batch, d additional contexts, L tokens a context.
 """
 
 import hashlib
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fot_model import c_prev_plan, cross_batch_plan
 from jobs.train.config import (
@@ -22,7 +21,7 @@ from jobs.train.config import (
     TransformerXlObjective,
 )
 from pipelines.loader import TensorBatch
-from pipelines.sampler import IGNORE, MicroBatch
+from pipelines.sampler import MicroBatch
 
 
 def plan_of(objective: Objective, rows: MicroBatch | TensorBatch, step: int, seed: int) -> Tensor | None:
@@ -61,27 +60,27 @@ def batch_loss(
     objective: Objective,
     step: int,
     seed: int,
+    labels: int,
     team: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
-    """Next-token loss (nats) of this rank's rows of a micro-batch, which lie on the model's device; its mean over the
-    ranks of `team`, which hold the others, is the mean over all tokens of the micro-batch."""
-    logits_RLV = model(batch.input_ids, **seen_by(batch, objective, step, seed, team)).logits
-    count, ranks = (batch.labels != IGNORE).sum(), 1
-    if team is not None:
-        torch.distributed.all_reduce(count, group=team)
-        ranks = team.size()
-    loss = functional.cross_entropy(
-        logits_RLV.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
-    return loss * (ranks / count)
+    """The share of this rank's rows of a micro-batch, which lie on the model's device, in the step's next-token loss
+    (nats): their sum over the step's `labels`, so that the sum of all shares is the mean over the step's labels."""
+    seen = seen_by(batch, objective, step, seed, team)
+    loss: Tensor = model(
+        batch.input_ids, shift_labels=batch.labels, num_items_in_batch=max(1, labels), skip_logits=True, **seen
+    ).loss
+    return loss
 
 
 def seen_by(
     batch: TensorBatch, objective: Objective, step: int, seed: int, team: torch.distributed.ProcessGroup | None
 ) -> dict[str, Any]:
     """The model's arguments that say what this rank's rows see."""
+    arguments: dict[str, Any] = {"use_cache": False}
+    if objective.separate_documents:
+        arguments["document_ids"] = batch.document_ids
     plan_Rd = plan_of(objective, batch, step, seed)
-    if plan_Rd is None:
-        return {"use_cache": False}
-    own = slice(batch.first, batch.first + len(batch.input_ids))
-    return {"plan": plan_Rd[own], "objective": objective.kind, "ranks": team, "use_cache": False}
+    if plan_Rd is not None:
+        own = slice(batch.first, batch.first + len(batch.input_ids))
+        arguments |= {"plan": plan_Rd[own], "objective": objective.kind, "ranks": team}
+    return arguments

@@ -25,8 +25,8 @@ config = FotLlamaConfig(
 plan = cross_batch_plan([0, 0, 1, 1], [0, 1, 0, 1], [[True, False], [False, True]], [(0, 0), (1, 1)])
 ids = torch.randint(0, 40, (steps, 2, 4, 8), generator=torch.Generator().manual_seed(1))  # two micro-batches a step
 
-def loss_of(model, batch):
-    return model(batch, labels=batch, plan=plan, use_cache=False).loss
+def loss_of(model, batch, **how):
+    return model(batch, labels=batch, plan=plan, use_cache=False, **how).loss
 
 losses = []
 model = FotLlamaForCausalLM(config).train()
@@ -35,7 +35,7 @@ if checkpointing:
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 if stage < 0:  # plain torch
     for step in range(steps):
-        loss = sum(loss_of(model, batch) for batch in ids[step]) / 2
+        loss = sum(loss_of(model, batch, skip_logits=False) for batch in ids[step]) / 2
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -433,6 +433,32 @@ def test_documents_joined_in_a_row_are_read_as_each_alone(
             assert_same(logits_RLV[row, own_L], model(ids_RL[row : row + 1, own_L], use_cache=False).logits[0])
 
 
+@pytest.mark.parametrize("mem_layers", [[], [1]])
+def test_documents_without_a_plan_are_kept_apart_too(mem_layers: list[int]) -> None:
+    model, ids_RL = focused(mem_layers=mem_layers), tokens(3, 12)
+    expected = model(ids_RL, plan=pad_plan([[], [], []]), document_ids=DOCUMENTS).logits
+    assert torch.equal(model(ids_RL, document_ids=DOCUMENTS).logits, expected)
+    assert (model(ids_RL, use_cache=False).logits - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("how", [{}, {"plan": pad_plan([[], [0], [1]])}], ids=["no plan", "plan"])
+def test_where_no_row_joins_documents_no_mask_is_made(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids_RL = focused(), tokens(3, 12)
+    masks = []
+    plain = functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        functional,
+        "scaled_dot_product_attention",
+        lambda *args, **given: masks.append((given["attn_mask"], given["is_causal"])) or plain(*args, **given),
+    )
+    whole = model(ids_RL, document_ids=torch.tensor([[4] * 12, [4] * 12, [7] * 12]), **how).logits
+    assert masks == [(None, True)] * 2  # the third is the memory layer
+    assert torch.equal(whole, model(ids_RL, use_cache=False, **how).logits)
+    masks.clear()
+    model(ids_RL, document_ids=DOCUMENTS, **how)
+    assert [mask.shape for mask, _ in masks] == [(3, 1, 12, 12)] * 2
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_a_row_of_one_document_is_the_row_without_documents(implementation: str) -> None:
     model, ids_RL, plan_Rd = focused(), tokens(3, 12), pad_plan([[], [], [1]])

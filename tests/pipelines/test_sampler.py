@@ -231,6 +231,13 @@ def test_a_label_is_the_next_token_of_the_same_document(dataset_of, lengths, sha
 
 
 @given(corpora, shapes, st.integers(0, 1000))
+def test_the_labels_of_a_step_are_counted_without_its_tokens(dataset_of, lengths, shape, step):
+    _, _, batches = made(dataset_of, lengths, shape)
+    read = [batches.micro_batch(step, number) for number in range(shape["micro_batches"])]
+    assert batches.labels(step) == sum(int((batch.labels != IGNORE).sum()) for batch in read)
+
+
+@given(corpora, shapes, st.integers(0, 1000))
 def test_document_ids_name_the_document_of_every_token(dataset_of, lengths, shape, step):
     lengths, _, batches = made(dataset_of, lengths, shape)
     batch = batches.micro_batch(step, 0)

@@ -1,5 +1,7 @@
 """A small training, made on the spot: corpus, tokenizer, shards, groups, base; and the same in plain torch."""
 
+import json
+import random
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from pipelines.listing import list_entries
 from pipelines.loader import rank_batches
 from pipelines.packing import pack_dataset
 from pipelines.progress import Progress
+from pipelines.sampler import IGNORE
 from pipelines.tokenize import Encoding, tokenize
 from pipelines.tokenizer import train_tokenizer
 from pipelines.units import group_units
@@ -32,8 +35,12 @@ Changed = Callable[..., TrainSpec]
 
 
 @pytest.fixture
-def spec(local_ray, recipe: dict, tmp_path: Path) -> TrainSpec:
-    """FoT training of a small random LLaMA, 60 steps on two workers."""
+def spec(local_ray, recipe: dict, corpus: Path, tmp_path: Path) -> TrainSpec:
+    """FoT training of a small random LLaMA, 60 steps on two workers. Short documents beside the long ones make the
+    numbers of labels of its micro-batches unequal."""
+    with open(corpus, "a") as file:
+        short = ("".join(random.Random(n).choices("abcdefgh ", k=1 + n % 9)) for n in range(120))
+        file.writelines(json.dumps({"id": f"s{n}", "text": text}) + "\n" for n, text in enumerate(short))
     recipe["finetune"] |= {"steps": 60, "checkpoints": {"every": 10}}
     recipe["finetune"]["optimizer"] |= {"clip": 0.5}
     made = Recipe.model_validate(recipe)
@@ -142,12 +149,11 @@ def _plain_torch_steps(
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * schedule_factor(training.schedule, step, training.steps)
         optimizer.zero_grad()
-        total = 0.0
-        for _ in range(training.batch.micro_batches):
-            loss = batch_loss(model, next(batches), training.objective, step, spec.seed) / training.batch.micro_batches
-            loss.backward()
-            total += loss.item()
+        of_step = [next(batches) for _ in range(training.batch.micro_batches)]
+        labels = sum(int((batch.labels != IGNORE).sum()) for batch in of_step)
+        loss = sum(batch_loss(model, batch, training.objective, step, spec.seed, labels) for batch in of_step)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         optimizer.step()
-        curve.append(total)
+        curve.append(loss.item())
     return curve
