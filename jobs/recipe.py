@@ -47,6 +47,8 @@ class Pretrain(Part):
     def _is_plain(self) -> "Pretrain":
         if self.training.objective.kind != "standard":
             raise ValueError("base.pretrain.training.objective.kind must be standard: memory layers come with finetune")
+        if not self.training.whole:
+            raise ValueError("base.pretrain.training: there is no base yet, leave train and lora out")
         return self
 
 
@@ -62,10 +64,12 @@ class CheckpointShape(ModelShape):
 class Base(Part):
     """The existing LLaMA: `checkpoint` (a Hugging Face directory), or `pretrain` to make one.
 
-    `shape`: the checkpoint's. Another one is refused, and `fot plan` needs no download.
+    `adapter`: one of the checkpoint's, a directory, to begin with. `shape`: the checkpoint's. Another one is refused,
+    and `fot plan` needs no download.
     """
 
     checkpoint: str | None = None
+    adapter: Annotated[str | None, Field(exclude_if=lambda adapter: adapter is None)] = None  # older keys stay
     shape: CheckpointShape | None = None
     pretrain: Pretrain | None = None
 
@@ -75,6 +79,8 @@ class Base(Part):
             raise ValueError(
                 "base: give either a Hugging Face LLaMA directory (--set base.checkpoint=DIR) or base.pretrain"
             )
+        if self.adapter is not None and self.pretrain is not None:
+            raise ValueError("base.adapter is of a checkpoint: with base.pretrain leave it out")
         if self.shape is not None and self.pretrain is not None:
             raise ValueError("base.shape is a checkpoint's: with base.pretrain leave it out")
         return self

@@ -15,9 +15,10 @@ from jobs.registry.server import tracking_uri
 from jobs.stop import StoppedError, stop_file
 from jobs.tracking import TrainingFacts, TrainingRun
 from jobs.train.checkpoint_store import CheckpointStore, place_of
-from jobs.train.config import Training
+from jobs.train.config import Patterns, Training
+from jobs.train.export import ADAPTER_FILES, check_adapter
 from jobs.train.launch import train
-from jobs.train.spec import CHECKPOINTS, METRICS, MODEL, Start, TrainSpec
+from jobs.train.spec import ADAPTER, CHECKPOINTS, METRICS, MODEL, Start, TrainSpec
 from jobs.version import made_by
 from jobs.workspace import Workspace
 from pipelines.dataset import TokenDataset
@@ -57,6 +58,8 @@ def base_stage(workspace: Workspace, hashes: FileHashes, start: Start | None = N
         raise UserError(f"base.checkpoint {path} is no directory: give a Hugging Face LLaMA directory")
     config = read_llama_config(path, recipe.base.shape)
     files = directory_files(path, hashes)
+    adapter = None if recipe.base.adapter is None else Path(recipe.base.adapter).expanduser().resolve()
+    added = {} if adapter is None else {"adapter": directory_files(adapter, hashes)}
 
     def bring(output: Path, inputs: Inputs) -> None:
         tokenizer = load_tokenizer(inputs["tokenizer"])
@@ -66,9 +69,14 @@ def base_stage(workspace: Workspace, hashes: FileHashes, start: Start | None = N
         write_atomically(output / "base.json", json.dumps(files, indent=1).encode())
         (output / MODEL).unlink(missing_ok=True)
         (output / MODEL).symlink_to(path, target_is_directory=True)
+        if adapter is not None:
+            check_adapter(adapter, path, recipe.finetune.objective)
+            (output / ADAPTER).mkdir(exist_ok=True)
+            for name in ADAPTER_FILES:
+                write_atomically(output / ADAPTER / name, (adapter / name).read_bytes())
 
     needs = {"context": recipe.finetune.objective.context, "mem_layers": asked_mem_layers(recipe.finetune)}
-    return Stage("base", bring, {"path": str(path), "files": files, **needs}, inputs=("tokenizer",))
+    return Stage("base", bring, {"path": str(path), "files": files, **needs, **added}, inputs=("tokenizer",))
 
 
 def finetune_stage(workspace: Workspace, start: Start | None = None) -> Stage:
@@ -127,6 +135,7 @@ def _run_training(
         last=last_step(sampler, training, start),
         start=start,
         stop=stop_file(),
+        adapter=found if "base" in inputs and (found := inputs["base"] / ADAPTER).exists() else None,
     )
     described = recipe.described()
     tags = {
@@ -209,6 +218,7 @@ def _params(training: Training, recipe: Recipe) -> dict[str, Any]:
     """What people compare trainings by."""
     return {
         "objective": training.objective.kind,
+        "train": "patterns" if isinstance(training.train, Patterns) else training.train,
         "context": training.objective.context,
         "steps": training.steps,
         "learning_rate": training.optimizer.learning_rate,
