@@ -28,8 +28,9 @@ from benchmarks.machine import default_device, heading
 from fot_model import FotLlamaConfig, FotLlamaForCausalLM
 from jobs.train.config import Checkpoints as CheckpointSettings
 from jobs.train.config import Objective, Training
-from jobs.train.estimate import Shape, peak_flops, step_flops
+from jobs.train.estimate import peak_flops, step_flops
 from jobs.train.objective import batch_loss
+from jobs.train.shape import Shape
 from pipelines.loader import TensorBatch
 
 CPU_SHAPE = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8}

@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fot_model.adapter import Adapter, Lora, fingerprint
 from fot_model.cache import FotCache
 from fot_model.config import FotLlamaConfig, LongLlamaConfig, default_mem_layers
 from fot_model.mass import attention_mass, memory_mass
@@ -15,18 +16,21 @@ AutoModelForCausalLM.register(FotLlamaConfig, FotLlamaForCausalLM)
 AutoModelForCausalLM.register(LongLlamaConfig, LongLlamaForCausalLM)
 
 __all__ = [
+    "Adapter",
     "DenseMemory",
     "FotCache",
     "FotLlamaConfig",
     "FotLlamaForCausalLM",
     "LongLlamaConfig",
     "LongLlamaForCausalLM",
+    "Lora",
     "TopKMemory",
     "attention_mass",
     "c_prev_plan",
     "check_plan",
     "cross_batch_plan",
     "default_mem_layers",
+    "fingerprint",
     "longllama_plan",
     "memory_mass",
     "pad_plan",

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple
 
+from fot_model.adapter import Adapter, fingerprint
 from fot_model.cache import FotCache
 from fot_model.config import FotLlamaConfig, LongLlamaConfig
 from fot_model.cross_batch import same_document
@@ -87,6 +88,32 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
             FotAttention.adopt(layer.self_attn, self.model.rotary_emb.attention_scaling)
         LmHead.adopt(self.lm_head)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        adapter: Adapter | str | os.PathLike[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers does. `adapter`: one that was trained from this base, or its directory; it brings its memory
+        layers and local context, unless they are given. Raises ValueError for one of another base."""
+        if adapter is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(os.fspath(adapter))
+        settings = {} if kwargs.get("config") is not None else dict(adapter.settings)
+        dtype, wants_info = kwargs.pop("dtype", None), kwargs.pop("output_loading_info", False)
+        # In the number type of the files: what is rounded has another fingerprint.
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, **{**settings, **kwargs, "dtype": "auto", "output_loading_info": True}
+        )
+        adapter.check_base(fingerprint(model, info["missing_keys"]), pretrained_model_name_or_path)
+        if dtype not in (None, "auto"):
+            model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        adapter.apply(model)
+        info["missing_keys"] = set(info["missing_keys"]) - set(adapter.tensors)
+        return (model, info) if wants_info else model
 
     def _apply(self, *args: Any, **kwargs: Any) -> "FotLlamaForCausalLM":
         """As torch does; RoPE's frequencies stay float32 in a model cast to 16 bits, because keys are turned back by

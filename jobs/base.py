@@ -9,7 +9,9 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from jobs.recipe import CheckpointShape
+from jobs.train.backward import Backward
 from jobs.train.config import FotObjective, MemorizingObjective, Training
+from jobs.train.shape import Shape
 from pipelines.errors import UserError
 from pipelines.tokenizer import TextTokenizer
 
@@ -91,6 +93,8 @@ def check_llama(path: Path, config: Mapping[str, Any], training: Training, vocab
         raise UserError(
             f"finetune.objective.mem_layers {bad}: the model in {path} has {layers} layers, 0 to {layers - 1}"
         )
+    if not config.get("mem_qk_norm"):  # that has parameters of its own
+        Backward.of(Shape.of(config), training)  # do its patterns match anything?
 
 
 def check_tokens(path: Path, tokenizer: TextTokenizer) -> None:

@@ -182,11 +182,13 @@ def manifest(recipe: Path, overrides: tuple[str, ...], **settings: Any) -> None:
 @click.argument("checkpoint")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--dtype", metavar="NAME", help="float32, bfloat16 or float16; by default what was trained in.")
-def export(checkpoint: str, directory: Path, dtype: str | None) -> None:
-    """Write a training's CHECKPOINT (path or URL) as a Hugging Face DIRECTORY."""
-    from jobs.train.export import export_checkpoint
+@click.option("--adapter", is_flag=True, help="Only what was trained, as an adapter of the base.")
+@click.option("--base", type=click.Path(path_type=Path), metavar="DIR", help="Where the base of a part is.")
+def export(checkpoint: str, directory: Path, dtype: str | None, adapter: bool, base: Path | None) -> None:
+    """Write a training's CHECKPOINT (path or URL), or an adapter and its base, as a Hugging Face DIRECTORY."""
+    from jobs.train.export import export
 
-    export_checkpoint(checkpoint, directory, dtype)
+    export(checkpoint, directory, dtype, adapter, base)
     print(f"exported to {directory}")
 
 
@@ -194,6 +196,7 @@ def export(checkpoint: str, directory: Path, dtype: str | None) -> None:
 @click.argument("checkpoint")
 @click.option("--task", "tasks", multiple=True, required=True, metavar="NAME", help="perplexity, passkey... (repeat)")
 @click.option("--data", "texts", multiple=True, metavar="FILES", help="Text to measure on: a source's path (repeat).")
+@click.option("--adapter", metavar="DIR", help="An adapter that was trained from CHECKPOINT, to measure both together.")
 @click.option("--base", metavar="CHECKPOINT", help="Measure this one beside it.")
 @click.option("--local", type=click.IntRange(min=2), help="Tokens of the local context; the model's own by default.")
 @click.option(

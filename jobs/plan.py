@@ -11,6 +11,7 @@ from jobs.base import check_config
 from jobs.checkpoint_name import kind_of
 from jobs.checkpoint_source import locate, read_source_config
 from jobs.recipe import Recipe, load_recipe
+from jobs.train.backward import Backward
 from jobs.train.config import (
     Draw,
     FotObjective,
@@ -25,17 +26,16 @@ from jobs.train.config import (
 from jobs.train.estimate import (
     DEVICES,
     Device,
-    Shape,
+    checkpoint_bytes,
     contexts_seen,
     device_memory,
     find_device,
-    gate_layers,
-    memory_layers,
-    parameters,
     peak_flops,
     step_flops,
     tokens_per_step,
 )
+from jobs.train.layers import seeing_layers
+from jobs.train.shape import Shape
 from pipelines.errors import UserError
 
 ROOM = 0.9  # share of a device's memory that may be planned for; CUDA's context and fragments take some
@@ -110,13 +110,15 @@ def _how(training: Training, resources: Resources) -> str:
 def training_view(shape: Shape, training: Training, resources: Resources, device: Device, mfu: float) -> Iterator[str]:
     """A training's parameters, tokens, FLOPs, hours; its memory at each ZeRO stage, the recipe's marked."""
     objective, layers, steps = training.objective, shape.num_hidden_layers, training.steps
-    count = parameters(shape, gate_layers(objective, layers))
-    seen = _seen(objective, steps, memory_layers(objective, layers), layers)
+    back = Backward.of(shape, training)
+    seen = _seen(objective, steps, len(seeing_layers(objective, layers)), layers)
     flops, tokens = step_flops(shape, training), tokens_per_step(training)
     peak = peak_flops(device.name, training.deepspeed.dtype)
     assert peak is not None, "the device is known"
     device_hours = flops * steps / (peak * mfu) / 3600
-    yield f"parameters   {count:,} ({_short(count)})"
+    yield f"parameters   {back.parameters:,} ({_short(back.parameters)})"
+    if not training.whole:
+        yield f"trained      {_trained(training, back)}"
     yield f"tokens       {tokens:,} a step, {_short(tokens * steps)} in {steps:,} steps"
     yield f"contexts     of {objective.context} tokens; {seen}"
     yield f"FLOPs        {flops:.3g} a step, {flops * steps:.3g} in all"
@@ -127,6 +129,7 @@ def training_view(shape: Shape, training: Training, resources: Resources, device
     memories = {stage: device_memory(shape, training, resources, stage) for stage in range(4)}
     own = memories[training.deepspeed.zero_stage]
     yield f"host memory  {own.host / 1e9:.1f} GB, all workers together"
+    yield f"checkpoint   {_size(checkpoint_bytes(shape, training))}"
     yield f"memory per {device.name} ({device.memory:g} GB; fits: up to {ROOM:.0%}), in GB:"
     names = ("weights", "gradients", "optimizer", "buffers", "activations", "peak", "total")
     yield "  ".join([" " * 7, *names, "fits"])
@@ -134,6 +137,14 @@ def training_view(shape: Shape, training: Training, resources: Resources, device
         cells = [f"{getattr(memory, name) / 1e9:{len(name)}.1f}" for name in names]
         fits = "yes" if memory.total <= ROOM * device.memory * 1e9 else "no"
         yield "  ".join([f"ZeRO {stage}{'*' if memory is own else ' '}", *cells, fits])
+
+
+def _trained(training: Training, back: Backward) -> str:
+    """How much of the model is trained, and how far the backward pass goes."""
+    layers, count = back.shape.num_hidden_layers, back.trained_parameters
+    lora = "" if training.lora is None else f" by LoRA of rank {training.lora.rank} in {len(back.pairs)} matrices"
+    where = f"{layers - back.lowest} of {layers} layers" if back.lowest < layers else "no layer"
+    return f"{count:,} ({_short(count)}){lora}; the backward pass goes through {where}"
 
 
 def _seen(objective: Objective, steps: int, memory: int, layers: int) -> str:
@@ -155,6 +166,11 @@ def _seen(objective: Objective, steps: int, memory: int, layers: int) -> str:
             d = str(constant)
     mean = contexts_seen(objective, steps)
     return f"d = {d}: {mean:.3g} additional ones on average, in {memory} of {layers} layers"
+
+
+def _size(count: float) -> str:
+    """Bytes: 56_600_000 -> '56.6 MB'."""
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def _short(count: float) -> str:

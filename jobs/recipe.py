@@ -48,6 +48,8 @@ class Pretrain(Part):
     def _is_plain(self) -> "Pretrain":
         if self.training.objective.kind != "standard":
             raise ValueError("base.pretrain.training.objective.kind must be standard: memory layers come with finetune")
+        if not self.training.whole:
+            raise ValueError("base.pretrain.training: there is no base yet, leave train and lora out")
         return self
 
 
@@ -65,11 +67,13 @@ class Base(Part):
 
     `checkpoint`: a Hugging Face directory, a .gguf file, a hub id (ORGANIZATION/NAME), what an installed Python package
     ships (package:NAME/PATH), or a registered model (models:/fot/NAME@ALIAS). `revision`: the hub id's branch, tag or
-    commit. `shape`: the checkpoint's. Another one is refused, and `fot plan` needs no download.
+    commit. `adapter`: one of the checkpoint's, a directory, to begin with. `shape`: the checkpoint's. Another one is
+    refused, and `fot plan` needs no download.
     """
 
     checkpoint: str | None = None
     revision: Annotated[str | None, Field(exclude_if=lambda revision: revision is None)] = None  # older keys stay
+    adapter: Annotated[str | None, Field(exclude_if=lambda adapter: adapter is None)] = None  # older keys stay
     shape: CheckpointShape | None = None
     pretrain: Pretrain | None = None
 
@@ -80,6 +84,8 @@ class Base(Part):
                 "base: give either a Hugging Face LLaMA directory (--set base.checkpoint=DIR; or a .gguf file, a hub "
                 "id, package:NAME/FILE) or base.pretrain"
             )
+        if self.adapter is not None and self.pretrain is not None:
+            raise ValueError("base.adapter is of a checkpoint: with base.pretrain leave it out")
         if self.shape is not None and self.pretrain is not None:
             raise ValueError("base.shape is a checkpoint's: with base.pretrain leave it out")
         if self.revision is not None and (self.checkpoint is None or kind_of(self.checkpoint) != "hub"):

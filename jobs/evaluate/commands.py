@@ -17,7 +17,9 @@ from jobs.outcome import REPORT, make_outcome, report_stage
 from jobs.recipe import Name, Texts
 from jobs.registry.config import Registry
 from jobs.registry.record import register
+from jobs.registry.server import locked
 from jobs.settings import override, validated
+from jobs.train.export import merge_adapter
 from jobs.train.spec import MODEL
 from jobs.version import code_version
 from jobs.views import print_results
@@ -38,12 +40,13 @@ class Named(Part):
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line says. `texts`: files to evaluate on, each a source; `local`: tokens of the local context,
-    None for the model's own."""
+    """What the command line says. `adapter`: of the checkpoint, a directory; `texts`: files to evaluate on, each a
+    source; `local`: tokens of the local context, None for the model's own."""
 
     checkpoint: str
     tasks: Sequence[str]
     overrides: Sequence[str]
+    adapter: str | None
     base: str | None
     texts: Sequence[str]
     local: int | None
@@ -62,6 +65,8 @@ def evaluate_checkpoint(request: Request) -> None:
     with work.with_ray():
         given = {"model": request.checkpoint, **({} if request.base is None else {"base": request.base})}
         models = {name: _find(checkpoint, work) for name, checkpoint in given.items()}
+        if request.adapter is not None:
+            models["model"] = _merged(models["model"], Path(request.adapter).expanduser().resolve(), work)
         if set(evaluation.tasks) - NEED_NO_TOKENIZER:
             for name, path in models.items():
                 _check_tokenizer(given[name], path)
@@ -71,6 +76,7 @@ def evaluate_checkpoint(request: Request) -> None:
         tags = {
             "fot.kind": "evaluation",
             "fot.model": request.checkpoint,
+            **({} if request.adapter is None else {"fot.adapter": request.adapter}),
             "fot.files": hash_json(outputs["model"].params["files"]),
         }
         recorded = register(make_outcome(request.name, list(evaluation.tasks), made, tags), work.directory, Registry())
@@ -110,6 +116,18 @@ def _find(checkpoint: str, work: WorkDir) -> Path:
     return path.resolve()
 
 
+def _merged(base: Path, adapter: Path, work: WorkDir) -> Path:
+    """A base with its adapter, as a directory of work_dir that is made once. Raises UserError as `merge_adapter`."""
+    with work.hashes() as hashes:
+        key = hash_json([directory_files(base, hashes), directory_files(adapter, hashes)])[:16]
+    merged = work.directory / MODELS / f"{adapter.name}-{key}"
+    merged.parent.mkdir(exist_ok=True)
+    with locked(merged.parent / f".{merged.name}.lock"):
+        if not merged.exists():
+            merge_adapter(adapter, base, merged)
+    return merged
+
+
 def _check_tokenizer(checkpoint: str, path: Path) -> None:
     """Raises UserError where there is none beside the weights."""
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
@@ -132,6 +150,8 @@ def _stages(request: Request, evaluation: Evaluation, models: dict[str, Path], w
         "seed": request.seed,
         "evaluation": evaluation.model_dump(mode="json"),
     }
+    if request.adapter is not None:
+        settings["adapter"] = request.adapter
     facts = {"model": request.checkpoint, "base": request.base or "none", "code": code_version()}
     made = [stage.name for stage in stages]
     return [*stages, report_stage(request.name, list(evaluation.tasks), settings, lambda inputs, results: facts, made)]

@@ -7,7 +7,8 @@ from jobs.plan import base_shape
 from jobs.recipe import Recipe
 from jobs.submit.cluster import Cluster, Resources
 from jobs.submit.package import Recipes
-from jobs.train.estimate import device_memory, gate_layers, parameters, step_flops, tokens_per_step
+from jobs.train.backward import Backward
+from jobs.train.estimate import device_memory, step_flops, tokens_per_step
 from pipelines.errors import UserError
 from pipelines.progress import human
 
@@ -84,7 +85,7 @@ def planned(recipe: Recipe | DictionaryRecipe) -> Iterator[tuple[str, str]]:
     except UserError:
         return
     for name, training in recipe.trainings.items():
-        count = parameters(shape, gate_layers(training.objective, shape.num_hidden_layers))
+        count = Backward.of(shape, training).parameters
         tokens, flops = tokens_per_step(training) * training.steps, step_flops(shape, training) * training.steps
         memory = device_memory(shape, training, recipe.resources).total / 1e9
         yield (

@@ -38,7 +38,8 @@ class Record:
     """What one rank wrote of a checkpoint.
 
     `identity` says what training it is of, `state` is the training loop's own, `dtype` that of the weights; these are
-    the same for all ranks. `time`: seconds since 1970.
+    the same for all ranks. `time`: seconds since 1970. `base`: where the checkpoint holds only what is trained, the
+    path and the fingerprint of the model that the rest is in.
     """
 
     step: int
@@ -49,6 +50,7 @@ class Record:
     state: Mapping[str, Any]
     dtype: str
     time: float
+    base: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)

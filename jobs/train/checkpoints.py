@@ -14,10 +14,10 @@ import shutil
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +27,8 @@ from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import distributed
 
+from fot_model import Adapter
+from fot_model.adapter import DESCRIPTION, WEIGHTS, tensors_digest
 from jobs.train.checkpoint_store import (
     MODEL_FILES,
     Checkpoint,
@@ -50,14 +52,22 @@ class Checkpoints:
     """The checkpoints of a training under `where`, for one rank of an initialised process group.
 
     `identity`: JSON that says what training it is; another's checkpoints are refused. `settings`: how many are kept.
-    `tokenizer`: a directory whose files go into every checkpoint, so that it can be exported alone. The last one made
-    for a place is the one that writes there. It is made, and every method but `timings` is called, by all ranks; raises
-    UserError where they do not share the place.
+    `tokenizer`: a directory whose files go into every checkpoint, so that it can be exported alone. `frozen`: the rest
+    of a model that is trained in part; checkpoints then hold what is trained, and of the rest how to know it. The last
+    one made for a place is the one that writes there. It is made, and every method but `timings` is called, by all
+    ranks; raises UserError where they do not share the place.
     """
 
-    def __init__(self, where: str, identity: Mapping[str, Any], settings: Settings, tokenizer: Path) -> None:
+    def __init__(
+        self,
+        where: str,
+        identity: Mapping[str, Any],
+        settings: Settings,
+        tokenizer: Path,
+        frozen: "Frozen | None" = None,
+    ) -> None:
         self._store, self._identity = CheckpointStore(where), identity
-        self._settings, self._tokenizer = settings, tokenizer
+        self._settings, self._tokenizer, self._frozen = settings, tokenizer, frozen
         self._rank, self._world = distributed.get_rank(), distributed.get_world_size()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -73,10 +83,14 @@ class Checkpoints:
         began = time.monotonic()
         self._finish()
         engine.checkpoint_engine, engine._copy_recovery_script = self._copies, lambda path: None
-        engine.save_checkpoint(os.sep, tag=step_name(step), save_latest=False)
+        self._copies.without = frozen_names(engine.module) if self._frozen is not None else frozenset()
+        engine.save_checkpoint(
+            os.sep, tag=step_name(step), save_latest=False, exclude_frozen_parameters=self._frozen is not None
+        )
         dtype = str(next(engine.module.parameters()).dtype).removeprefix("torch.")
-        record = Record(step, self._rank, self._world, {}, self._identity, state, dtype, 0.0)
-        model = _model_files(engine.module, self._tokenizer) if self._rank == 0 else {}
+        base = None if self._frozen is None else self._frozen.reference
+        record = Record(step, self._rank, self._world, {}, self._identity, state, dtype, 0.0, base)
+        model = _model_files(engine.module, self._tokenizer, self._frozen) if self._rank == 0 else {}
         self._timings["checkpoint_pause_seconds"] = time.monotonic() - began
         self._writing = self._thread.submit(self._write, record, self._copies.taken, model)
 
@@ -186,6 +200,7 @@ class Checkpoints:
     def _load(self, engine: Any, store: CheckpointStore, checkpoint: Checkpoint) -> bool:
         """Load a complete checkpoint. False if a file is damaged."""
         name, local = step_name(checkpoint.step), store.local
+        check_base(store, checkpoint, self._frozen)
         convert = engine.zero_optimization() and checkpoint.records[0].world != self._world
         with _node_directory() as temporary:
             target = None if local is not None else temporary / name
@@ -202,7 +217,8 @@ class Checkpoints:
                 distributed.barrier()
                 _load_universal(engine, temporary)
             else:
-                engine.load_checkpoint(str(parent), tag=name)
+                load = None if self._frozen is None else _load_trained
+                engine.load_checkpoint(str(parent), tag=name, custom_load_fn=load)
         return True
 
     def _to_read(self, checkpoint: Checkpoint, convert: bool) -> Files:
@@ -219,6 +235,8 @@ class Checkpoints:
 class _Copies(TorchCheckpointEngine):
     """DeepSpeed's checkpoint engine that keeps copies in CPU memory, by file name, in place of writing files."""
 
+    without: Set[str] = frozenset()  # names of the module's state that are left out
+
     def create(self, info: Any) -> None:
         self.taken: dict[str, Any] = {}
 
@@ -226,6 +244,8 @@ class _Copies(TorchCheckpointEngine):
         pass
 
     def save(self, state_dict: Any, path: str) -> None:
+        for name in self.without & state_dict.get("module", {}).keys():
+            del state_dict["module"][name]  # DeepSpeed leaves a tied one in
         self.taken[os.path.basename(path)] = cpu_copy(state_dict, {})
 
 
@@ -250,11 +270,57 @@ def cpu_copy(value: Any, copies: dict[Any, torch.Tensor]) -> Any:
     return copy.deepcopy(value)
 
 
-def _model_files(model: Any, tokenizer: Path) -> dict[str, bytes]:
+@dataclass(frozen=True)
+class Frozen:
+    """The rest of a model that is trained in part: its base's directory, and the adapter that the training will come
+    to, with the tensors in it that are not trained here."""
+
+    path: Path
+    adapter: Adapter
+
+    @property
+    def reference(self) -> dict[str, str]:
+        """What a checkpoint says of it."""
+        kept = {"kept": tensors_digest(self.adapter.tensors)} if self.adapter.tensors else {}
+        return {"path": str(self.path.resolve()), "fingerprint": self.adapter.base, **kept}
+
+
+def frozen_names(model: torch.nn.Module) -> frozenset[str]:
+    """Of its state, what is not trained, tied parameters by all of their names."""
+    named = model.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, parameter in named if not parameter.requires_grad)
+
+
+def check_base(store: CheckpointStore, checkpoint: Checkpoint, frozen: Frozen | None) -> None:
+    """Raises UserError where the parameters that a checkpoint lacks were others than those that are there now."""
+    theirs, ours = (
+        {name: value for name, value in (reference or {}).items() if name != "path"}
+        for reference in (checkpoint.records[0].base, None if frozen is None else frozen.reference)
+    )
+    if theirs != ours:
+        where = "a model" if frozen is None else frozen.path.resolve()
+        raise UserError(
+            f"{store.name}: the base of the checkpoint of step {checkpoint.step} was not what is in {where} now (its "
+            f"fingerprint was {theirs.get('fingerprint')}): bring that base back, or set another checkpoints.path"
+        )
+
+
+def _load_trained(src: Mapping[str, torch.Tensor], dst: torch.nn.Module) -> None:
+    """What DeepSpeed calls to load the module's own state."""
+    result = dst.load_state_dict(src, strict=False)
+    assert not result.unexpected_keys, result
+    assert set(result.missing_keys) == frozen_names(dst), result
+
+
+def _model_files(model: Any, tokenizer: Path, frozen: Frozen | None) -> dict[str, bytes]:
     """What makes a Hugging Face directory of weights, by name."""
     configurations = {"config.json": model.config, "generation_config.json": model.generation_config}
     files = {name: config.to_json_string().encode() for name, config in configurations.items()}
     files |= {file.name: file.read_bytes() for file in tokenizer.glob("*.json") if file.name != RECORD}
+    if frozen is not None:
+        with tempfile.TemporaryDirectory() as directory:
+            frozen.adapter.save(directory)
+            files |= {name: (Path(directory) / name).read_bytes() for name in (DESCRIPTION, WEIGHTS)}
     return {f"{MODEL_FILES}/{name}": content for name, content in files.items()}
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from pipelines.config import Part
 
@@ -141,21 +141,44 @@ class Batch(Part):
     groups: Positive = 4
 
 
+def _is_an_expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"no regular expression ({error})") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_is_an_expression)]
+
+
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Patterns(Part):
+    """The parameters in whose name one of `patterns` (regular expressions) is found."""
+
+    patterns: Annotated[tuple[Pattern, ...], Field(min_length=1)]
+
+
+Trained = Literal["memory_attention", "memory_and_above", "all"] | Patterns
+
+
+class Lora(Part):
+    """LoRA (arXiv 2106.09685): in place of the matrices `targets` among what `train` chooses, pairs of matrices of
+    `rank` are trained, whose product times alpha / rank is added to them."""
+
+    rank: Positive = 8
+    alpha: Rate = 16.0
+    targets: Annotated[tuple[Projection, ...], Field(min_length=1)] = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
 class ParameterGroup(Part):
     """What holds for parameters in whose name `pattern` (a regular expression) is found, instead of the optimizer's."""
 
-    pattern: str
+    pattern: Pattern
     learning_rate: Rate | None = None
     weight_decay: Annotated[float, Field(ge=0)] | None = None
-
-    @field_validator("pattern")
-    @classmethod
-    def _is_an_expression(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"no regular expression ({error})") from None
-        return pattern
 
 
 class Optimizer(Part):
@@ -229,10 +252,18 @@ class Measure(Part):
 
 
 class Training(Part):
-    """One training: pre-training of the base, or fine-tuning."""
+    """One training: pre-training of the base, or fine-tuning.
+
+    `train`: which parameters are trained, the others stay as the base has them. `memory_attention`: the attention of
+    the memory layers (projections, gate and temperature); `memory_and_above`: all from the lowest memory layer on, with
+    the last norm and an output layer of its own (embeddings, also tied ones, stay); or `patterns` of names. With `lora`
+    the matrices among them are trained by way of it (peft), gates and temperatures themselves, and the rest is not.
+    """
 
     objective: Objective
     steps: Positive
+    train: Annotated[Trained, Field(exclude_if=lambda part: part == "all")] = "all"  # older keys stay
+    lora: Annotated[Lora | None, Field(exclude_if=lambda lora: lora is None)] = None
     batch: Batch = Batch()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
@@ -240,6 +271,20 @@ class Training(Part):
     checkpoints: Checkpoints = Checkpoints()
     bad_loss: BadLoss = BadLoss()
     measure: Measure | None = None
+
+    @model_validator(mode="after")
+    def _memory_layers_are_there(self) -> "Training":
+        kind = self.objective.kind
+        if self.train in ("memory_attention", "memory_and_above") and kind in ("standard", "transformer_xl"):
+            raise ValueError(
+                f"train: {self.train} with objective.kind {kind}, which has no memory layers: give patterns"
+            )
+        return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether all parameters are trained."""
+        return self.train == "all" and self.lora is None
 
     @model_validator(mode="after")
     def _batch_holds_what_is_seen(self) -> "Training":

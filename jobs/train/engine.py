@@ -70,20 +70,23 @@ def take_step(engine: Any) -> float | None:
 
 
 def parameter_groups(model: torch.nn.Module, settings: Optimizer) -> list[dict[str, Any]]:
-    """The optimizer's groups: those of the recipe, each parameter in the first that its name matches, then the rest.
+    """The optimizer's groups of what is trained: those of the recipe, each parameter in the first that its name
+    matches, then the rest.
 
-    Raises UserError for a pattern that no parameter's name matches.
+    Raises UserError for a pattern that the name of no trained parameter matches.
     """
     taken: set[str] = set()
     groups = []
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for number, group in enumerate(settings.groups):
-        names = [name for name, _ in model.named_parameters() if re.search(group.pattern, name)]
+        names = [name for name in parameters if re.search(group.pattern, name)]
         if not names:
-            raise UserError(f"optimizer.groups.{number}.pattern {group.pattern!r} matches no parameter of the model")
+            raise UserError(
+                f"optimizer.groups.{number}.pattern {group.pattern!r} matches no parameter of the model that is trained"
+            )
         groups.append((group.learning_rate, group.weight_decay, [name for name in names if name not in taken]))
         taken.update(names)
-    groups.append((None, None, [name for name, _ in model.named_parameters() if name not in taken]))
-    parameters = dict(model.named_parameters())
+    groups.append((None, None, [name for name in parameters if name not in taken]))
     return [
         {
             "params": [parameters[name] for name in names],

@@ -37,10 +37,9 @@ C hidden size, I intermediate size, Hq query heads, Hk key/value heads, D head s
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
 
+from jobs.train.backward import Backward
 from jobs.train.config import (
     Draw,
     FotObjective,
@@ -52,87 +51,13 @@ from jobs.train.config import (
     Training,
     TransformerXlObjective,
 )
+from jobs.train.layers import seeing_layers
+from jobs.train.shape import Shape
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BUCKET = 5e8  # gradients that DeepSpeed reduces at once (reduce_bucket_size)
 LIVE = 1e9  # gathered weights at ZeRO stage 3 (stage3_max_live_parameters)
 LOGIT_BYTES = 12
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A LLaMA's sizes, in Hugging Face's names."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Self:
-        """From a config.json, or whatever else has its keys. Missing ones are as transformers takes them."""
-        heads = config.get("num_attention_heads", 32)
-        return cls(
-            config["vocab_size"],
-            config["hidden_size"],
-            config.get("intermediate_size", 11008),
-            config["num_hidden_layers"],
-            heads,
-            config.get("num_key_value_heads") or heads,
-            config.get("head_dim") or config["hidden_size"] // heads,
-            *(bool(config.get(name)) for name in ("tie_word_embeddings", "attention_bias", "mlp_bias")),
-        )
-
-    @property
-    def queries(self) -> int:
-        """Hq D: width of all query heads."""
-        return self.num_attention_heads * self.head_dim
-
-    @property
-    def keys(self) -> int:
-        """Hk D: width of all key (or value) heads."""
-        return self.num_key_value_heads * self.head_dim
-
-
-def matrix_weights(shape: Shape) -> int:
-    """Weights that a token is multiplied with: all but norms, biases and the embedding's look-up."""
-    attention = 2 * shape.hidden_size * (shape.queries + shape.keys)
-    mlp = 3 * shape.hidden_size * shape.intermediate_size
-    return shape.num_hidden_layers * (attention + mlp) + shape.vocab_size * shape.hidden_size
-
-
-def parameters(shape: Shape, gate_layers: int = 0) -> int:
-    """Number of parameters; `gate_layers` memory layers have the Memorizing Transformer's gate."""
-    layers, hidden = shape.num_hidden_layers, shape.hidden_size
-    norms = (2 * layers + 1) * hidden
-    embedding = 0 if shape.tie_word_embeddings else shape.vocab_size * hidden
-    attention_bias = shape.attention_bias * (shape.queries + 2 * shape.keys + hidden)
-    mlp_bias = shape.mlp_bias * (2 * shape.intermediate_size + hidden)
-    biases = layers * (attention_bias + mlp_bias)
-    return matrix_weights(shape) + embedding + norms + biases + gate_layers * shape.num_attention_heads
-
-
-def memory_layers(objective: Objective, layers: int) -> int:
-    """In how many of a model's layers additional contexts are seen."""
-    match objective:
-        case StandardObjective():
-            return 0
-        case TransformerXlObjective():
-            return layers
-        case FotObjective() | MemorizingObjective() if objective.mem_layers is not None:
-            return len(set(objective.mem_layers))
-    return 3 if layers >= 24 else 1  # as fot_model.default_mem_layers, which would import torch
-
-
-def gate_layers(objective: Objective, layers: int) -> int:
-    """How many layers have the Memorizing Transformer's gate."""
-    return memory_layers(objective, layers) if isinstance(objective, MemorizingObjective) and objective.gate else 0
 
 
 def contexts_seen(objective: Objective, steps: int) -> float:
@@ -172,10 +97,13 @@ def step_flops(shape: Shape, training: Training, seen: float | None = None) -> f
     objective = training.objective
     if seen is None:
         seen = contexts_seen(objective, training.steps)
-    local = 12 * shape.queries * (objective.context + 1) / 2 * shape.num_hidden_layers
-    pair = 12 if isinstance(objective, FotObjective) else 8
-    far = pair * shape.queries * seen * objective.context * memory_layers(objective, shape.num_hidden_layers)
-    return tokens_per_step(training) * (6 * matrix_weights(shape) + local + far)
+    back, layers, pair = Backward.of(shape, training), shape.num_hidden_layers, 12
+    if not isinstance(objective, FotObjective):
+        pair = 8
+    local = sum(12 if back.reaches_attention(layer) else 4 for layer in range(layers)) * (objective.context + 1) / 2
+    far = sum(pair if back.reaches_attention(layer) else 4 for layer in seeing_layers(objective, layers))
+    attention = shape.queries * (local + far * seen * objective.context)
+    return tokens_per_step(training) * (back.matrix_flops() + attention)
 
 
 @dataclass(frozen=True)
@@ -204,15 +132,16 @@ def device_memory(shape: Shape, training: Training, resources: Resources, zero_s
     settings, ranks = training.deepspeed, resources.workers
     stage = settings.zero_stage if zero_stage is None else zero_stage
     width = BYTES[settings.dtype]
-    count = parameters(shape, gate_layers(training.objective, shape.num_hidden_layers))
+    back = Backward.of(shape, training)
+    count, trained = back.parameters, back.trained_parameters
     weights = width * count / (ranks if stage == 3 else 1)
-    gradients = width * count / (ranks if stage >= 2 else 1)
-    optimizer = (8 if stage == 0 and width == 4 else 16) * count / (ranks if stage >= 1 else 1)
+    gradients = width * trained / (ranks if stage >= 2 else 1)
+    optimizer = (8 if stage == 0 and width == 4 else 16) * trained / (ranks if stage >= 1 else 1)
     buffers = BUCKET * width + (min(count, LIVE) * width if stage == 3 else 0)
     offloaded = 0.0
     if settings.offload_optimizer and stage >= 1:
         # DeepSpeed keeps the weights and the accumulated gradients there in the training's type, too.
-        offloaded += (16 + 2 * width) * count
+        offloaded += (16 + 2 * width) * trained
         optimizer = 0
         gradients = gradients if stage == 1 else 0
     if settings.offload_parameters and stage == 3:
@@ -228,20 +157,27 @@ def _activations(shape: Shape, training: Training, resources: Resources) -> tupl
     width, layers = BYTES[settings.dtype], shape.num_hidden_layers
     tokens = training.batch.groups * objective.contexts * objective.context // spread
     far = 2 * width * shape.keys * spread
-    layer, last_norm = layer_bytes(shape, width), (4 + 2 * width) * shape.hidden_size
-    memory = memory_layers(objective, layers)
+    back = Backward.of(shape, training)
+    bytes_of = [
+        back.layer_bytes(layer, width)
+        + far * (layer in seeing_layers(objective, layers)) * back.reaches_attention(layer)
+        for layer in range(layers)
+    ]
+    last_norm = back.last_norm_bytes(width)
     logits = LOGIT_BYTES * shape.vocab_size
     if settings.activation_checkpointing:
-        kept = layers * width * shape.hidden_size + last_norm
-        return tokens * kept, tokens * max(logits, layer + (far if memory else 0))
-    return tokens * (layers * layer + memory * far + last_norm), tokens * logits
+        kept = (layers - back.lowest) * width * shape.hidden_size + last_norm
+        return tokens * kept, tokens * max(logits, *bytes_of)
+    return tokens * (sum(bytes_of) + last_norm), tokens * logits
 
 
-def layer_bytes(shape: Shape, width: int) -> int:
-    """Bytes that autograd keeps of a token in a layer, without far keys and values."""
-    norms = 2 * (4 + 2 * width) * shape.hidden_size
-    attention = 2 * width * (shape.queries + shape.keys) + 4 * shape.num_attention_heads
-    return norms + attention + 4 * width * shape.intermediate_size
+def checkpoint_bytes(shape: Shape, training: Training) -> float:
+    """Bytes of a checkpoint: what is trained, in float32 with two moments under ZeRO, and at stages 0 to 2 once more
+    in the training's type."""
+    settings = training.deepspeed
+    width, stage = BYTES[settings.dtype], settings.zero_stage
+    moments = 8 if stage == 0 and width == 4 else 12
+    return (moments + (width if stage < 3 else 0)) * Backward.of(shape, training).trained_parameters
 
 
 @dataclass(frozen=True)

@@ -6,31 +6,120 @@ optimizer holds, mapped from the files. In memory there are, at the most, these 
 
 import io
 import os
+import re
 import stat
 import tempfile
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jobs.train.checkpoint_store import MODEL_FILES, Checkpoint, CheckpointStore, split_step, step_name
+from jobs.train.checkpoint_store import MODEL_FILES, Checkpoint, CheckpointStore, Record, split_step, step_name
+from jobs.train.config import FotObjective, MemorizingObjective, Objective
+from jobs.train.layers import memory_layer_numbers
 from pipelines.errors import UserError
+
+if TYPE_CHECKING:
+    from fot_model import Adapter, FotLlamaForCausalLM
 
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = "mp_rank_00_model_states.pt"  # DeepSpeed's file with all weights, where ZeRO does not divide them
+PEFT = ".default"  # what peft calls the only LoRA of a module
+TOKENIZER = r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template.*"
+OUTPUT_LAYER = "lm_head.weight"
+ADAPTER_FILES = ("adapter.json", "adapter.safetensors")
 CONFIGURATIONS = ("config.json", "generation_config.json")  # what transformers writes itself
 
 
-def export_checkpoint(checkpoint: str, target: Path, dtype: str | None = None) -> None:
+def export(checkpoint: str, target: Path, dtype: str | None, as_adapter: bool, base: Path | None) -> None:
+    """What `fot export` does: `checkpoint` is a training's, or an adapter's directory, which is put on its base."""
+    if is_adapter(Path(checkpoint).expanduser()):
+        if base is None or as_adapter:
+            raise UserError(f"{checkpoint} is an adapter already: with --base DIR it becomes a whole model")
+        merge_adapter(Path(checkpoint).expanduser(), base.expanduser(), target, dtype)
+    elif as_adapter:
+        export_adapter(checkpoint, target, dtype)
+    else:
+        export_checkpoint(checkpoint, target, dtype, base)
+
+
+def export_checkpoint(checkpoint: str, target: Path, dtype: str | None = None, base: Path | None = None) -> None:
     """Write the weights of a checkpoint as a Hugging Face directory, complete or not at all.
 
     `checkpoint`: path or URI of a `step-` directory, or of the directory above, whose newest complete one is taken.
-    `dtype`: of the weights, by default that of the training. Raises UserError where the checkpoint is missing,
-    incomplete or damaged, and where `target` exists.
+    `dtype`: of the weights, by default that of the training. `base`: where the base of a training in part lies now, if
+    it was moved. Raises UserError where the checkpoint is missing, incomplete or damaged, where its base is not what it
+    was, and where `target` exists.
     """
+    _export(checkpoint, target, dtype, partial(_write_model, base=base))
+
+
+def export_adapter(checkpoint: str, target: Path, dtype: str | None = None) -> None:
+    """Write what a training in part trained as an adapter of its base, complete or not at all. Arguments and errors as
+    of `export_checkpoint`; UserError, too, where everything was trained."""
+    _export(checkpoint, target, dtype, _write_adapter)
+
+
+def merge_adapter(adapter: Path, base: Path, target: Path, dtype: str | None = None) -> None:
+    """Write a base with an adapter of it as one Hugging Face directory, with the base's tokenizer, complete or not at
+    all. `dtype`: by default the base's. Raises UserError where one of the two is damaged or not the other's, and where
+    `target` exists."""
+    _check_target(target, dtype)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp") as temporary:
+        made = Path(temporary) / "made"
+        model = _on_its_base(load_adapter(adapter), base, dtype or "auto")
+        _save(model, [file for file in base.iterdir() if re.fullmatch(TOKENIZER, file.name)], made)
+        os.rename(made, target)
+
+
+def is_adapter(directory: Path) -> bool:
+    return (directory / ADAPTER_FILES[0]).exists()
+
+
+def load_adapter(directory: Path) -> "Adapter":
+    """Raises UserError for a directory that holds no whole adapter."""
+    from fot_model import Adapter
+
+    try:
+        return Adapter.load(directory)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def check_adapter(adapter: Path, base: Path, objective: Objective) -> None:
+    """Raises UserError for an adapter that is damaged, not of this base, or trained with other memory layers than the
+    objective's."""
+    from fot_model import FotLlamaConfig
+
+    loaded = load_adapter(adapter)
+    if isinstance(objective, FotObjective | MemorizingObjective):
+        layers = FotLlamaConfig.from_pretrained(base).num_hidden_layers
+        ours = {
+            "mem_layers": memory_layer_numbers(objective, layers),
+            "mem_positionals": objective.mem_positionals,
+        }
+        for name, value in ours.items():
+            if (theirs := loaded.settings.get(name)) != value:
+                raise UserError(
+                    f"base.adapter {adapter} was trained with {name} {theirs}, the recipe has {value}: set "
+                    f"finetune.objective.{name}"
+                )
+    _on_its_base(loaded, base, "auto")
+
+
+def _check_target(target: Path, dtype: str | None) -> None:
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"{dtype!r} is no dtype to export: choose one of {', '.join(DTYPES)}")
     if target.exists():
         raise UserError(f"{target} exists: remove it, or export to another directory")
+
+
+def _export(checkpoint: str, target: Path, dtype: str | None, write: Callable[[Path, Record, Path, str], None]) -> None:
+    """`write` is given the checkpoint's directory and a record of it, the directory to make, and the type."""
+    _check_target(target, dtype)
     where, step = split_step(checkpoint)
     store = CheckpointStore(where)
     found = _choose(store, step)
@@ -43,8 +132,9 @@ def export_checkpoint(checkpoint: str, target: Path, dtype: str | None = None) -
                 f"{store.name}: {step_name(found.step)}/{damaged} is damaged or missing: export another checkpoint"
             )
         directory = (store.local or Path(temporary)) / step_name(found.step)
-        _write_model(directory, Path(temporary) / "model", dtype or found.records[0].dtype)
-        os.rename(Path(temporary) / "model", target)
+        record = found.records[0]
+        write(directory, record, Path(temporary) / "made", dtype or record.dtype)
+        os.rename(Path(temporary) / "made", target)
 
 
 def _choose(store: CheckpointStore, step: int | None) -> Checkpoint:
@@ -62,32 +152,69 @@ def _choose(store: CheckpointStore, step: int | None) -> Checkpoint:
     )
 
 
-def _write_model(checkpoint: Path, target: Path, dtype: str) -> None:
+def _write_model(checkpoint: Path, record: Record, target: Path, dtype: str, base: Path | None) -> None:
     import torch
     from transformers import GenerationConfig
 
     from fot_model import FotLlamaConfig, FotLlamaForCausalLM
 
     files = checkpoint / MODEL_FILES
-    state = _weights(checkpoint)
-    for name in state:  # a tensor at a time
-        state[name] = state[name].contiguous().to(getattr(torch, dtype))
-    with torch.device("meta"):
-        model = FotLlamaForCausalLM(FotLlamaConfig.from_pretrained(files))
-    model.load_state_dict(state, assign=True)
-    model.tie_weights()
+    if record.base is not None:
+        model = _on_its_base(_adapter(checkpoint, record), base or Path(record.base["path"]), dtype)
+    else:
+        state = _weights(checkpoint)
+        for name in state:  # a tensor at a time
+            state[name] = state[name].contiguous().to(getattr(torch, dtype))
+        with torch.device("meta"):
+            model = FotLlamaForCausalLM(FotLlamaConfig.from_pretrained(files))
+        model.load_state_dict(state, assign=True)
+        model.tie_weights()
     model.generation_config = GenerationConfig.from_pretrained(files)
+    _save(model, [file for file in files.iterdir() if file.name not in (*CONFIGURATIONS, *ADAPTER_FILES)], target)
+
+
+def _save(model: "FotLlamaForCausalLM", files: Iterable[Path], target: Path) -> None:
+    """The model, and files beside it."""
     model.save_pretrained(target)
-    for file in files.iterdir():
-        if file.name not in CONFIGURATIONS:
-            (target / file.name).write_bytes(file.read_bytes())
+    for file in files:
+        (target / file.name).write_bytes(file.read_bytes())
     mode = stat.S_IMODE((target / CONFIGURATIONS[0]).stat().st_mode)
     for file in target.glob("*.safetensors"):
         file.chmod(mode)  # safetensors lets no one else read it
 
 
+def _write_adapter(checkpoint: Path, record: Record, target: Path, dtype: str) -> None:
+    import torch
+
+    if record.base is None:
+        raise UserError(f"{checkpoint}: all parameters were trained, which is no adapter: export it without --adapter")
+    _adapter(checkpoint, record).to(getattr(torch, dtype)).save(target)
+
+
+def _adapter(checkpoint: Path, record: Record) -> "Adapter":
+    """What the checkpoint holds, with what its training took over from an earlier adapter."""
+    from fot_model import Adapter, FotLlamaConfig
+
+    kept = Adapter.load(checkpoint / MODEL_FILES)
+    tied = FotLlamaConfig.from_pretrained(checkpoint / MODEL_FILES).tie_word_embeddings  # then it is the embeddings
+    weights = {name: tensor for name, tensor in _weights(checkpoint).items() if not (tied and name == OUTPUT_LAYER)}
+    trained = {name.replace(PEFT, ""): tensor.contiguous() for name, tensor in weights.items()}
+    return replace(kept, tensors={**kept.tensors, **trained}, training={**kept.training, "step": record.step})
+
+
+def _on_its_base(adapter: "Adapter", base: Path, dtype: str) -> "FotLlamaForCausalLM":
+    from fot_model import FotLlamaForCausalLM
+
+    if not base.is_dir():
+        raise UserError(f"the base of the adapter is not in {base}: say where it is (--base DIR)")
+    try:
+        return FotLlamaForCausalLM.from_pretrained(base, adapter=adapter, dtype=dtype)
+    except ValueError as error:
+        raise UserError(f"{error}: give the one that it was trained from") from None
+
+
 def _weights(checkpoint: Path) -> dict[str, Any]:
-    """The model's tensors, or under ZeRO 3 what `contiguous()` makes them."""
+    """The tensors that the checkpoint holds, or under ZeRO 3 what `contiguous()` makes them."""
     import torch
 
     if not any(checkpoint.glob("*_optim_states.pt")):

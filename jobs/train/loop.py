@@ -22,17 +22,18 @@ from jobs.data.batches import make_sampler
 from jobs.evaluate.windows import choose_windows
 from jobs.stop import StoppedError
 from jobs.train.bad_loss import BadLossError, LossWatch, SkippedSteps
-from jobs.train.checkpoints import Checkpoints
+from jobs.train.checkpoints import Checkpoints, Frozen
 from jobs.train.config import FotObjective, Resources
 from jobs.train.engine import make_engine, schedule_factor, take_step
-from jobs.train.estimate import Shape, peak_flops, step_flops, tokens_per_step
-from jobs.train.export import export_checkpoint
+from jobs.train.estimate import peak_flops, step_flops, tokens_per_step
+from jobs.train.export import export_adapter, export_checkpoint
 from jobs.train.machine import MachineWatch, memory_gigabytes
 from jobs.train.measure import evaluating, held_out_perplexity, mass_on_positives
 from jobs.train.metrics import MetricsFile
 from jobs.train.model import build_model
 from jobs.train.objective import batch_loss, d_at
-from jobs.train.spec import METRICS, MODEL, Start, TrainSpec
+from jobs.train.shape import Shape
+from jobs.train.spec import ADAPTER, METRICS, MODEL, Start, TrainSpec
 from pipelines.dataset import TokenDataset
 from pipelines.errors import UserError
 from pipelines.loader import rank_batches
@@ -51,8 +52,9 @@ def train_loop(spec: TrainSpec) -> None:
     log_to_file(spec.logs / f"rank{ranks.rank}.log")
     torch.manual_seed(seed)
 
-    checkpoints = Checkpoints(spec.checkpoints, spec.identity, training.checkpoints, spec.tokenizer)
-    model = build_model(spec)
+    model, adapter = build_model(spec)
+    frozen = Frozen(spec.base, adapter) if adapter is not None and isinstance(spec.base, Path) else None
+    checkpoints = Checkpoints(spec.checkpoints, spec.identity, training.checkpoints, spec.tokenizer, frozen)
     shape = Shape.of(model.config.to_dict())
     accumulation = training.batch.micro_batches // ranks.teams
     engine = make_engine(model, training, accumulation)
@@ -115,6 +117,8 @@ def train_loop(spec: TrainSpec) -> None:
     if done < spec.last:
         checkpoints.save(engine, spec.last, {"losses": watch.recent, "skipped": dict(skipped.reasons)})
     checkpoints.wait()
+    if ranks.rank == 0 and frozen is not None and not (spec.output / ADAPTER).exists():
+        export_adapter(spec.checkpoints, spec.output / ADAPTER, training.deepspeed.dtype)
     if ranks.rank == 0 and not (spec.output / MODEL).exists():
         export_checkpoint(spec.checkpoints, spec.output / MODEL, training.deepspeed.dtype)
 

@@ -1,30 +1,108 @@
-"""The model a training starts with."""
+"""The model a training starts with, and what is trained of it."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fot_model import FotLlamaConfig, FotLlamaForCausalLM, default_mem_layers
+from fot_model import Adapter, FotLlamaConfig, FotLlamaForCausalLM, Lora, default_mem_layers, fingerprint
+from fot_model.adapter import settings_of
 from jobs.recipe import ModelShape
 from jobs.train.config import FotObjective, MemorizingObjective, Objective, TransformerXlObjective
+from jobs.train.export import PEFT, load_adapter
 from jobs.train.spec import TrainSpec
+from jobs.train.trained import lora_modules, trained_names, whole_beside_lora
+from pipelines.errors import UserError
 from pipelines.tokenizer import load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+LORA = ".lora_"  # in the names of LoRA's parameters
 
-def build_model(spec: TrainSpec) -> FotLlamaForCausalLM:
-    """The base with the objective's memory layers, or a new LLaMA of the given shape."""
+
+def build_model(spec: TrainSpec) -> tuple[FotLlamaForCausalLM, Adapter | None]:
+    """The base with the objective's memory layers, or a new LLaMA of the given shape; what is not trained needs no
+    gradient.
+
+    The second is None where all is trained, else what will be the adapter of this training, with those tensors of the
+    adapter that it starts from that are not trained here. Raises UserError for what cannot be trained.
+    """
     settings = spec.training.deepspeed
     dtype = DTYPES[settings.dtype]
+    adapter = None
     if isinstance(spec.base, ModelShape):
         model = FotLlamaForCausalLM(_new_config(spec.base, spec.tokenizer, spec.training.objective.context)).to(dtype)
-    else:
+    elif spec.training.whole and spec.adapter is None:
         config = _base_config(spec.base, spec.training.objective)
         model = FotLlamaForCausalLM.from_pretrained(spec.base, config=config, dtype=dtype)
+    else:
+        model, adapter = _with_adapter(spec, spec.base, dtype)
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable()
-    return model.train()
+    return model.train(), adapter
+
+
+def _with_adapter(spec: TrainSpec, base: Path, dtype: torch.dtype) -> tuple[FotLlamaForCausalLM, Adapter | None]:
+    """A model that is trained in part, or begins with an adapter."""
+    config, training = _base_config(base, spec.training.objective), spec.training
+    model, info = FotLlamaForCausalLM.from_pretrained(base, config=config, dtype="auto", output_loading_info=True)
+    own, model = fingerprint(model, info["missing_keys"]), model.to(dtype)  # of the numbers as the files have them
+    names = [name for name, _ in model.named_parameters()]
+    scope = trained_names(training, names, config.mem_layers or ())
+    modules = lora_modules(training, scope) if training.lora is not None else []
+    lora = Lora(**training.lora.model_dump()) if training.lora is not None else None
+    before = Adapter(own, {}) if spec.adapter is None else _load(spec.adapter, own, base)
+    goes_on = lora is not None and before.lora == lora and {*before.pairs} == {*modules}
+    (before.without_pairs() if goes_on else before).apply(model)
+
+    trained = {name for name in scope if lora is None or whole_beside_lora(name)}
+    changed = {*before.whole_names(merged=not goes_on)} - trained
+    parameters = dict(model.named_parameters())
+    kept = {name: parameters[name].detach().clone() for name in changed}
+    if lora is not None:
+        _inject(model, modules, lora, spec.seed)
+        model = model.to(dtype)
+        if goes_on:
+            _set_pairs(model, before)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained or LORA in name)
+    return model, None if training.whole else Adapter(own, settings_of(config), _facts(spec), lora, kept)
+
+
+def _load(directory: Path, own: str, base: Path) -> Adapter:
+    adapter = load_adapter(directory)
+    try:
+        adapter.check_base(own, base)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return adapter
+
+
+def _inject(model: FotLlamaForCausalLM, modules: Sequence[str], lora: Lora, seed: int) -> None:
+    """Put LoRA's pairs into modules, the same on every rank; their product is zero. Raises UserError without peft."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise UserError("finetune.lora needs peft: pip install 'fot[peft]'") from None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(modules)), model)
+
+
+@torch.no_grad()
+def _set_pairs(model: FotLlamaForCausalLM, adapter: Adapter) -> None:
+    for name, parameter in model.named_parameters():
+        if LORA in name:
+            parameter.copy_(adapter.tensors[name.replace(PEFT, "")])
+
+
+def _facts(spec: TrainSpec) -> Mapping[str, Any]:
+    """What an adapter says of how it came to be."""
+    training = spec.training.model_dump(
+        mode="json", include={"objective", "batch", "optimizer", "schedule", "train", "lora"}
+    )
+    return {**training, "seed": spec.seed, "manifest": spec.identity.get("manifest")}
 
 
 def _base_config(base: Path, objective: Objective) -> FotLlamaConfig:

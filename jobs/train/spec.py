@@ -10,6 +10,7 @@ from jobs.train.config import Resources, Training
 from pipelines.config import Data
 
 MODEL = "model"  # the exported Hugging Face directory
+ADAPTER = "adapter"  # and, where not all of the model was trained, what was
 METRICS = "metrics.jsonl"  # a line a step
 CHECKPOINTS = "checkpoints"  # of work_dir, where the recipe names no other place
 
@@ -36,11 +37,11 @@ class Start:
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """`base`: a LLaMA directory to start from, or the shape of one to make. `shards`, `documents`, `groups`: data set,
-    index and packing. `output`: where results are written; `logs`: where workers' output goes. `checkpoints`: a path or
-    URL; `identity`: what decides the training, which a checkpoint must have been made with to go on from it. `last`:
-    the step after which it ends; `start`: where it begins, if not with the base at step 0; `stop`: a file that asks it
-    to end with a checkpoint, once it is there."""
+    """`base`: a LLaMA directory to start from, or the shape of one to make; `adapter`: of the base, where the training
+    starts from both. `shards`, `documents`, `groups`: data set, index and packing. `output`: where results are written;
+    `logs`: where workers' output goes. `checkpoints`: a path or URL; `identity`: what decides the training, which a
+    checkpoint must have been made with to go on from it. `last`: the step after which it ends; `start`: where it
+    begins, if not with the base at step 0; `stop`: a file that asks it to end with a checkpoint, once it is there."""
 
     name: str
     training: Training
@@ -59,6 +60,7 @@ class TrainSpec:
     last: int
     start: Start | None = None
     stop: Path | None = None
+    adapter: Path | None = None
 
     @property
     def first(self) -> int:

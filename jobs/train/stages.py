@@ -16,9 +16,10 @@ from jobs.registry.server import tracking_uri
 from jobs.stop import StoppedError, stop_file
 from jobs.tracking import TrainingFacts, TrainingRun
 from jobs.train.checkpoint_store import CheckpointStore, place_of
-from jobs.train.config import Training
+from jobs.train.config import Patterns, Training
+from jobs.train.export import ADAPTER_FILES, check_adapter
 from jobs.train.launch import train
-from jobs.train.spec import CHECKPOINTS, METRICS, MODEL, Start, TrainSpec
+from jobs.train.spec import ADAPTER, CHECKPOINTS, METRICS, MODEL, Start, TrainSpec
 from jobs.version import made_by
 from jobs.workspace import Workspace
 from pipelines.dataset import TokenDataset
@@ -64,6 +65,8 @@ def base_stages(workspace: Workspace, corpus: Corpus, hashes: FileHashes, start:
         if recipe.base.shape is not None or located.kind == "hub":
             check_config(located.named, read_source_config(located), recipe.base.shape)
         named = {"source": located.named, "files": brought.params}
+    adapter = None if recipe.base.adapter is None else Path(recipe.base.adapter).expanduser().resolve()
+    added = {} if adapter is None else {"adapter": directory_files(adapter, hashes)}
 
     def bring(output: Path, inputs: Inputs) -> None:
         path = located.path if brought is None else inputs[CHECKPOINT] / MODEL
@@ -75,11 +78,16 @@ def base_stages(workspace: Workspace, corpus: Corpus, hashes: FileHashes, start:
         write_atomically(output / "base.json", json.dumps(named["files"], indent=1).encode())
         (output / MODEL).unlink(missing_ok=True)
         (output / MODEL).symlink_to(path, target_is_directory=True)
+        if adapter is not None:
+            check_adapter(adapter, path, recipe.finetune.objective)
+            (output / ADAPTER).mkdir(exist_ok=True)
+            for name in ADAPTER_FILES:
+                write_atomically(output / ADAPTER / name, (adapter / name).read_bytes())
 
     needs = {"context": recipe.finetune.objective.context, "mem_layers": asked_mem_layers(recipe.finetune)}
     if brought is None:
-        return [Stage("base", bring, {**named, **needs}, inputs=("tokenizer",))]
-    base = Stage("base", bring, {**named, **needs}, inputs=("tokenizer", CHECKPOINT))
+        return [Stage("base", bring, {**named, **needs, **added}, inputs=("tokenizer",))]
+    base = Stage("base", bring, {**named, **needs, **added}, inputs=("tokenizer", CHECKPOINT))
     return [base] if corpus.brought is not None else [brought, base]
 
 
@@ -139,6 +147,7 @@ def _run_training(
         last=last_step(sampler, training, start),
         start=start,
         stop=stop_file(),
+        adapter=found if "base" in inputs and (found := inputs["base"] / ADAPTER).exists() else None,
     )
     described = recipe.described()
     tags = {
@@ -224,6 +233,7 @@ def _params(training: Training, recipe: Recipe) -> dict[str, Any]:
     """What people compare trainings by."""
     return {
         "objective": training.objective.kind,
+        "train": "patterns" if isinstance(training.train, Patterns) else training.train,
         "context": training.objective.context,
         "steps": training.steps,
         "learning_rate": training.optimizer.learning_rate,

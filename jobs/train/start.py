@@ -58,7 +58,8 @@ def find_start(recipe: Recipe, continued: Continued, work_dir: Path, store: Stor
 def _same(training: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a checkpoint's model and optimizer are shaped by."""
     groups = {"groups": training["optimizer"]["groups"]}
-    return {"objective": training["objective"], "deepspeed": training["deepspeed"], "optimizer": groups}
+    trained = {"train": training.get("train"), "lora": training.get("lora")}
+    return {"objective": training["objective"], "deepspeed": training["deepspeed"], "optimizer": groups, **trained}
 
 
 def _trained_by(continued: Continued, uri: str) -> tuple[str, str]:

@@ -11,7 +11,8 @@ from fot_model import cross_batch_plan
 from jobs.dictionary.config import load_dictionary
 from jobs.plan import ROOM, base_shape
 from jobs.recipe import load_recipe
-from jobs.train.estimate import device_memory, find_device, parameters, tokens_per_step
+from jobs.train.backward import Backward
+from jobs.train.estimate import device_memory, find_device, tokens_per_step
 from jobs.variants import load_comparison
 from pipelines.mixture import BLOCK, Mixture
 from pipelines.tokenizer import train_tokenizer
@@ -83,7 +84,7 @@ def test_a_recipe_for_a_large_model_is_the_papers_and_fits_eight_gpus_of_80_gb(n
     recipe, (count, mem_layers, table, rope_theta) = load_recipe(shipped(name)), LARGE[name]
     made, resources = recipe.finetune, recipe.resources
     shape = base_shape(recipe)
-    assert parameters(shape) == count
+    assert Backward.of(shape, made).parameters == count
     assert recipe.base.shape is not None
     assert recipe.base.shape.rope_theta == rope_theta
     assert (made.objective.mem_layers, made.objective.segments) == (mem_layers, table)

@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fot_model import FotLlamaConfig, FotLlamaForCausalLM
+from fot_model import Adapter, FotLlamaConfig, FotLlamaForCausalLM, fingerprint
+from jobs.evaluate.commands import _merged
 from jobs.evaluate.result import Result
+from jobs.workspace import WorkDir
+from pipelines.errors import UserError
 from pipelines.tokenizer import train_tokenizer
 
 
@@ -31,6 +34,26 @@ def checkpoint(tmp_path: Path, corpus: Path) -> Path:
     )
     FotLlamaForCausalLM(config).save_pretrained(path)
     return path
+
+
+def test_a_base_and_its_adapter_are_one_model_made_once(checkpoint: Path, tmp_path: Path) -> None:
+    base = FotLlamaForCausalLM.from_pretrained(checkpoint)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = {name: torch.ones_like(base.get_parameter(name))}
+    Adapter(fingerprint(base), {"mem_layers": [0, 1]}, tensors=tensors).save(tmp_path / "adapter")
+    work = WorkDir("mine", str(tmp_path / "runs"))
+    work.directory.mkdir()
+    merged = _merged(checkpoint, tmp_path / "adapter", work)
+    found = FotLlamaForCausalLM.from_pretrained(merged)
+    assert found.config.mem_layers == [0, 1]
+    assert torch.equal(found.get_parameter(name), tensors[name])
+    assert (merged / "tokenizer.json").read_bytes() == (checkpoint / "tokenizer.json").read_bytes()
+    written = (merged / "model.safetensors").stat().st_mtime_ns
+    assert _merged(checkpoint, tmp_path / "adapter", work) == merged
+    assert (merged / "model.safetensors").stat().st_mtime_ns == written
+    Adapter("0" * 32, {}, tensors=tensors).save(tmp_path / "other")
+    with pytest.raises(UserError, match=r"^the adapter was trained from another base than "):
+        _merged(checkpoint, tmp_path / "other", work)
 
 
 def only(directory: Path) -> Path:

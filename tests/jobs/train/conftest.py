@@ -75,7 +75,7 @@ def spec(local_ray, recipe: dict, corpus: Path, tmp_path: Path) -> TrainSpec:
         last=made.finetune.steps,
     )
     torch.manual_seed(1)
-    build_model(spec).save_pretrained(tmp_path / "base")
+    build_model(spec)[0].save_pretrained(tmp_path / "base")
     return replace(spec, base=tmp_path / "base")
 
 
@@ -129,7 +129,7 @@ def plain_torch_losses():
 def _plain_torch_losses(spec: TrainSpec, without: Collection[int] = (), then: TrainSpec | None = None) -> list[float]:
     """`then`: a training that goes on with the first one's model and optimizer."""
     settings = spec.training.optimizer
-    model = build_model(spec)
+    model, _ = build_model(spec)
     optimizer = torch.optim.AdamW(parameter_groups(model, settings), betas=settings.betas)
     peaks = [group["lr"] for group in optimizer.param_groups]
     curve = _plain_torch_steps(spec, model, optimizer, peaks, without)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,10 +16,10 @@ import torch
 from moto.server import ThreadedMotoServer
 from transformers import LlamaForCausalLM
 
-from fot_model import FotLlamaForCausalLM
+from fot_model import Adapter, FotLlamaForCausalLM
 from jobs.train.checkpoint_store import CheckpointStore
 from jobs.train.checkpoints import cpu_copy
-from jobs.train.export import export_checkpoint
+from jobs.train.export import export_adapter, export_checkpoint
 
 CASES = {
     "zero0": {"stage": 0},
@@ -29,17 +30,24 @@ CASES = {
     "zero3-offload": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
     "zero0-bfloat16": {"stage": 0, "dtype": "bfloat16"},
     "zero2-bfloat16": {"stage": 2, "dtype": "bfloat16"},
+    "zero0-part": {"stage": 0, "part": r"layers.1.self_attn"},
+    "zero1-part": {"stage": 1, "part": r"layers.[12]|model.norm"},
+    "zero2-part": {"stage": 2, "part": r"layers.1.self_attn"},
+    "zero3-part": {"stage": 3, "part": r"layers.1.self_attn"},
+    "zero2-part-bfloat16": {"stage": 2, "part": r"embed|layers.1.self_attn", "dtype": "bfloat16"},
 }
+PARTS = [case for case in CASES if "part" in case]
 S3 = "s3://checkpoints/runs/s3"
 PRELUDE = (
     f"CASES, S3 = {CASES!r}, {S3!r}"
     + """
-import json, os, sys, time
+import json, os, re, sys, time
 from pathlib import Path
 import deepspeed, torch
-from fot_model import FotLlamaConfig, FotLlamaForCausalLM, cross_batch_plan
+from fot_model import Adapter, FotLlamaConfig, FotLlamaForCausalLM, cross_batch_plan, fingerprint
+from fot_model.adapter import settings_of
 from jobs.train.checkpoint_store import CheckpointStore
-from jobs.train.checkpoints import Checkpoints
+from jobs.train.checkpoints import Checkpoints, Frozen
 from jobs.train.config import Checkpoints as Settings
 from pipelines.errors import UserError
 
@@ -51,16 +59,30 @@ plan = cross_batch_plan([0, 0, 1, 1], [0, 1, 0, 1], [[True, False], [False, True
 ids = torch.randint(0, 40, (9, 2, 4, 8), generator=torch.Generator().manual_seed(1))  # two micro-batches a step
 told = {}
 
-def make_engine(stage, dtype="float32", tied=True, seed=0, **offload):
+def make_model(dtype, tied, seed):
     torch.manual_seed(seed)
     config = FotLlamaConfig(
         vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=8, mem_layers=[1], mem_gate=True, initializer_range=0.3,
         tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2,
     )
-    model = FotLlamaForCausalLM(config).to(getattr(torch, dtype)).train()
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    return FotLlamaForCausalLM(config).to(getattr(torch, dtype)).train()
+
+def keep_rest(model, base, part):
+    # train what matches alone; the rest is the base's
+    base = dict(base.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not re.search(part, name):
+                parameter.copy_(base[name])
+                parameter.requires_grad_(False)
+
+def make_engine(stage, dtype="float32", tied=True, seed=0, part="", **offload):
+    model = make_model(dtype, tied, seed)
+    keep_rest(model, make_model(dtype, tied, 0), part)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    vectors = [parameter for parameter in trained if parameter.dim() < 2]
+    matrices = [parameter for parameter in trained if parameter.dim() >= 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     return deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups, lr=1e-2), config={
         "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2 // world, "gradient_clipping": 1.0,
@@ -82,8 +104,15 @@ def train(engine, steps):
         losses.append(total.item())
     return losses
 
-def make_checkpoints(where, identity=None, **settings):
-    return Checkpoints(str(where), identity or {"case": str(where)}, Settings(**settings), here / "tokenizer")
+def make_checkpoints(where, identity=None, base_seed=0, **settings):
+    case, frozen = CASES.get(str(where).removeprefix("one-"), {}), None
+    if "part" in case:
+        base = make_model(case.get("dtype", "float32"), True, base_seed)
+        path = here / f"base-{case.get('dtype')}"
+        if rank == 0 and not path.exists():
+            base.save_pretrained(path)
+        frozen = Frozen(path, Adapter(fingerprint(base), settings_of(base.config)))
+    return Checkpoints(str(where), identity or {"case": str(where)}, Settings(**settings), here / "tokenizer", frozen)
 
 def write_weights(engine, path):
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
@@ -110,6 +139,11 @@ for name, case in CASES.items():
     other = make_engine(**case, seed=5)
     anew = make_checkpoints(name).restore(other), train(other, range(6, 9))
     told[name] = {"whole": whole, "back": back, "anew": anew, "timings": checkpoints.timings()}
+
+try:
+    make_checkpoints("zero2-part", base_seed=1).restore(make_engine(**CASES["zero2-part"]))
+except UserError as error:
+    told["other base"] = str(error)
 
 checkpoints = make_checkpoints("damaged")
 engine = make_engine(1)
@@ -317,6 +351,29 @@ def test_a_checkpoint_of_any_stage_is_exported_bit_for_bit(two, ranks, tmp_path,
         "model.safetensors",
         "tokenizer_config.json",
     }
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_a_checkpoint_of_a_part_holds_nothing_of_the_rest(two, ranks, tmp_path, case):
+    export_adapter(str(ranks.here / case), tmp_path / "adapter", "float32")
+    adapter = Adapter.load(tmp_path / "adapter")
+    weights = torch.load(ranks.here / f"{case}.pt")
+    names = [name for name in weights if re.search(CASES[case]["part"], name)]
+    assert sorted(adapter.tensors) == sorted(names)
+    assert all(torch.equal(adapter.tensors[name].to(weights[name].dtype), weights[name]) for name in names)
+    numbers = sum(weights[name].numel() for name in names)
+    files = [file for file in (ranks.here / case / "step-00000006").iterdir() if file.suffix == ".pt"]
+    overhead = 60_000  # names, shapes, settings: by file and parameter, not by number
+    assert sum(file.stat().st_size for file in files) < 16 * numbers + overhead
+    assert adapter.training == {"step": 6}
+
+
+def test_a_checkpoint_on_another_base_is_refused(two):
+    assert re.fullmatch(
+        r"zero2-part: the base of the checkpoint of step 6 was not what is in .*/base-None now \(its fingerprint was "
+        r"[0-9a-f]{32}\): bring that base back, or set another checkpoints.path",
+        two["other base"],
+    )
 
 
 def test_the_pause_the_writing_and_the_restoring_are_timed(two):

@@ -9,26 +9,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from fot_model import FotLlamaConfig, FotLlamaForCausalLM, c_prev_plan, cross_batch_plan, default_mem_layers
+from jobs.train.backward import Backward
 from jobs.train.config import Resources, Training
 from jobs.train.estimate import (
     BUCKET,
     DEVICES,
-    Shape,
     contexts_seen,
     device_memory,
     find_device,
-    gate_layers,
-    memory_layers,
-    parameters,
     peak_flops,
     step_flops,
     tokens_per_step,
 )
+from jobs.train.layers import gated_layers, seeing_layers
+from jobs.train.shape import Shape, parameter_sizes
+from jobs.train.trained import lora_modules, trained_names
 
 OPEN_LLAMA_3B = {
     "vocab_size": 32000,
@@ -47,6 +48,10 @@ SMALL = {
     "mem_layers": [1],
 }
 TABLE = [[0, 0], [1, 1], [2, 1]]
+
+
+def count_of(shape: Shape) -> int:
+    return sum(parameter_sizes(shape).values())
 
 
 def training(
@@ -85,8 +90,9 @@ def test_parameters_are_the_models_own(changes: dict) -> None:
     config = FotLlamaConfig(**{**SMALL, "num_key_value_heads": None, "mem_layers": None, **changes})
     with torch.device("meta"):
         model = FotLlamaForCausalLM(config)
-    gates = len(config.mem_layers) if config.mem_gate else 0
-    assert parameters(Shape.of(config.to_dict()), gates) == model.num_parameters()
+    gated = config.mem_layers if config.mem_gate else ()
+    theirs = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    assert parameter_sizes(Shape.of(config.to_dict()), gated) == theirs
 
 
 @pytest.mark.parametrize(
@@ -109,20 +115,20 @@ def test_parameters_are_the_models_own(changes: dict) -> None:
     ids=["OpenLLaMA 3B", "7B", "Llama 3.1 8B"],
 )
 def test_parameters_of_released_models(shape: dict, count: int) -> None:
-    assert parameters(Shape.of(shape)) == count
+    assert count_of(Shape.of(shape)) == count
 
 
 def test_a_config_without_a_size_means_what_transformers_means() -> None:
     given = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2}
     with torch.device("meta"):
         model = FotLlamaForCausalLM(FotLlamaConfig(**given))
-    assert parameters(Shape.of(given)) == model.num_parameters()
+    assert count_of(Shape.of(given)) == model.num_parameters()
 
 
 @pytest.mark.parametrize("layers", range(1, 81))
 def test_memory_layers_by_default_are_the_models(layers: int) -> None:
     objective = training(fot(mem_layers=None)).objective
-    assert memory_layers(objective, layers) == len(default_mem_layers(layers))
+    assert seeing_layers(objective, layers) == default_mem_layers(layers)
 
 
 def fused_forward(q: tuple, k: tuple, *_: object, **__: object) -> int:
@@ -170,6 +176,50 @@ def test_flops_of_a_fot_step_are_those_that_torch_counts_less_the_masked_half(ob
     plan = cross_batch_plan(group, segment, related, table) if table else c_prev_plan(group, segment, related, 2)
     counted, shape = counted_flops("sdpa", 6, 32, plan)
     assert step_flops(shape, training(objective)) == pytest.approx(counted - masked_half(shape, 6 * 32, 32), rel=1e-12)
+
+
+PARTS = [
+    {"train": "memory_attention"},
+    {"train": "memory_and_above"},
+    {"train": {"patterns": [r"layers\.1\.self_attn\.q_proj", r"layers\.2\.mlp\.down_proj"]}},
+    {"train": {"patterns": [r"layers\.0\.mlp", "embed"]}},
+    {"train": {"patterns": [r"layers\.2\..*norm"]}},
+    {"train": "memory_attention", "lora": {"rank": 4}},
+    {"lora": {"rank": 2, "targets": ["q_proj", "down_proj"]}},
+]
+
+
+def part_of(model: torch.nn.Module, made: Training) -> None:
+    """Train only what the settings say."""
+    names = [name for name, _ in model.named_parameters()]
+    scope = trained_names(made, names, [1])
+    lora = made.lora
+    if lora is not None:
+        peft = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora_modules(made, scope))
+        inject_adapter_in_model(peft, model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in scope if lora is None else ".lora_" in name)
+
+
+@pytest.mark.parametrize("part", PARTS, ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+def test_flops_of_a_part_are_those_that_torch_counts_less_the_masked_half(part: dict, tied: bool) -> None:
+    made, config = training(fot()), FotLlamaConfig(**SMALL, attn_implementation="sdpa", tie_word_embeddings=tied)
+    made = made.model_validate({**made.model_dump(), **part})
+    model = FotLlamaForCausalLM(config).train()
+    part_of(model, made)
+    plan = cross_batch_plan([0, 0, 0, 1, 1, 1], [0, 1, 2] * 2, [[True, False], [False, True]], TABLE)
+    ids = torch.randint(0, 96, (6, 32))
+    with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
+        model(ids, use_cache=False, plan=plan).logits.sum().backward()
+    shape = Shape.of(config.to_dict())
+    back = Backward.of(shape, made)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert back.trained_parameters == sum(parameter.numel() for parameter in trained)
+    assert back.parameters == sum(parameter.numel() for parameter in model.parameters())
+    hidden = sum(12 if back.reaches_attention(layer) else 4 for layer in range(3)) * shape.queries * 31 / 2
+    assert step_flops(shape, made) == pytest.approx(counter.get_total_flops() - 6 * 32 * hidden, rel=1e-12)
+    assert step_flops(shape, made) < step_flops(shape, training(fot()))
 
 
 def test_what_is_not_differentiated_takes_two_thirds() -> None:
@@ -221,7 +271,7 @@ def test_states_at_stages_2_and_3_are_as_deepspeed_estimates_them(ranks: int) ->
 
     made = training(fot(), micro_batches=64, dtype="bfloat16")
     shape, resources = Shape.of(OPEN_LLAMA_3B), Resources(workers=ranks)
-    count = parameters(shape)
+    count = count_of(shape)
 
     def states(stage: int) -> float:
         memory = device_memory(shape, made, resources, stage)
@@ -296,12 +346,12 @@ def test_states_are_what_deepspeed_holds(tmp_path: Path) -> None:
         memory = device_memory(shape, training(fot(), dtype=dtype), Resources(), int(stage))
         states = memory.weights + memory.gradients + memory.optimizer
         # Float32 gradients are there while a step is made, not yet after the backward pass.
-        of_the_step = 0 if case == "0 float32" else 4 * parameters(shape)
+        of_the_step = 0 if case == "0 float32" else 4 * count_of(shape)
         assert held == pytest.approx(states - of_the_step, rel=0.02), case
 
 
 def test_offloading_moves_states_to_the_host() -> None:
-    shape, count = Shape.of(OPEN_LLAMA_3B), parameters(Shape.of(OPEN_LLAMA_3B))
+    shape, count = Shape.of(OPEN_LLAMA_3B), count_of(Shape.of(OPEN_LLAMA_3B))
     resources = Resources(workers=4)
     held = {
         (stage, offload): device_memory(
@@ -348,6 +398,32 @@ def test_activations_and_logits_are_what_torch_allocates(dtype: str, checkpointi
         before = _total(tracker.get_tracker_snapshot("current"))
         loss().backward()
     made = training(fot(context=L), dtype=dtype, activation_checkpointing=checkpointing)
+    memory = device_memory(Shape.of(config.to_dict()), made, Resources())
+    allocated = _total(tracker.get_tracker_snapshot("peak")) - before
+    assert allocated == pytest.approx(memory.activations + memory.peak, rel=0.06)
+
+
+@pytest.mark.parametrize("part", PARTS, ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_activations_of_a_part_are_what_torch_allocates(part: dict, checkpointing: bool) -> None:
+    config = FotLlamaConfig(**{**SMALL, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6})
+    made = training(fot(context=64), activation_checkpointing=checkpointing)
+    made = made.model_validate({**made.model_dump(), **part})
+    model = FotLlamaForCausalLM(config).train()
+    part_of(model, made)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    ids = torch.randint(0, 96, (6, 64))
+    plan = cross_batch_plan([0, 0, 0, 1, 1, 1], [0, 1, 2] * 2, [[True, False], [False, True]], TABLE)
+    tracker = MemTracker()
+    tracker.track_external(model, *[parameter.grad for parameter in trained])
+    with tracker:
+        before = _total(tracker.get_tracker_snapshot("current"))
+        logits = model(ids, plan=plan, use_cache=False).logits
+        functional.cross_entropy(logits.flatten(0, 1).float(), ids.flatten(), reduction="sum").backward()
     memory = device_memory(Shape.of(config.to_dict()), made, Resources())
     allocated = _total(tracker.get_tracker_snapshot("peak")) - before
     assert allocated == pytest.approx(memory.activations + memory.peak, rel=0.06)
@@ -407,9 +483,9 @@ def test_every_device_is_found_by_its_own_name() -> None:
 
 def test_gates_are_counted_where_they_are() -> None:
     gated = {"kind": "memorizing", "context": 8, "mem_layers": [0, 2]}
-    assert gate_layers(training(gated).objective, 3) == 2
-    assert gate_layers(training({**gated, "gate": False}).objective, 3) == 0
-    assert gate_layers(training(fot()).objective, 3) == 0
+    assert gated_layers(training(gated).objective, 3) == [0, 2]
+    assert gated_layers(training({**gated, "gate": False}).objective, 3) == []
+    assert gated_layers(training(fot()).objective, 3) == []
 
 
 def test_the_estimates_need_no_torch() -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -8,9 +9,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from fot_model import FotLlamaConfig, FotLlamaForCausalLM
+from fot_model import Adapter, FotLlamaConfig, FotLlamaForCausalLM, fingerprint
 from jobs.train.checkpoint_store import CheckpointStore, Record
-from jobs.train.export import WEIGHTS, export_checkpoint
+from jobs.train.export import WEIGHTS, export, export_adapter, export_checkpoint
 from pipelines.errors import UserError
 from pipelines.tokenizer import train_tokenizer
 
@@ -48,6 +49,81 @@ def save(tmp_path, tokenizer):
         return model
 
     return write
+
+
+GATE = "model.layers.1.self_attn.mem_gate"
+QUERY = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def part(save, checkpoints, tokenizer, tmp_path):
+    """Write a checkpoint of a training in part, and its base with a tokenizer. Returns the model."""
+    model = save()
+    model.save_pretrained(tmp_path / "base")
+    for file in tokenizer.glob("*.json"):
+        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+    adapter = Adapter(fingerprint(model), {"mem_layers": [1], "mem_gate": True}, {"seed": 0})
+    adapter.save(tmp_path / "empty")
+    store, record = CheckpointStore(str(checkpoints)), CheckpointStore(str(checkpoints)).all()[0].records[0]
+    files = {**record.files}
+    for file in (tmp_path / "empty").iterdir():
+        name, content = f"model/{file.name}", file.read_bytes()
+        files[name] = store.write(1, name, lambda stream, c=content: stream.write(c))
+    torch.nn.init.normal_(model.get_parameter(QUERY))
+    torch.nn.init.normal_(model.get_parameter(GATE))
+    trained = {name: model.state_dict()[name] for name in (QUERY, GATE)}
+    files[WEIGHTS] = store.write(1, WEIGHTS, partial(torch.save, {"module": trained}))
+    base = {"path": str(tmp_path / "base"), "fingerprint": adapter.base}
+    store.write_record(replace(record, files=files, base=base))
+    return model
+
+
+def equal(directory: Path, model: FotLlamaForCausalLM) -> bool:
+    state = FotLlamaForCausalLM.from_pretrained(directory).state_dict()
+    return all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_part_is_exported_on_its_base(part, checkpoints, tmp_path):
+    export_checkpoint(str(checkpoints), tmp_path / "model")
+    assert equal(tmp_path / "model", part)
+    names = {file.name for file in (tmp_path / "model").iterdir()}
+    assert {"model.safetensors", "tokenizer.json"} <= names
+    assert not {"adapter.json", "adapter.safetensors"} & names
+
+
+def test_a_part_is_exported_as_an_adapter_and_put_on_its_base_again(part, checkpoints, tmp_path):
+    export(str(checkpoints), tmp_path / "adapter", None, as_adapter=True, base=None)
+    adapter = Adapter.load(tmp_path / "adapter")
+    assert {*adapter.tensors} == {QUERY, GATE}
+    assert adapter.training == {"seed": 0, "step": 1}
+    export(str(tmp_path / "adapter"), tmp_path / "model", None, as_adapter=False, base=tmp_path / "base")
+    assert equal(tmp_path / "model", part)
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").eos_token == "</s>"
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base", "checkpoints", "empty", "model"]
+
+
+def test_a_base_that_is_gone_or_another_is_a_line(part, checkpoints, tmp_path):
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(
+        UserError, match=rf"^the base of the adapter is not in {tmp_path}/base: say where it is \(--base"
+    ):
+        export_checkpoint(str(checkpoints), tmp_path / "model")
+    part.save_pretrained(tmp_path / "base")
+    with pytest.raises(
+        UserError, match=rf"^the adapter was trained from another base than {tmp_path}/base: its base's "
+    ):
+        export_checkpoint(str(checkpoints), tmp_path / "model")
+    export_checkpoint(str(checkpoints), tmp_path / "model", base=tmp_path / "moved")
+    assert equal(tmp_path / "model", part)
+
+
+def test_what_is_no_adapter_or_has_none_is_a_line(save, part, checkpoints, tmp_path):
+    export_adapter(str(checkpoints), tmp_path / "adapter")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/adapter is an adapter already: with --base DIR it becomes"):
+        export(str(tmp_path / "adapter"), tmp_path / "model", None, as_adapter=True, base=None)
+    save(2)
+    with pytest.raises(UserError, match=r"step-00000002: all parameters were trained, which is no adapter: export it"):
+        export_adapter(str(checkpoints), tmp_path / "other")
 
 
 @pytest.fixture

@@ -3,13 +3,14 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from fot_model import FotLlamaForCausalLM
+from fot_model import Adapter, FotLlamaForCausalLM
 from jobs.train.launch import train
 from jobs.train.metrics import read_metrics
-from jobs.train.spec import METRICS, MODEL, TrainSpec
+from jobs.train.spec import ADAPTER, METRICS, MODEL, TrainSpec
 from pipelines.errors import UserError
 
 CLOSE = 1e-4  # float32, over 60 steps
@@ -54,6 +55,41 @@ def test_a_zero_training_has_the_losses_of_plain_torch_and_exports_a_llama(
     tuned = FotLlamaForCausalLM.from_pretrained(spec.output / MODEL)
     assert tuned.config.mem_layers == [1]
     assert LlamaForCausalLM.from_pretrained(spec.output / MODEL).config.vocab_size == 300
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"zero_stage": 0}, {"train": "memory_attention"}),
+        ({"zero_stage": 1}, {"train": "memory_and_above"}),
+        ({"zero_stage": 2, "activation_checkpointing": True}, {"train": "memory_attention"}),
+        ({"zero_stage": 3}, {"train": {"patterns": ["embed", "mlp"]}}),
+        ({"zero_stage": 3, "activation_checkpointing": True}, {"train": "memory_and_above"}),
+        ({"zero_stage": 0}, {"train": "memory_attention", "lora": {"rank": 2}}),
+        ({"zero_stage": 2}, {"lora": {"rank": 3, "alpha": 1.0, "targets": ["q_proj", "down_proj"]}}),
+        ({"zero_stage": 3}, {"train": "memory_attention", "lora": {"rank": 2}}),
+    ],
+    ids=str,
+)
+def test_a_part_trains_as_in_plain_torch_and_becomes_an_adapter(
+    changed, losses, plain_torch_losses, tmp_path, settings: dict, part: dict
+) -> None:
+    settings = {"deepspeed": settings, "checkpoints": {"every": 25}, **part}
+    spec = changed("zero", settings)
+    train(spec)
+    whole = losses(spec.output)
+    assert whole == pytest.approx(plain_torch_losses(changed("plain", settings)), abs=CLOSE)
+    assert whole[-1] < whole[0]
+    base, tuned = load_file(spec.base / "model.safetensors"), load_file(spec.output / MODEL / "model.safetensors")
+    adapter = Adapter.load(spec.output / ADAPTER)
+    changed_names = {name for name in tuned if not torch.equal(tuned[name], base[name])}
+    assert changed_names == {*adapter.whole_names(merged=True)}
+    merged = FotLlamaForCausalLM.from_pretrained(spec.base, adapter=spec.output / ADAPTER)
+    state = merged.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in tuned.items())
+    assert merged.config.mem_layers == [1]
 
 
 @pytest.mark.slow
