@@ -23,7 +23,7 @@ from jobs.train.export import merge_adapter
 from jobs.train.spec import MODEL
 from jobs.version import code_version
 from jobs.views import print_results
-from jobs.workspace import WorkDir, duration
+from jobs.workspace import MODELS, WorkDir, duration
 from pipelines.config import Part
 from pipelines.errors import UserError
 from pipelines.files import write_atomically
