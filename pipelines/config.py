@@ -46,9 +46,9 @@ class Source(Part):
 
     A .jsonl or .json file holds a document a line, a .parquet or .arrow file a document a row, any other file is one
     document; each may end in .gz or .zst. In a directory each top-level entry is a document of its own, a subdirectory
-    as its files concatenated directory by directory, unless it holds nothing but .jsonl, .parquet and .arrow
-    files; with `directory: one_document` the whole directory is a single document (a repository). A directory written
-    by Hugging Face datasets' `save_to_disk` is read as that data set.
+    as its files concatenated directory by directory, unless it holds nothing but .jsonl, .parquet and .arrow files;
+    with `directory: one_document` the whole directory is a single document (a repository). A directory written by
+    Hugging Face datasets' `save_to_disk` is read as that data set.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]

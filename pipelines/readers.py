@@ -48,6 +48,9 @@ def describe(dropped: Dropped) -> str:
 
 def _read_whole(entry: Entry) -> Iterator[Document | Dropped]:
     """The entry's files as one document."""
+    if not entry.files:
+        yield Dropped("every file larger than max_tree_bytes", entry.name)
+        return
     texts = []
     for file in entry.files:
         with readable(file.path), open_decompressed(file.path) as stream:

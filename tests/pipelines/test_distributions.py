@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipelines.corpus import Document
+from pipelines.corpus import Document, Dropped
 from pipelines.distributions import find_distributions, site_packages
 from pipelines.errors import UserError
 
@@ -159,6 +159,14 @@ def test_the_manifest_of_a_package_names_its_licence_and_nothing_else_changes(si
     content = package.files[0].content
     assert package.identity() == ["s", "a-1.0", [["a-1.0/a.py", content]], "MIT"]
     assert file.identity() == ["s", "a.txt", [["a.txt", content]]]
+
+
+def test_a_package_beyond_the_limit_is_its_beginning_and_one_without_is_counted(site, install, read):
+    install("a", CODE)
+    install("large", {"large.py": "x" * 1000})
+    first, large = read("python:site-packages", max_tree_bytes=12)
+    assert 0 < len(first.text) <= 12 + 1
+    assert large == Dropped("every file larger than max_tree_bytes", "large-1.0")
 
 
 def test_what_is_left_out_is_said(site, install, list_of, capfd):
