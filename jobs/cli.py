@@ -195,6 +195,13 @@ def export(checkpoint: str, directory: Path, dtype: str | None) -> None:
 @click.option("--task", "tasks", multiple=True, required=True, metavar="NAME", help="perplexity, passkey... (repeat)")
 @click.option("--data", "texts", multiple=True, metavar="FILES", help="Text to measure on: a source's path (repeat).")
 @click.option("--base", metavar="CHECKPOINT", help="Measure this one beside it.")
+@click.option(
+    "--rival",
+    "rivals",
+    multiple=True,
+    metavar="NAME",
+    help="Another way for the base to read: full, yarn, dynamic_ntk, bm25 (repeat).",
+)
 @click.option("--local", type=click.IntRange(min=2), help="Tokens of the local context; the model's own by default.")
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Settings: passkey.lengths=[4,16], memory.top_k=128."
