@@ -198,6 +198,13 @@ def export(checkpoint: str, directory: Path, dtype: str | None, adapter: bool, b
 @click.option("--data", "texts", multiple=True, metavar="FILES", help="Text to measure on: a source's path (repeat).")
 @click.option("--adapter", metavar="DIR", help="An adapter that was trained from CHECKPOINT, to measure both together.")
 @click.option("--base", metavar="CHECKPOINT", help="Measure this one beside it.")
+@click.option(
+    "--rival",
+    "rivals",
+    multiple=True,
+    metavar="NAME",
+    help="Another way for the base to read: full, yarn, dynamic_ntk, bm25 (repeat).",
+)
 @click.option("--local", type=click.IntRange(min=2), help="Tokens of the local context; the model's own by default.")
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Settings: passkey.lengths=[4,16], memory.top_k=128."

@@ -5,7 +5,9 @@ from pathlib import Path
 
 from jobs.credentials import without_credentials
 from jobs.data.stages import Inputs
+from jobs.evaluate.config import READERS_TASKS
 from jobs.evaluate.result import RESULT, Point, Result, Table
+from jobs.evaluate.side_by_side import Measured, side_by_side
 from jobs.outcome import report_stage
 from jobs.plot import plot_curves
 from jobs.variants import Comparison
@@ -26,18 +28,40 @@ def comparison_stages(
     comparison: Comparison, made: Mapping[str, Mapping[str, Output]]
 ) -> tuple[list[Stage], dict[str, Output]]:
     """The stages that lay the variants side by side, and what they read: evaluations, as "<variant>-<task>"."""
-    tasks = {name: list(comparison.recipe(name, Path("a-model")).evaluation.tasks) for name in made}
+    evaluations = {name: comparison.recipe(name, Path("a-model")).evaluation for name in made}
+    tasks = {name: list(evaluation.tasks) for name, evaluation in evaluations.items()}
     inputs = {f"{name}-{task}": made[name][task] for name in made for task in tasks[name]}
+    first = next(name for name, variant in comparison.variants.items() if variant.after is None)
+    compared = next((name for name, variant in comparison.variants.items() if not variant.set), first)
+    measured = {
+        f"{name}-{task}": Measured(task, {"model": name, **({"base": "base"} if name == first else {})})
+        for name in made
+        for task in tasks[name]
+        if task in READERS_TASKS
+    }
+    for task in evaluations[first].rivalled:
+        for rival in evaluations[first].rivals:
+            measured[f"{task}-{rival}"] = Measured(task, {"model": rival})
+            inputs[f"{task}-{rival}"] = made[first][f"{task}-{rival}"]
 
     def run(output: Path, directories: Inputs) -> None:
         points = {
             name: [point for task in tasks[name] for point in Result.read(directories[f"{name}-{task}"]).points]
             for name in made
         }
-        first = next(name for name, variant in comparison.variants.items() if variant.after is None)
-        compare({"base": base_points(points[first]), **points}, output).write(output)
+        result = compare({"base": base_points(points[first]), **points}, output)
+        beside = side_by_side(TASK, measured, directories, compared, output)
+        joined = Result(
+            TASK,
+            {**result.settings, **beside.settings},
+            [*result.points, *beside.points],
+            [*result.tables, *beside.tables],
+            [*result.plots, *beside.plots],
+        )
+        joined.write(output)
 
-    stage = Stage(TASK, run, {"tasks": tasks}, inputs=tuple(inputs), content=RESULT)
+    params = {"tasks": tasks, "compared": compared}
+    stage = Stage(TASK, run, params, inputs=tuple(inputs), version=2, content=RESULT)
     settings = {
         **comparison.common.described(),
         "variants": {

@@ -112,7 +112,7 @@ def recipe_report(recipe: Recipe, made: Sequence[str]) -> Stage:
             "gate": "; ".join(decision.reasons),
         }
 
-    return report_stage(recipe.name, list(recipe.evaluation.tasks), recipe.described(), facts, made)
+    return report_stage(recipe.name, recipe.evaluation.results, recipe.described(), facts, made)
 
 
 def recipe_outcome(recipe: Recipe, inputs: Inputs) -> Outcome:
@@ -140,5 +140,5 @@ def recipe_outcome(recipe: Recipe, inputs: Inputs) -> Outcome:
         "workers": recipe.resources.workers,
     }
     trainings = [inputs["base"], inputs["finetune"]]
-    tasks, model = list(recipe.evaluation.tasks), inputs["finetune"] / MODEL
+    tasks, model = recipe.evaluation.results, inputs["finetune"] / MODEL
     return make_outcome(recipe.name, tasks, inputs, tags, params, model, trainings)

@@ -36,6 +36,49 @@ def plot_curves(
             axes.legend(frameon=False)
 
 
+def plot_panels(
+    panels: Mapping[str, Mapping[str, Curve]],
+    steps_are: str,
+    values_are: str,
+    target: Path,
+    shares: bool = False,
+    logarithmic: bool = False,
+) -> None:
+    """Curves beside each other, a panel for each title: values by step, a line for each name. `logarithmic`: values
+    whose worst are far from the others; `shares` as for `plot_curves`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, grid = pyplot.subplots(
+        rows, columns, figsize=(6.4 * columns, 4 * rows), dpi=150, squeeze=False, layout="constrained"
+    )
+    for axes, (title, curves) in zip(grid.flat, panels.items(), strict=False):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        _lines(axes, curves)
+        _tokens_axis(axes, {step for curve in curves.values() for step in curve})
+        if logarithmic:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            values = [value for curve in curves.values() for value in curve.values()]
+            decades = max(values) > 10 * min(values)
+            axes.yaxis.set_minor_formatter(NullFormatter() if decades else StrMethodFormatter("{x:g}"))
+        if shares:
+            axes.set_ylim(-0.02, 1.02)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(steps_are)
+        axes.set_ylabel(values_are)
+    for empty in list(grid.flat)[len(panels) :]:
+        empty.set_visible(False)
+    grid[0][0].legend(frameon=False)
+    _save(figure, target)
+
+
 def plot_times(curves: Mapping[str, Mapping[datetime, float]], values_are: str, target: Path) -> None:
     """Values by time (UTC), a line for each name."""
     from matplotlib.dates import date2num

@@ -151,6 +151,11 @@ class Recipe(Texts):
         pretrain = {"base": self.base.pretrain.training} if self.base.pretrain is not None else {}
         return {**pretrain, "finetune": self.finetune}
 
+    @property
+    def evaluated_local(self) -> int:
+        """Tokens of the local context in evaluations."""
+        return self.evaluation.local or self.finetune.objective.context
+
     @model_validator(mode="after")
     def _batches_divide(self) -> "Recipe":
         for name, training in self.trainings.items():
@@ -174,6 +179,13 @@ class Recipe(Texts):
     def _evaluations_fit_the_model(self) -> "Recipe":
         """What asks of memory is asked of a model that has one."""
         kind, perplexity = self.finetune.objective.kind, self.evaluation.perplexity
+        if self.evaluated_local > self.finetune.objective.context:
+            raise ValueError(
+                f"evaluation.local ({self.evaluated_local}) is longer than finetune.objective.context "
+                f"({self.finetune.objective.context}): lower it"
+            )
+        if kind == "transformer_xl" and self.evaluation.reader == "full":
+            raise ValueError("evaluation.reader: a Transformer-XL is read as it was trained, not in full attention")
         if kind != "transformer_xl" and (kind != "standard" or self.base.pretrain is None):
             return self
         if self.evaluation.attention_mass is not None:
@@ -187,7 +199,7 @@ class Recipe(Texts):
     @model_validator(mode="after")
     def _the_gate_can_be_passed(self) -> "Recipe":
         """Every condition is on something that is measured."""
-        local = self.finetune.objective.context
+        local = self.evaluated_local
         for condition in self.registry.promote:
             for metric in (condition.metric, *([condition.of] if condition.of else [])):
                 task = metric.partition("/")[0].replace("bits_per_byte", "perplexity")

@@ -48,7 +48,7 @@ def run_recipe(path: Path, overrides: Sequence[str]) -> None:
     workspace = Workspace(load_recipe(path, overrides))
     with workspace.with_ray():
         made = make(workspace)
-    print_results(read_results(list(workspace.recipe.evaluation.tasks), made.paths))
+    print_results(read_results(workspace.recipe.evaluation.results, made.paths))
     _say_done(workspace.recipe, made)
 
 

@@ -35,7 +35,7 @@ def recipe_stages(workspace: Workspace) -> list[Stage]:
 
 def _evaluations(recipe: Recipe, hashes: FileHashes) -> list[Stage]:
     models = {"model": "finetune", "base": "base"}
-    return evaluation_stages(recipe.evaluation, models, recipe.finetune.objective.context, recipe.seed, hashes)
+    return evaluation_stages(recipe.evaluation, models, recipe.evaluated_local, recipe.seed, hashes)
 
 
 def _repairing(recipe: Recipe, corpus: Corpus, stage: Stage) -> Stage:

@@ -12,7 +12,7 @@ from jobs.data.stages import Inputs, directory_files, documents_stage, look_at_c
 from jobs.evaluate.config import Evaluation
 from jobs.evaluate.stages import evaluation_stages, read_results
 from jobs.evaluate.subject import check_models
-from jobs.evaluate.tasks import MODULES, NEED_NO_TOKENIZER, READ_DOCUMENTS
+from jobs.evaluate.tasks import MODULES, NEED_NO_TOKENIZER, READ_DOCUMENTS, check_installed
 from jobs.outcome import REPORT, make_outcome, report_stage
 from jobs.recipe import Name, Texts
 from jobs.registry.config import Registry
@@ -40,11 +40,13 @@ class Named(Part):
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line says. `adapter`: of the checkpoint, a directory; `texts`: files to evaluate on, each a
-    source; `local`: tokens of the local context, None for the model's own."""
+    """What the command line says. `rivals`: other ways to read, without training; `adapter`: of the checkpoint, a
+    directory; `texts`: files to evaluate on, each a source; `local`: tokens of the local context, None for the model's
+    own."""
 
     checkpoint: str
     tasks: Sequence[str]
+    rivals: Sequence[str]
     overrides: Sequence[str]
     adapter: str | None
     base: str | None
@@ -58,7 +60,8 @@ class Request:
 def evaluate_checkpoint(request: Request) -> None:
     """Measure, print, record. Raises UserError for whatever cannot be evaluated, before anything is measured."""
     validated(Named, {"name": request.name}, "fot evaluate")
-    evaluation = chosen(request.tasks, request.overrides)
+    evaluation = chosen(request.tasks, request.overrides, request.rivals)
+    check_installed(evaluation.rivals)
     if needy := sorted(READ_DOCUMENTS & set(evaluation.tasks)) if not request.texts else []:
         raise UserError(f"{needy[0]} is measured on text: give some with --data FILES")
     work = WorkDir(request.name, request.work_dir)
@@ -70,7 +73,7 @@ def evaluate_checkpoint(request: Request) -> None:
         if set(evaluation.tasks) - NEED_NO_TOKENIZER:
             for name, path in models.items():
                 _check_tokenizer(given[name], path)
-        check_models(models, request.local or _window(models["model"]))
+        check_models(models, _local(request, evaluation, models["model"]))
         outputs, seconds = work.run(lambda: _stages(request, evaluation, models, work))
         made = {name: output.path for name, output in outputs.items()}
         tags = {
@@ -79,14 +82,14 @@ def evaluate_checkpoint(request: Request) -> None:
             **({} if request.adapter is None else {"fot.adapter": request.adapter}),
             "fot.files": hash_json(outputs["model"].params["files"]),
         }
-        recorded = register(make_outcome(request.name, list(evaluation.tasks), made, tags), work.directory, Registry())
-    print_results(read_results(list(evaluation.tasks), made))
+        recorded = register(make_outcome(request.name, evaluation.results, made, tags), work.directory, Registry())
+    print_results(read_results(evaluation.results, made))
     console.print(f"[bold]{request.name}: done in {duration(seconds)}[/bold]")
     say(f"  report      {made['report'] / REPORT}")
     say(f"  MLflow run  {recorded['run_id'] or 'kept for `fot registry sync`'}")
 
 
-def chosen(tasks: Sequence[str], overrides: Sequence[str]) -> Evaluation:
+def chosen(tasks: Sequence[str], overrides: Sequence[str], rivals: Sequence[str] = ()) -> Evaluation:
     """The settings of the tasks asked for, all others left out; keys may begin with `evaluation.` as in a recipe.
 
     Raises UserError for an unknown task, and for settings of one that is not asked for."""
@@ -96,6 +99,8 @@ def chosen(tasks: Sequence[str], overrides: Sequence[str]) -> Evaluation:
             hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(MODULES)}"
             raise UserError(f"--task {task} is unknown: {hint}")
     content: dict[str, object] = {name: {} if name in tasks else None for name in MODULES}
+    if rivals:
+        content["rivals"] = list(dict.fromkeys(rivals))
     for text in overrides:
         setting = text.removeprefix("evaluation.")
         task = re.split("[.=]", setting)[0]
@@ -135,7 +140,7 @@ def _check_tokenizer(checkpoint: str, path: Path) -> None:
 
 
 def _stages(request: Request, evaluation: Evaluation, models: dict[str, Path], work: WorkDir) -> list[Stage]:
-    local = request.local or _window(models["model"])
+    local = _local(request, evaluation, models["model"])
     with work.hashes() as hashes:
         stages = [_model_stage(name, path, hashes) for name, path in models.items()]
         if request.texts:
@@ -154,12 +159,14 @@ def _stages(request: Request, evaluation: Evaluation, models: dict[str, Path], w
         settings["adapter"] = request.adapter
     facts = {"model": request.checkpoint, "base": request.base or "none", "code": code_version()}
     made = [stage.name for stage in stages]
-    return [*stages, report_stage(request.name, list(evaluation.tasks), settings, lambda inputs, results: facts, made)]
+    return [*stages, report_stage(request.name, evaluation.results, settings, lambda inputs, results: facts, made)]
 
 
-def _window(model: Path) -> int:
+def _local(request: Request, evaluation: Evaluation, model: Path) -> int:
+    """Tokens of the local context: as asked for, else the model's own."""
     config = json.loads((model / "config.json").read_text())
-    return int(config.get("local_context") or config["max_position_embeddings"])
+    own = config.get("local_context") or config["max_position_embeddings"]
+    return int(request.local or evaluation.local or own)
 
 
 def _model_stage(name: str, path: Path, hashes: FileHashes) -> Stage:

@@ -1,14 +1,37 @@
 """The recipe's evaluation parts. Lengths are multiples of the local context; results say tokens."""
 
+import difflib
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from jobs.dictionary.config import Evaluation as Dictionary
 from jobs.train.config import Positive
 from pipelines.config import Part
 
 Lengths = Annotated[tuple[Positive, ...], Field(min_length=1)]
+
+RIVALS = {  # ways to read a long text without memory -> what they are called in tables
+    "full": "full attention",
+    "yarn": "YaRN",
+    "dynamic_ntk": "dynamic NTK",
+    "bm25": "retrieval (BM25)",
+}
+RIVALS_STAGE = "rivals"
+READERS_TASKS = ("perplexity", "passkey")  # those that can be read in any of these ways
+READ_WITH_MEMORY = ("attention_mass", "dictionary", "trec", "webquestions")
+HOW = ("memory", "local", "reader", "rivals", "rivals_up_to")  # of `Evaluation`, beside the tasks
+
+
+def _known_rival(name: str) -> str:
+    if name not in RIVALS:
+        near = difflib.get_close_matches(name, RIVALS, 1, 0.4)
+        hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(RIVALS)}"
+        raise ValueError(f"rival {name} is unknown: {hint}")
+    return name
+
+
+Rival = Annotated[str, AfterValidator(_known_rival)]
 
 
 class Memory(Part):
@@ -87,9 +110,19 @@ class LmEval(Part):
 
 
 class Evaluation(Part):
-    """What is measured after training; a task that is null is left out."""
+    """What is measured after training; a task that is null is left out.
+
+    `local`: tokens of the local context, by default that of the fine-tuning. `reader`: how the model itself reads in
+    perplexity and passkey: with its `memory`, or in `full` attention (one that was fine-tuned with a long context).
+    `rivals`: other ways for the base to read, without any training, measured beside it in perplexity and passkey at
+    lengths of up to `rivals_up_to` tokens (full attention's cost grows with the square of the length).
+    """
 
     memory: Memory = Memory()
+    local: Positive | None = None
+    reader: Literal["memory", "full"] = "memory"
+    rivals: tuple[Rival, ...] = ()
+    rivals_up_to: Positive = 16384
     perplexity: Perplexity | None = Perplexity()
     passkey: Passkey | None = Passkey()
     attention_mass: AttentionMass | None = None
@@ -101,5 +134,29 @@ class Evaluation(Part):
     @property
     def tasks(self) -> dict[str, Part]:
         """What is asked for, by the task's name."""
-        parts = {name: getattr(self, name) for name in type(self).model_fields if name != "memory"}
+        parts = {name: getattr(self, name) for name in type(self).model_fields if name not in HOW}
         return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def rivalled(self) -> dict[str, Part]:
+        """The tasks in which rivals are measured."""
+        return {name: part for name, part in self.tasks.items() if self.rivals and name in READERS_TASKS}
+
+    @property
+    def results(self) -> list[str]:
+        """Names of the stages that hold a result."""
+        return [*self.tasks, *([RIVALS_STAGE] if self.rivals else [])]
+
+    @model_validator(mode="after")
+    def _what_is_read_can_be(self) -> "Evaluation":
+        if self.rivals and not self.rivalled:
+            raise ValueError(
+                f"evaluation.rivals: they are measured in {' and '.join(READERS_TASKS)}: ask for one of these"
+            )
+        if self.reader == "full" and (others := [name for name in self.tasks if name in READ_WITH_MEMORY]):
+            raise ValueError(f"evaluation.reader: {others[0]} is read with memory: leave it out, or reader: full")
+        if self.reader == "full" and self.perplexity is not None and self.perplexity.others:
+            raise ValueError(
+                "evaluation.perplexity.others: other documents are read into memory; reader: full has none"
+            )
+        return self

@@ -7,17 +7,16 @@ Two prompts:
   and the key; and last the marker again, after which the key is to follow. Keys are of digits 1 to 9 as well, so the
   marker is nowhere else, and what follows it tells the key from filler.
 
-The text is read window by window into memory; the last window holds the question. Two scores: `exact`, the greedy
-continuation is the number (every token of it is the likeliest after those before) and goes on with no other digit, as
-in Landmark Attention's script; `choice`, the number is likelier than nine others (chance: 0.1), which still says
-something of models too small to spell it.
+The prompt is read as the model reads long texts (`readers.py`). Two scores: `exact`, the greedy continuation is the
+number (every token of it is the likeliest after those before) and goes on with no other digit, as in Landmark
+Attention's script; `choice`, the number is likelier than nine others (chance: 0.1), which still says something of
+models too small to spell it.
 
-Each trial is drawn by (seed, length, its number), whichever are read together.
+Each trial is drawn by (seed, length, its number), whoever reads it and whichever are read together.
 
-Shapes: B trials, T tokens of a prompt, L tokens a window, A tokens that an answer may have, C candidates.
+Shapes: B trials, T tokens of a prompt, A tokens that an answer may have, C candidates, V vocabulary.
 """
 
-import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,20 +26,14 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from fot_model import FotCache, FotLlamaForCausalLM
 from jobs.evaluate.cells import Cell, Json
 from jobs.evaluate.config import Passkey
+from jobs.evaluate.full_attention import Ask
+from jobs.evaluate.readers import check_reading, held_bytes, open_reader, rows_together
 from jobs.evaluate.result import Cell as Value
 from jobs.evaluate.result import Point, Result, Table
-from jobs.evaluate.subject import (
-    Subject,
-    load_model,
-    memory_bytes,
-    new_cache,
-    read_into,
-    read_tokenizer,
-    weights_bytes,
-)
+from jobs.evaluate.subject import Subject, read_tokenizer, weights_bytes
+from jobs.evaluate.trials import interval, share, write_trials
 from jobs.plot import plot_heat_maps
 from pipelines.errors import UserError
 from pipelines.tokenizer import TextTokenizer
@@ -59,7 +52,6 @@ TOKENS_AT_ONCE = 2**17  # of prompts that are read together
 LINES_AT_ONCE = 1000  # drawn and tokenized
 DEPTHS = 5  # rows of the heat map
 GOOD = 0.9  # what `length_90` asks for
-Z = 1.96  # of a 95 % interval
 SCORES = ("exact", "choice")
 
 
@@ -78,25 +70,22 @@ class Parts:
 def cells(subject: Subject, settings: Passkey) -> list[Cell]:
     """Trials by length, some at a time. Raises UserError where the prompt does not fit."""
     check_prompt(read_tokenizer(subject.model), subject.local, settings)
-    local, weights = subject.local, weights_bytes(subject.model)
-    rows = {length: _rows(settings, length, local) for length in settings.lengths}
-    held = {
-        length: memory_bytes(subject.model, subject.memory, (length - 1) * local, local, rows[length])
-        + 16 * rows[length] * length * local  # the prompts themselves
-        for length in settings.lengths
-    }
-    return [
-        Cell(
+    check_reading(subject)
+    local, weights, made = subject.local, weights_bytes(subject.model), []
+    for length, numbers in _batches(subject, settings):
+        rows, tokens = _rows(subject, settings, length), length * local
+        held = held_bytes(subject, "model", tokens, rows) + 16 * rows * tokens  # and the prompts themselves
+        cell = Cell(
             key=_key(length, numbers),
             function=run_trials,
             arguments=(subject, settings, length, numbers),
-            tokens=len(numbers) * (length + CANDIDATES - 1) * local,
-            bytes=weights + held[length],
+            tokens=len(numbers) * tokens,
+            bytes=weights + held,
             weights=weights,
-            what=f"passkey at {length * local} tokens, {rows[length]} prompts at once (evaluation.passkey.at_once)",
+            what=f"passkey at {tokens} tokens, {rows} prompts at once (evaluation.passkey.at_once)",
         )
-        for length, numbers in _batches(settings, local)
-    ]
+        made.append(cell)
+    return made
 
 
 def check_prompt(tokenizer: TextTokenizer, local: int, settings: Passkey) -> None:
@@ -135,6 +124,11 @@ def make_trial(
         before = len(around) if len(around) <= room * depth else before
         around += next(parts.filler)
     return depth, [*parts.head, *around[:before], *parts.hidden, *around[before:room], *parts.question], parts.answers
+
+
+def question_length(tokenizer: TextTokenizer, settings: Passkey) -> int:
+    """Tokens of the question that a prompt ends in."""
+    return len(_parts(tokenizer, settings, random.Random(0)).question)
 
 
 def _parts(tokenizer: TextTokenizer, settings: Passkey, draw: random.Random) -> Parts:
@@ -184,47 +178,33 @@ def _all_after(tokenizer: TextTokenizer, before: str, texts: list[str]) -> list[
 def run_trials(subject: Subject, settings: Passkey, length: int, numbers: Sequence[int]) -> Json:
     """A cell: {"depth", "exact", "choice"} of each trial."""
     tokenizer, local, room = read_tokenizer(subject.model), subject.local, answer_room(settings)
-    model = load_model(subject.model, subject.model)
     seeds = [f"{subject.seed}/passkey/{length}/{number}" for number in numbers]
     depths, prompts, answers = zip(
         *(make_trial(tokenizer, length * local, settings, seed) for seed in seeds), strict=True
     )
-    asked = (length - 1) * local
     prompts_BT = torch.tensor(prompts, dtype=torch.long)
-    cache = new_cache(model, subject.memory)
-    read_into(model, cache, prompts_BT[:, :asked], local)
-    scores_BC, exact_B = weigh(model, cache, prompts_BT[:, asked:], answers, room, tokenizer)
+    ask = open_reader(subject, "model").ask(prompts_BT, question_length(tokenizer, settings), room)
+    scores_BC, exact_B = weigh(ask, answers, room, tokenizer)
     choice_B = scores_BC[:, 0] > scores_BC[:, 1:].max(1).values
     outcomes = zip(depths, exact_B.tolist(), choice_B.tolist(), strict=True)
     return [{"depth": depth, "exact": exact, "choice": choice} for depth, exact, choice in outcomes]
 
 
 def weigh(
-    model: FotLlamaForCausalLM,
-    cache: FotCache,
-    question_BL: torch.Tensor,
-    answers: Sequence[list[list[int]]],
-    room: int,
-    tokenizer: TextTokenizer,
+    ask: Ask, answers: Sequence[list[list[int]]], room: int, tokenizer: TextTokenizer
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each answer [B, C] after what the cache has read and the question, and whether each token of
-    the first one is the likeliest, and so is one that begins with no digit after them [B]. The answers are padded to
-    `room` tokens; the cache forgets them."""
-    read, scores, exact_B = cache.get_seq_length(), [], torch.zeros(len(answers), dtype=torch.bool)
+    """Log-probability of each answer [B, C] after what was read, and whether each token of the first one is the
+    likeliest, and so is one that begins with no digit after them [B]. The answers are padded to `room` tokens."""
+    scores, exact_B = [], torch.zeros(len(answers), dtype=torch.bool)
     for candidate in range(CANDIDATES):
         row = [answer[candidate] for answer in answers]
         answer_BA = torch.tensor([ids + [tokenizer.eos] * (room - len(ids)) for ids in row])
         real_BA = torch.arange(room) < torch.tensor([[len(ids)] for ids in row])
-        window_BL = torch.cat([question_BL, answer_BA], dim=1).to(model.device)
-        output = model(
-            window_BL, past_key_values=cache, last_context_length=window_BL.shape[1], logits_to_keep=room + 1
-        )
-        cache.truncate(read)
-        logits_BAV = output.logits[:, :-1].float().cpu()
-        losses_BA = functional.cross_entropy(logits_BAV.transpose(1, 2), answer_BA, reduction="none")
+        logits_BAV = ask(answer_BA).float().cpu()  # one more than the answer's tokens
+        losses_BA = functional.cross_entropy(logits_BAV[:, :-1].transpose(1, 2), answer_BA, reduction="none")
         scores.append(-(losses_BA * real_BA).sum(1))
         if candidate == 0:
-            likeliest_BA = output.logits.argmax(-1).cpu()
+            likeliest_BA = logits_BAV.argmax(-1)
             after = [
                 tokenizer.tokenizer.id_to_token(int(line[len(ids)]))
                 for line, ids in zip(likeliest_BA, row, strict=True)
@@ -236,19 +216,19 @@ def weigh(
 
 def summarize(subject: Subject, settings: Passkey, results: Mapping[str, Json], output: Path) -> Result:
     """Both scores by length, and a map of them by length and depth."""
-    trials: dict[int, list[dict[str, float]]] = {length * subject.local: [] for length in sorted(settings.lengths)}
-    for length, numbers in _batches(settings, subject.local):
-        trials[length * subject.local] += results[_key(length, numbers)]
-    shares = {score: {tokens: _share(own, score) for tokens, own in trials.items()} for score in SCORES}
+    trials: dict[int, list[dict[str, float]]] = {}
+    for length, numbers in sorted(_batches(subject, settings)):
+        trials.setdefault(length * subject.local, []).extend(results[_key(length, numbers)])
+    write_trials(trials, output)
+    shares = {score: {tokens: share(own, score) for tokens, own in trials.items()} for score in SCORES}
     reached = longest_good(shares["exact"])
-    points = [Point(f"passkey/{score}", tokens, share) for score in SCORES for tokens, share in shares[score].items()]
+    points = [Point(f"passkey/{score}", tokens, found) for score in SCORES for tokens, found in shares[score].items()]
     points.append(Point("passkey/length_90", 0, reached))
     rows: list[list[Value]] = []
     for tokens, own in trials.items():
         row: list[Value] = [tokens, len(own)]
         for score in SCORES:
-            low, high = wilson(sum(bool(trial[score]) for trial in own), len(own))
-            row += [shares[score][tokens], f"{low:.3f} to {high:.3f}"]
+            row += [shares[score][tokens], interval(own, score)]
         rows.append(row)
     note = (
         f"A number of {settings.digits} digits in {'filler text' if settings.prompt == 'text' else 'lines of digits'}. "
@@ -262,14 +242,6 @@ def summarize(subject: Subject, settings: Passkey, results: Mapping[str, Json], 
     plot_heat_maps(maps, list(trials), edges, output / "passkey.png")
     table = Table("Passkey retrieval", columns, rows, note)
     return Result("passkey", settings.model_dump(mode="json"), points, [table], ["passkey.png"])
-
-
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
-    share, spread = successes / trials, Z * Z / trials
-    middle = (share + spread / 2) / (1 + spread)
-    half = Z * math.sqrt(share * (1 - share) / trials + spread / trials / 4) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def longest_good(shares: Mapping[int, float]) -> int:
@@ -287,28 +259,27 @@ def by_depth(columns: Sequence[Sequence[Mapping[str, float]]], score: str) -> li
     rows: list[list[float | None]] = []
     for depth in range(DEPTHS):
         there = [[trial for trial in own if int(trial["depth"] * DEPTHS) == depth] for own in columns]
-        rows.append([_share(own, score) if own else None for own in there])
+        rows.append([share(own, score) if own else None for own in there])
     return rows
 
 
-def _share(trials: Sequence[Mapping[str, float]], score: str) -> float:
-    return sum(bool(trial[score]) for trial in trials) / len(trials)
-
-
-def _batches(settings: Passkey, local: int) -> list[tuple[int, list[int]]]:
+def _batches(subject: Subject, settings: Passkey) -> list[tuple[int, list[int]]]:
     """(length, numbers of trials read together)."""
     numbers = list(range(settings.trials))
     return [
         (length, numbers[first : first + rows])
         for length in dict.fromkeys(settings.lengths)
-        for rows in [_rows(settings, length, local)]
+        if subject.reading.reaches(length * subject.local)
+        for rows in [_rows(subject, settings, length)]
         for first in range(0, settings.trials, rows)
     ]
 
 
-def _rows(settings: Passkey, length: int, local: int) -> int:
+def _rows(subject: Subject, settings: Passkey, length: int) -> int:
     """Prompts read together."""
-    return min(settings.at_once, settings.trials, max(1, TOKENS_AT_ONCE // (length * local)))
+    tokens = length * subject.local
+    most = min(settings.at_once, settings.trials, max(1, TOKENS_AT_ONCE // tokens))
+    return rows_together(subject, "model", tokens, most)
 
 
 def _key(length: int, numbers: Sequence[int]) -> str:

@@ -12,9 +12,7 @@ of other documents are read into the same memory. All sums are over tokens, so l
 made of scored windows alone.
 """
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -23,15 +21,16 @@ import torch
 
 from jobs.evaluate.cells import Cell, Json
 from jobs.evaluate.config import Perplexity
+from jobs.evaluate.losses import Scored, Sums, at_steps, curve_of, difference, perplexity, write_losses
+from jobs.evaluate.readers import check_reading, held_bytes, open_reader, rows_together
 from jobs.evaluate.result import Cell as Value
 from jobs.evaluate.result import Point, Result, Table
-from jobs.evaluate.scoring import score, score_chain
+from jobs.evaluate.scoring import score
 from jobs.evaluate.subject import (
     Subject,
     check_tokenizer,
     is_chained,
     load_model,
-    memory_bytes,
     new_cache,
     open_documents,
     read_config,
@@ -47,6 +46,7 @@ from jobs.evaluate.windows import (
     fewest_others,
     one_after_another,
     other_documents,
+    read_contexts,
     read_windows,
     source_names,
 )
@@ -70,38 +70,6 @@ class Batch(NamedTuple):
     scored: int
 
 
-@dataclass(frozen=True)
-class Sums:
-    """Over scored windows: loss (nats), tokens, bytes of their text."""
-
-    nats: float = 0.0
-    tokens: int = 0
-    bytes: int = 0
-
-    @classmethod
-    def of(cls, parts: Iterable["Sums"]) -> "Sums":
-        all_parts = list(parts)
-        nats = math.fsum(part.nats for part in all_parts)
-        return cls(nats, sum(part.tokens for part in all_parts), sum(part.bytes for part in all_parts))
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.nats / self.tokens)
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.nats / math.log(2) / self.bytes
-
-
-class Scored(NamedTuple):
-    """One window at one length: `name` of the model, or `DISTRACTED`; `step` in tokens."""
-
-    name: str
-    source: str
-    step: int
-    sums: Sums
-
-
 Part = tuple[list[Point], list[Table], list[str]]  # of a Result
 
 
@@ -115,7 +83,8 @@ def cells(subject: Subject, settings: Perplexity) -> list[Cell]:
         raise UserError("evaluation.perplexity: a Transformer-XL has no memory: set mode: last_window and others: []")
     check_tokenizer(subject, dataset)
     check_documents(dataset, local, settings)
-    batches, made = _batches(dataset, local, settings), []
+    check_reading(subject)
+    batches, made = _batches(dataset, subject, settings), []
     for name in subject.models:
         for batch in batches:
             tokens = batch.context * local
@@ -124,7 +93,7 @@ def cells(subject: Subject, settings: Perplexity) -> list[Cell]:
                 function=score_batch,
                 arguments=(subject, name, batch),
                 tokens=len(batch.windows) * tokens,
-                bytes=_bytes(subject, name, min(len(batch.windows), _at_once(local)), tokens),
+                bytes=_bytes(subject, name, min(len(batch.windows), _at_once(subject, name, tokens)), tokens),
                 weights=weights_bytes(subject.models[name]),
                 what=f"perplexity with {tokens} tokens of context",
             )
@@ -156,16 +125,12 @@ def check_documents(dataset: TokenDataset, local: int, settings: Perplexity) -> 
 
 
 def score_batch(subject: Subject, name: str, batch: Batch) -> Json:
-    """A cell: loss (nats) of every scored window, a list for each of the batch's; memory is empty before each."""
-    model, dataset = load_model(subject.models[name], subject.model), open_documents(subject)
-    if is_chained(subject.models[name]):
-        return score_chain(model, dataset, batch.windows, batch.context, subject.local, model.device).tolist()
+    """A cell: loss (nats) of every scored window, a list for each of the batch's; nothing was read before each."""
+    reader, dataset, local = open_reader(subject, name), open_documents(subject), subject.local
     found = []
-    for windows in _split(batch.windows, _at_once(subject.local)):
-        cache = new_cache(model, subject.memory)
-        found += score(
-            model, dataset, windows, batch.context, subject.local, model.device, cache, batch.scored
-        ).tolist()
+    for windows in _split(batch.windows, _at_once(subject, name, batch.context * local)):
+        text_BT = torch.from_numpy(read_contexts(dataset, windows, batch.context, local))
+        found += reader.losses(text_BT, batch.scored).tolist()
     return found
 
 
@@ -182,14 +147,16 @@ def score_distracted(subject: Subject, windows: list[Window], context: int, amou
     found = []
     for window in windows:
         cache.truncate(amount * local)
-        found.append(score(model, dataset, [window], context, local, model.device, cache).item())
+        text_1T = torch.from_numpy(read_contexts(dataset, [window], context, local))
+        found.append(score(model, text_1T, local, model.device, cache).item())
     return found
 
 
 def summarize(subject: Subject, settings: Perplexity, results: Mapping[str, Json], output: Path) -> Result:
     """Perplexity and bits a byte in all and by source, and what other documents in memory cost."""
     dataset = open_documents(subject)
-    scored = _scored(dataset, subject, settings, results)
+    scored = scored_windows(dataset, subject, settings, results)
+    write_losses(scored, output)
     names = [name for name in ("base", "model") if name in subject.models]
     parts = [_in_all(names, scored, _what(dataset, subject, settings), output)]
     sources = [source for source in source_names(dataset.manifest) if any(one.source == source for one in scored)]
@@ -202,7 +169,9 @@ def summarize(subject: Subject, settings: Perplexity, results: Mapping[str, Json
     return Result("perplexity", settings.model_dump(mode="json"), *joined)
 
 
-def _scored(dataset: TokenDataset, subject: Subject, settings: Perplexity, results: Mapping[str, Json]) -> list[Scored]:
+def scored_windows(
+    dataset: TokenDataset, subject: Subject, settings: Perplexity, results: Mapping[str, Json]
+) -> list[Scored]:
     """Every scored window at every length."""
     tokenizer, sources, local = read_tokenizer(subject.model), source_names(dataset.manifest), subject.local
     sizes, prefix = token_bytes(tokenizer), prefix_bytes(tokenizer)
@@ -211,10 +180,10 @@ def _scored(dataset: TokenDataset, subject: Subject, settings: Perplexity, resul
         labels = dataset.tokens(window.document, window.start + 1, window.start + local + 1)
         text = int(sizes[labels].sum()) - (prefix if window.start == 0 else 0)
         source = sources[int(dataset.source[window.document])]
-        return Scored(name, source, context * local, Sums(nats, local, text))
+        return Scored(name, source, int(window.document), int(window.start), context * local, Sums(nats, local, text))
 
     found = []
-    for batch in _batches(dataset, local, settings):
+    for batch in _batches(dataset, subject, settings):
         for name in subject.models:
             for window, losses in zip(batch.windows, results[_key(name, batch)], strict=True):
                 if settings.mode == "last_window":
@@ -222,34 +191,32 @@ def _scored(dataset: TokenDataset, subject: Subject, settings: Perplexity, resul
                     continue
                 for place, nats in enumerate(losses):
                     here = Window(window.document, place * local)
-                    found += [one(name, context, here, nats) for context in set(settings.contexts) if place < context]
+                    reached = [context for context in set(settings.contexts) if place < context <= batch.context]
+                    found += [one(name, context, here, nats) for context in reached]
     for amount, windows in _distracted(dataset, subject.local, settings):
         for window, nats in zip(windows, results[_distracted_key(amount, windows)], strict=True):
             found.append(one(DISTRACTED, amount, window, nats))
     return found
 
 
-def _curve(scored: Iterable[Scored], name: str, source: str | None = None) -> dict[int, Sums]:
-    """By step, of one source or of all."""
-    parts: dict[int, list[Sums]] = {}
-    for one in scored:
-        if one.name == name and source in (None, one.source):
-            parts.setdefault(one.step, []).append(one.sums)
-    return {step: Sums.of(parts[step]) for step in sorted(parts)}
-
-
 def _in_all(names: Sequence[str], scored: list[Scored], what: str, output: Path) -> Part:
-    curves = {name: _curve(scored, name) for name in names}
+    windows = {name: at_steps(scored, name) for name in names}
+    curves = {name: curve_of(scored, name) for name in names}
     rows: list[list[Value]] = []
     for step in curves["model"]:
         row: list[Value] = [step]
         row += [curves[name][step].perplexity for name in names]
         row += [curves[name][step].bits_per_byte for name in names]
+        row += [perplexity(windows[name][step]).ends for name in names]
+        if "base" in names:
+            row.append(str(difference(windows["model"][step], windows["base"][step])))
         rows.append(row)
     columns = [
         "tokens of context",
         *(f"perplexity, {name}" for name in names),
         *(f"bits a byte, {name}" for name in names),
+        *(f"interval, {name}" for name in names),
+        *(["model less base, nats"] if "base" in names else []),
     ]
     points = _points(curves) + [
         Point(f"bits_per_byte/{name}", step, sums.bits_per_byte)
@@ -257,16 +224,18 @@ def _in_all(names: Sequence[str], scored: list[Scored], what: str, output: Path)
         for step, sums in curves[name].items()
     ]
     plot_curves(_perplexities(curves), TOKENS, f"{PERPLEXITY}, held-out documents", output / "perplexity.png")
-    return points, [Table("Perplexity by context length", columns, rows, what)], ["perplexity.png"]
+    note = f"{what} Intervals of perplexity, 95 %, over documents."
+    return points, [Table("Perplexity by context length", columns, rows, note)], ["perplexity.png"]
 
 
 def _by_source(names: Sequence[str], sources: Sequence[str], scored: list[Scored], output: Path) -> Part:
-    curves = {f"{name}/{source}": _curve(scored, name, source) for name in names for source in sources}
-    steps = list(_curve(scored, "model"))
+    windows = {(source, name): at_steps(scored, name, source) for name in names for source in sources}
+    curves = {f"{name}/{source}": curve_of(scored, name, source) for name in names for source in sources}
+    steps = list(at_steps(scored, "model"))
     rows: list[list[Value]] = []
-    for label, curve in curves.items():
-        name, source = label.split("/", 1)
-        rows.append([source, name, curve[steps[0]].tokens, *(curve[step].perplexity for step in steps)])
+    for (source, name), own in windows.items():
+        tokens = sum(one.sums.tokens for one in own[steps[0]])
+        rows.append([source, name, tokens, *(str(perplexity(own[step])) for step in steps)])
     columns = ["source", "model", f"tokens scored at {steps[0]:,}", *(f"{step:,}" for step in steps)]
     models = _perplexities({source: curves[f"model/{source}"] for source in sources})
     gains = {
@@ -277,11 +246,14 @@ def _by_source(names: Sequence[str], sources: Sequence[str], scored: list[Scored
 
 
 def _beside_others(scored: list[Scored], output: Path) -> Part:
-    curve, own = _curve(scored, DISTRACTED), max(_curve(scored, "model"))
-    alone = curve[0].perplexity
-    rows = [[step, sums.perplexity, sums.perplexity / alone, sums.bits_per_byte] for step, sums in curve.items()]
-    columns = ["tokens of other documents", "perplexity", "of that without", "bits a byte"]
-    note = f"Read before {own:,} tokens of the own document, whose last window is scored."
+    windows, curve = at_steps(scored, DISTRACTED), curve_of(scored, DISTRACTED)
+    own, alone = max(at_steps(scored, "model")), curve[0].perplexity
+    rows: list[list[Value]] = []
+    for step, sums in curve.items():
+        more = difference(windows[step], windows[0])
+        rows.append([step, sums.perplexity, sums.perplexity / alone, str(more), sums.bits_per_byte])
+    columns = ["tokens of other documents", "perplexity", "of that without", "more than without, nats", "bits a byte"]
+    note = f"Read before {own:,} tokens of the own document, whose last window is scored. Intervals of 95 %."
     across = f"tokens of other documents in memory, before {own:,} of the own"
     plot_curves(_perplexities({"model": curve}), across, PERPLEXITY, output / "perplexity-distracted.png")
     table = Table("Perplexity beside other documents", columns, rows, note)
@@ -302,7 +274,7 @@ def _perplexities(curves: Mapping[str, Mapping[int, Sums]]) -> dict[str, dict[in
 
 def _what(dataset: TokenDataset, subject: Subject, settings: Perplexity) -> str:
     """What was scored, in a sentence."""
-    first, *_ = batches = _batches(dataset, subject.local, settings)
+    first, *_ = batches = _batches(dataset, subject, settings)
     same = [window for batch in batches if batch.context == first.context for window in batch.windows]
     documents = len({window.document for window in same})
     if settings.mode == "whole_document":
@@ -314,19 +286,18 @@ def _what(dataset: TokenDataset, subject: Subject, settings: Perplexity) -> str:
     )
 
 
-def _batches(dataset: TokenDataset, local: int, settings: Perplexity) -> list[Batch]:
-    """What is scored, in cells of about `TOKENS_A_CELL` or one window."""
-    longest = max(settings.contexts)
+def _batches(dataset: TokenDataset, subject: Subject, settings: Perplexity) -> list[Batch]:
+    """What is scored, in cells of about `TOKENS_A_CELL` or one window. Which windows, depends on the longest context
+    that is asked for; how far they are read, on the reader too."""
+    local, longest = subject.local, max(settings.contexts)
+    read = [context for context in dict.fromkeys(settings.contexts) if subject.reading.reaches(context * local)]
     if settings.mode == "whole_document":
         documents = choose_documents(dataset, local, longest, CONTEXTS)[: -(-settings.windows // longest)]
-        ends = [Window(document, (longest - 1) * local) for document in documents]
-        return [Batch(longest, some, longest) for some in _split(ends, TOKENS_A_CELL // (longest * local))]
+        far = max(read)
+        ends = [Window(document, (far - 1) * local) for document in documents]
+        return [Batch(far, some, far) for some in _split(ends, TOKENS_A_CELL // (far * local))]
     windows = choose_windows(dataset, local, longest, settings.windows, CONTEXTS)
-    return [
-        Batch(context, some, 1)
-        for context in dict.fromkeys(settings.contexts)
-        for some in _split(windows, TOKENS_A_CELL // (context * local))
-    ]
+    return [Batch(context, some, 1) for context in read for some in _split(windows, TOKENS_A_CELL // (context * local))]
 
 
 def _distracted(dataset: TokenDataset, local: int, settings: Perplexity) -> list[tuple[int, list[Window]]]:
@@ -349,9 +320,9 @@ def _split(items: Sequence[Item], size: int) -> list[list[Item]]:
     return [list(items[first : first + size]) for first in range(0, len(items), size)]
 
 
-def _at_once(local: int) -> int:
-    """Rows read together."""
-    return max(1, TOKENS_AT_ONCE // local)
+def _at_once(subject: Subject, name: str, tokens: int) -> int:
+    """Rows of `tokens` read together."""
+    return rows_together(subject, name, tokens, max(1, TOKENS_AT_ONCE // subject.local))
 
 
 def _key(name: str, batch: Batch) -> str:
@@ -363,7 +334,8 @@ def _distracted_key(amount: int, windows: list[Window]) -> str:
 
 
 def _bytes(subject: Subject, name: str, rows: int, tokens: int) -> int:
-    """Weights, memory, and logits of scored windows: of all rows as the model gives them, of one in float32 twice."""
+    """Weights, what reading holds, and logits of scored windows: of all rows as the model gives them, of one in float32
+    twice."""
     logits = read_config(subject.models[name])["vocab_size"] * subject.local * (4 * rows + 8)
-    held = memory_bytes(subject.model, subject.memory, tokens, subject.local, rows)
+    held = held_bytes(subject, name, tokens, rows)
     return weights_bytes(subject.models[name]) + held + logits

@@ -25,10 +25,25 @@ _loaded: dict[tuple[Path, Path], "FotLlamaForCausalLM"] = {}  # of this worker, 
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How "model" reads (`memory`, or one of config.RIVALS), lengths of up to `up_to` tokens, all of them by default;
+    `longest`: the tokens of the longest text that is asked for."""
+
+    kind: str = "memory"
+    up_to: int | None = None
+    longest: int = 0
+
+    def reaches(self, tokens: int) -> bool:
+        """Whether texts of so many tokens are read."""
+        return self.up_to is None or tokens <= self.up_to
+
+
+@dataclass(frozen=True)
 class Subject:
     """`models`: Hugging Face directories with their tokenizer: "model", and "base" where there is one to compare with.
     The base reads with the model's memory layers, so that both see the same. `local`: tokens of the local context.
-    `shards`, `documents`: data set and index, where a task needs held-out documents."""
+    `shards`, `documents`: data set and index, where a task needs held-out documents. `reading`: how "model" reads, in
+    tasks that can read otherwise than with memory."""
 
     models: Mapping[str, Path]
     local: int
@@ -36,6 +51,7 @@ class Subject:
     memory: Memory = Memory()  # noqa: RUF009 - it is frozen
     shards: Path | None = None
     documents: Path | None = None
+    reading: Reading = Reading()
 
     @property
     def model(self) -> Path:

@@ -2,15 +2,17 @@
 which raises UserError at once for what cannot be; and `summarize(subject, settings, results, output)`, which makes the
 Result of the cells' results and draws its plots into `output`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from jobs.evaluate.cells import Cell, Json, run_cells
 from jobs.evaluate.result import Result
 from jobs.evaluate.subject import Subject
+from pipelines.errors import UserError
 
 MODULES = {
     "perplexity": "perplexity",
@@ -30,6 +32,12 @@ SEE_BASE = frozenset({"perplexity", "lm_eval"})  # beside the model
 class Task:
     cells: Callable[[Subject, Any], list[Cell]]
     summarize: Callable[[Subject, Any, Mapping[str, Json], Path], Result]
+
+
+def check_installed(rivals: Collection[str]) -> None:
+    """Raises UserError where a rival needs a package that is not there."""
+    if "bm25" in rivals and find_spec("bm25s") is None:
+        raise UserError("the rival bm25 needs bm25s: pip install 'fot[bm25]'")
 
 
 def find_task(name: str) -> Task:

@@ -85,6 +85,12 @@ def read_windows(dataset: TokenDataset, windows: list[Window], length: int) -> n
     return np.stack(rows).astype(np.int64)
 
 
+def read_contexts(dataset: TokenDataset, windows: list[Window], context: int, local: int) -> np.ndarray:
+    """The windows with the `context - 1` before each and the last label: int64 [B, context x L + 1]."""
+    starts = [Window(window.document, window.start - (context - 1) * local) for window in windows]
+    return read_windows(dataset, starts, context * local + 1)
+
+
 def other_documents(dataset: TokenDataset, document: int, local: int) -> list[int]:
     """Held-out documents of one local context and more that neither are this one nor (nearly) copy it."""
     held_out = dataset.held_out

@@ -12,7 +12,7 @@ import torch
 
 from fot_model import FotLlamaForCausalLM, attention_mass
 from jobs.evaluate.scoring import score
-from jobs.evaluate.windows import Window
+from jobs.evaluate.windows import Window, read_contexts
 from jobs.train.config import FotObjective, MemorizingObjective, Objective
 from jobs.train.objective import seen_by
 from pipelines.dataset import TokenDataset
@@ -50,7 +50,8 @@ def held_out_perplexity(
     found = {}
     for context in contexts if model.config.mem_layers else [1]:
         batches = [padded[first : first + at_once] for first in range(0, share, at_once)]
-        parts = [score(model, dataset, batch, context, local, device) for batch in batches]
+        texts = (torch.from_numpy(read_contexts(dataset, batch, context, local)) for batch in batches)
+        parts = [score(model, text_BT, local, device) for text_BT in texts]
         total = torch.cat(parts)[: len(mine)].sum()
         torch.distributed.all_reduce(total)
         found[f"perplexity/{context}x"] = math.exp(total.item() / (len(windows) * local))

@@ -87,6 +87,37 @@ def test_a_checkpoint_is_measured_and_recorded_and_found_again(
     assert fot_here("registry", "list").stdout.count("evaluation") == listed.count("evaluation")
 
 
+def test_rivals_read_the_same_and_stand_beside_the_model(
+    fot_here, checkpoint: Path, corpus: Path, tmp_path: Path
+) -> None:
+    asked = ["evaluate", checkpoint, "--task", "perplexity", "--task", "passkey", "--data", corpus]
+    asked += ["--base", checkpoint, "--local", "16", "--set", "rivals_up_to=384"]
+    for rival in ("full", "yarn", "dynamic_ntk", "bm25"):
+        asked += ["--rival", rival]
+    sets = ["perplexity.contexts=[1,4,32]", "perplexity.windows=4"]
+    sets += ["passkey={lengths: [20, 40], trials: 2, digits: 2}"]
+    asked += [part for each in sets for part in ("--set", each)]
+    answer = fot_here(*asked)
+    assert answer.returncode == 0, answer.stdout
+    for shown in ("base, full attention", "base, YaRN", "base, dynamic NTK", "base, retrieval (BM25)", "Nats a token"):
+        assert shown in answer.stdout
+    store = tmp_path / "runs" / "store"
+    result = Result.read(only(store / "rivals"))
+    values = {(point.metric, point.step): point.value for point in result.points}
+    assert values["perplexity/full", 16] == pytest.approx(values["perplexity/bm25", 16])
+    assert values["perplexity/full", 64] == pytest.approx(values["perplexity/dynamic_ntk", 64]), (
+        "as long as it was made for"
+    )
+    assert values["perplexity/full", 64] != pytest.approx(values["perplexity/yarn", 64])
+    assert values["nats_less/base", 64] == 0
+    assert {step for metric, step in values if metric == "perplexity/full"} == {16, 64}, "up to rivals_up_to"
+    assert {step for metric, step in values if metric == "passkey/exact/full"} == {320}
+    assert all((only(store / "rivals") / plot).stat().st_size > 5000 for plot in result.plots)
+    more = fot_here(*asked, "--set", "memory.top_k=4")
+    assert "perplexity-full found" in more.stdout, "another model or memory measures no rival anew"
+    assert "perplexity done in" in more.stdout
+
+
 def test_an_edited_question_file_is_asked_anew(fot_here, checkpoint: Path, tmp_path: Path) -> None:
     questions = [{"question": f"what is {word} ?", "fine": "DESC:def", "coarse": "DESC"} for word in "abcdefgh"]
     for name in ("train", "test"):
@@ -135,6 +166,13 @@ def test_an_edited_question_file_is_asked_anew(fot_here, checkpoint: Path, tmp_p
             "passkey at 6400000000 tokens, 1 prompts at once (evaluation.passkey.at_once) needs about ",
         ),
         (["--task", "perplexity", "--data", "nothing.txt"], "nothing.txt"),
+        (["--task", "passkey", "--rival", "dynamc_ntk"], "rival dynamc_ntk is unknown: did you mean dynamic_ntk?"),
+        (["--task", "passkey", "--rival", "xxx"], "rival xxx is unknown: give one of full, yarn, dynamic_ntk, bm25"),
+        (["--task", "trec", "--rival", "full", "--set", "trec={train: q.jsonl, test: q.jsonl}"], "are measured in"),
+        (
+            ["--task", "passkey", "--rival", "full", "--set", "rivals_up_to=8"],
+            "rivals_up_to is 8 tokens, the shortest length of evaluation.passkey 64: raise the one or lower the other",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(fot_here, checkpoint: Path, arguments: list[str], message: str) -> None:

@@ -1,20 +1,18 @@
 import random
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from fot_model import FotCache, FotLlamaConfig
 from jobs.evaluate import passkey as module
-from jobs.evaluate.config import Passkey
-from jobs.evaluate.passkey import FILLER, KEY, MARKER, QUESTION, TASK, by_depth, longest_good, make_trial, wilson
-from jobs.evaluate.subject import Subject
+from jobs.evaluate.config import Memory, Passkey
+from jobs.evaluate.full_attention import FullReader
+from jobs.evaluate.passkey import FILLER, KEY, MARKER, QUESTION, TASK, by_depth, longest_good, make_trial
+from jobs.evaluate.readers import MemoryReader
+from jobs.evaluate.subject import Reading, Subject, load_model
 from pipelines.errors import UserError
 from pipelines.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
@@ -109,45 +107,33 @@ def test_a_long_prompt_takes_time_by_its_length(tokenizer) -> None:
     assert len(prompt) == 262_144 - module.answer_room(Passkey())
 
 
-class Reader:
-    """Stands in for a model: remembers the windows it was shown, and after the question spells the key, with `more`
-    behind it, or avoids it."""
+class Knowing:
+    """Stands in for a reader: finds the key in the prompt and spells it after the question, with `more` behind it, or
+    avoids it."""
 
-    device = torch.device("cpu")
+    def __init__(self, tokenizer: TextTokenizer, question: str, reads_from: str, knows: bool, more: str) -> None:
+        self.tokenizer, self.question, self.reads_from = tokenizer, question, reads_from
+        self.sign, self.more = 9.0 if knows else -9.0, more
+        self.read: list[tuple[int, int]] = []
 
-    def __init__(
-        self, tokenizer: TextTokenizer, question: str, reads_from: str, room: int, knows: bool, more: str
-    ) -> None:
-        self.tokenizer, self.reads_from, self.sign = tokenizer, reads_from, 9.0 if knows else -9.0
-        self.room, self.more = room, more
-        self.question = module._after(tokenizer, "\n", question)
-        self.seen = torch.zeros(0, dtype=torch.long)
-        self.windows: list[int] = []
-        self.config = FotLlamaConfig(num_hidden_layers=1, num_attention_heads=1, hidden_size=2)
+    def ask(self, prompt_BT: torch.Tensor, question: int, room: int):
+        self.read.append((prompt_BT.shape[1], room))
+        likely = []
+        for row in prompt_BT.tolist():
+            assert decoded(self.tokenizer, row[-question:]).strip() == self.question.strip()
+            key = decoded(self.tokenizer, row).split(self.reads_from)[1].split(".")[0].split("\n")[0]
+            answer = module._after(self.tokenizer, self.reads_from, key)
+            answer += module._after(self.tokenizer, self.reads_from + key, self.more) if self.more else []
+            likely.append(answer)
 
-    def __call__(self, rows: torch.Tensor, past_key_values: FotCache, logits_to_keep: int, **_how: object):
-        self.windows.append(rows.shape[1])
-        nothing = torch.zeros(len(rows), 1, rows.shape[1], 2)
-        past_key_values.update(nothing, nothing, 0)
-        logits = torch.zeros(*rows.shape, self.tokenizer.vocab_size)
-        ends = [self._end(row.tolist()) for row in rows]
-        if not any(ends):
-            self.seen = torch.cat([self.seen, rows], dim=-1) if self.seen.numel() else rows
-        for row, end in enumerate(ends):
-            if end:
-                text = decoded(self.tokenizer, [*self.seen[row].tolist(), *rows[row].tolist()])
-                key = text.split(self.reads_from)[1].split(".")[0].split("\n")[0]
-                answer = module._after(self.tokenizer, self.reads_from, key)
-                answer += module._after(self.tokenizer, self.reads_from + key, self.more) if self.more else []
+        def after(answer_BA: torch.Tensor) -> torch.Tensor:
+            logits = torch.zeros(len(likely), answer_BA.shape[1] + 1, self.tokenizer.vocab_size)
+            for row, answer in enumerate(likely):
                 for place, token in enumerate(answer):
-                    logits[row, end - 1 + place, token] = self.sign
-        return SimpleNamespace(logits=logits[:, -logits_to_keep:])
+                    logits[row, place, token] = self.sign
+            return logits
 
-    def _end(self, row: list[int]) -> int:
-        """Where the question ends in a row, 0 if it is not there."""
-        size = len(self.question)
-        end = len(row) - self.room
-        return end if row[end - size : end] == self.question else 0
+        return after
 
 
 KINDS = {"text": (QUESTION, "The pass key is"), "digits": ("\n" + MARKER, "\n" + MARKER)}
@@ -163,13 +149,13 @@ def test_a_model_that_knows_scores_all_and_one_that_avoids_the_key_scores_nothin
 ) -> None:
     """A number that goes on is not exact."""
     settings = Passkey(prompt=kind, digits=4)
-    reader = Reader(tokenizer, *KINDS[kind], module.answer_room(settings), knows, more)
-    monkeypatch.setattr(module, "load_model", lambda *_: reader)
-    monkeypatch.setattr(module, "new_cache", lambda *_: FotCache(reader.config))
+    reader = Knowing(tokenizer, *KINDS[kind], knows, more)
+    monkeypatch.setattr(module, "open_reader", lambda *_: reader)
     subject = Subject({"model": directory}, LOCAL, seed=0)
     result = module.run_trials(subject, settings, 12, [0, 1, 2])
     assert [(trial["exact"], trial["choice"]) for trial in result] == [(exact, choice)] * 3
-    assert reader.windows == [LOCAL] * (11 + 10), "a window at a time"
+    room = module.answer_room(settings)
+    assert reader.read == [(12 * LOCAL - room, room)], "read once, whatever is asked"
     assert len({trial["depth"] for trial in result}) == 3
 
 
@@ -183,16 +169,15 @@ def test_trials_do_not_depend_on_how_many_are_read_together(model_dir: Path) -> 
     assert outcomes[0] == outcomes[1]
 
 
-def test_answers_are_weighed_as_in_one_long_pass(model_dir: Path) -> None:
-    model, tokenizer = module.load_model(model_dir, model_dir), load_tokenizer(model_dir)
+@pytest.mark.parametrize("kind", ["memory", "full"])
+def test_answers_are_weighed_as_in_one_long_pass(model_dir: Path, kind: str) -> None:
+    model, tokenizer = load_model(model_dir, model_dir), load_tokenizer(model_dir)
     settings, local = Passkey(digits=2, prompt="digits"), 16
+    reader = MemoryReader(model, Memory(), local) if kind == "memory" else FullReader(model, local)
     _, prompt, answers = make_trial(tokenizer, 7 * local, settings, "seed")
+    room = module.answer_room(settings)
     with torch.inference_mode():
-        cache = FotCache(model.config)
-        module.read_into(model, cache, torch.tensor([prompt[: 6 * local]]), local)
-        question_BL = torch.tensor([prompt[6 * local :]])
-        (scores,), exact_B = module.weigh(model, cache, question_BL, [answers], module.answer_room(settings), tokenizer)
-        assert cache.get_seq_length() == 6 * local
+        (scores,), exact_B = module.weigh(reader.ask(torch.tensor([prompt]), 4, room), [answers], room, tokenizer)
         for answer, score in zip(answers, scores.tolist(), strict=True):
             ids = torch.tensor([*prompt, *answer])  # without positions, windows read into memory are one causal pass
             logits = model(ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
@@ -200,6 +185,15 @@ def test_answers_are_weighed_as_in_one_long_pass(model_dir: Path) -> None:
             assert score == pytest.approx(expected, rel=1e-4)
             if answer == answers[0]:
                 assert exact_B.tolist() == [logits.argmax(-1).tolist() == answer]
+
+
+def test_a_rival_is_given_the_same_prompts_up_to_its_length(model_dir: Path) -> None:
+    settings = Passkey(lengths=(20, 24, 40), trials=2, digits=2, prompt="digits")
+    own = module.cells(Subject({"model": model_dir}, 16, seed=3), settings)
+    rival = module.cells(Subject({"model": model_dir}, 16, seed=3, reading=Reading("full", 24 * 16)), settings)
+    assert {cell.key.partition("-")[0] for cell in rival} == {"20", "24"}
+    trials = {key: cell.arguments[1:] for cells in (own, rival) for cell in cells for key in [cell.key]}
+    assert all(cell.arguments[1:3] == trials[cell.key][:2] for cell in rival), "drawn by the same settings and length"
 
 
 def test_fewer_prompts_are_read_at_once_where_they_are_long_or_few(model_dir: Path) -> None:
@@ -252,21 +246,6 @@ def test_the_longest_good_length_has_no_bad_one_before_it() -> None:
     assert longest_good({512: 1.0, 1024: 0.9, 2048: 0.85, 4096: 1.0}) == 1024
     assert longest_good({512: 0.8, 1024: 1.0}) == 0
     assert longest_good({1024: 0.95, 512: 1.0}) == 1024
-
-
-@pytest.mark.parametrize(
-    ("k", "n", "low", "high"), [(0, 10, 0.0, 0.278), (5, 10, 0.237, 0.763), (94, 100, 0.875, 0.972)]
-)
-def test_wilsons_interval_is_that_of_the_tables(k: int, n: int, low: float, high: float) -> None:
-    assert wilson(k, n) == pytest.approx((low, high), abs=1e-3)
-
-
-@given(st.integers(1, 60).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_an_interval_holds_its_share(of: tuple[int, int]) -> None:
-    low, high = wilson(*of)
-    share = of[0] / of[1]
-    assert 0 <= low <= share + 1e-12
-    assert share - 1e-12 <= high <= 1
 
 
 def test_the_map_has_a_row_for_each_depth() -> None:

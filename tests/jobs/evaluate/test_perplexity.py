@@ -10,8 +10,9 @@ import torch
 from fot_model import FotLlamaForCausalLM
 from jobs.evaluate import perplexity as module
 from jobs.evaluate.config import Perplexity
+from jobs.evaluate.losses import read_losses
 from jobs.evaluate.result import Point
-from jobs.evaluate.subject import Subject, load_model, open_documents
+from jobs.evaluate.subject import Reading, Subject, load_model, open_documents
 from jobs.evaluate.tasks import evaluate
 from jobs.evaluate.windows import Window, choose_windows, one_after_another, other_documents
 from pipelines.errors import UserError
@@ -71,6 +72,22 @@ def test_how_windows_are_batched_changes_nothing(subject: Subject, measure, monk
     monkeypatch.setattr(module, "TOKENS_AT_ONCE", LOCAL)
     assert len(module.cells(subject, settings)) > cells
     assert values(measure(module, subject, settings)) == pytest.approx(values(whole), rel=1e-6)
+
+
+def test_a_rival_scores_the_same_windows_up_to_its_length(subject: Subject, measure, tmp_path: Path) -> None:
+    """Without positions full attention is one causal pass, as reading into memory is."""
+    settings = Perplexity(contexts=(1, 2, 4), windows=7)
+    own = values(measure(module, subject, settings))
+    windows = read_losses(tmp_path)
+    rival = replace(subject, reading=Reading("full", up_to=2 * LOCAL))
+    found = values(measure(module, rival, settings))
+    assert {step for metric, step in found if metric == "perplexity/model"} == {LOCAL, 2 * LOCAL}
+    assert found == pytest.approx({key: value for key, value in own.items() if key in found}, rel=1e-5)
+    theirs = [one[:5] for one in read_losses(tmp_path)]
+    assert theirs == [one[:5] for one in windows if one.step <= 2 * LOCAL]
+    whole = Perplexity(contexts=(1, 2, 4), windows=6, mode="whole_document")
+    own, found = (values(measure(module, each, whole)) for each in (subject, rival))
+    assert found == pytest.approx({key: value for key, value in own.items() if key in found}, rel=1e-5)
 
 
 def test_all_sources_are_the_token_weighted_mean_of_each(subject: Subject, measure) -> None:

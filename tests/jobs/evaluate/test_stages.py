@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from jobs.evaluate import stages
 from jobs.evaluate.config import Evaluation
+from pipelines.errors import UserError
 from pipelines.hashing import FileHashes
 
 
@@ -35,3 +37,46 @@ def test_edited_questions_are_asked_anew(tmp_path: Path) -> None:
     assert params(tmp_path, **asked) == before
     test.write_text('{"question": "Who ?", "fine": "HUM:ind"}\n')
     assert params(tmp_path, **asked) != before
+
+
+def rival_stages(tmp_path: Path, **settings: Any) -> dict[str, Any]:
+    asked = {"perplexity": {"contexts": [1, 4], "others": [2]}, "passkey": None, "rivals": ["full"], **settings}
+    evaluation = Evaluation.model_validate(asked)
+    models, hashes = {"model": "finetune", "base": "base"}, FileHashes(tmp_path / "hashes.json")
+    return {stage.name: stage for stage in stages.evaluation_stages(evaluation, models, 32, 0, hashes)}
+
+
+def test_rivals_depend_on_the_base_alone(tmp_path: Path) -> None:
+    made = rival_stages(tmp_path)
+    assert list(made) == ["perplexity", "perplexity-full", "rivals"]
+    assert "finetune" not in made["perplexity-full"].inputs
+    assert made["rivals"].inputs == ("perplexity", "perplexity-full")
+    other = rival_stages(tmp_path, rivals=["full", "yarn"], memory={"top_k": 4})
+    assert other["perplexity-full"].params == made["perplexity-full"].params
+    assert rival_stages(tmp_path, rivals_up_to=64)["perplexity-full"].params != made["perplexity-full"].params
+
+
+def test_a_rival_adds_nothing_to_the_keys_of_others(tmp_path: Path) -> None:
+    assert rival_stages(tmp_path)["perplexity"].params == rival_stages(tmp_path, rivals=[])["perplexity"].params
+    read = rival_stages(tmp_path, reader="full", perplexity={}, rivals=[])["perplexity"]
+    assert read.params["reader"] == "full"
+
+
+def test_a_missing_package_is_said_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.evaluate.tasks.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs bm25s: pip install 'fot\[bm25\]'"):
+        rival_stages(tmp_path, rivals=["bm25"])
+    rival_stages(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reader": "full", "attention_mass": {}, "perplexity": {}}, "reader: attention_mass is read with memory"),
+        ({"reader": "full"}, "perplexity.others: other documents are read into memory"),
+        ({"rivals": ["fall"]}, "rival fall is unknown: did you mean full"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        rival_stages(tmp_path, **settings)
