@@ -10,6 +10,7 @@ from fot_model import Adapter, FotLlamaConfig, FotLlamaForCausalLM, Lora, defaul
 from fot_model.adapter import settings_of
 from jobs.recipe import ModelShape
 from jobs.train.config import FotObjective, MemorizingObjective, Objective, TransformerXlObjective
+from jobs.train.estimate import tokens_per_step
 from jobs.train.export import PEFT, load_adapter
 from jobs.train.spec import TrainSpec
 from jobs.train.trained import lora_modules, trained_names, whole_beside_lora
@@ -39,8 +40,15 @@ def build_model(spec: TrainSpec) -> tuple[FotLlamaForCausalLM, Adapter | None]:
     else:
         model, adapter = _with_adapter(spec, spec.base, dtype)
     if settings.activation_checkpointing:
-        model.gradient_checkpointing_enable()
+        checkpoint_activations(model)
     return model.train(), adapter
+
+
+def checkpoint_activations(model: FotLlamaForCausalLM) -> None:
+    """Compute activations again in the backward pass, down to the lowest trained layer."""
+    model.gradient_checkpointing_enable()
+    # Only reentrant checkpointing, which is not used, needs embeddings that require a gradient: all layers would.
+    model.disable_input_require_grads()
 
 
 def _with_adapter(spec: TrainSpec, base: Path, dtype: torch.dtype) -> tuple[FotLlamaForCausalLM, Adapter | None]:
@@ -102,7 +110,8 @@ def _facts(spec: TrainSpec) -> Mapping[str, Any]:
     training = spec.training.model_dump(
         mode="json", include={"objective", "batch", "optimizer", "schedule", "train", "lora"}
     )
-    return {**training, "seed": spec.seed, "manifest": spec.identity.get("manifest")}
+    tokens = {"tokens_per_step": tokens_per_step(spec.training)}
+    return {**training, **tokens, "seed": spec.seed, "manifest": spec.identity.get("manifest")}
 
 
 def _base_config(base: Path, objective: Objective) -> FotLlamaConfig:

@@ -59,6 +59,20 @@ def test_the_plan_of_longllama_3b(plan) -> None:
     assert marked == [["ZeRO", "2*", "6.9", "0.9", "6.9", "1.0", "3.1", "6.3", "25.0", "yes"]]
 
 
+def test_the_plan_of_a_part_says_how_far_the_backward_pass_goes(plan) -> None:
+    code, lines = plan(LONGLLAMA_3B, "--set", "finetune.train=memory_attention", "--set", "finetune.lora={rank: 16}")
+    assert code == 0
+    # 4 matrices of 3200 x 3200 in each of layers 6, 12, 18
+    assert (
+        "  trained      1,228,800 (1.23 M) by LoRA of rank 16 in 12 matrices; the backward pass goes through 20 of 26 "
+        "layers" in lines
+    )
+    assert "  checkpoint   17.2 MB" in lines  # 14 bytes each
+    code, lines = plan(LONGLLAMA_3B, "--set", "finetune.train={patterns: [qproj]}")
+    assert code == 2
+    assert "finetune.train.patterns.0 'qproj' matches no parameter" in lines[-1]
+
+
 def test_the_page_on_plans_shows_what_is_printed(plan) -> None:
     page = (LONGLLAMA_3B.parents[1] / "docs" / "plan.md").read_text()
     shown = page.split("$ fot plan recipes/longllama_3b.yaml\n")[1].split("```")[0]

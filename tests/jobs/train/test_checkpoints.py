@@ -19,7 +19,10 @@ from transformers import LlamaForCausalLM
 from fot_model import Adapter, FotLlamaForCausalLM
 from jobs.train.checkpoint_store import CheckpointStore
 from jobs.train.checkpoints import cpu_copy
+from jobs.train.config import Training
+from jobs.train.estimate import checkpoint_bytes
 from jobs.train.export import export_adapter, export_checkpoint
+from jobs.train.shape import Shape
 
 CASES = {
     "zero0": {"stage": 0},
@@ -361,11 +364,19 @@ def test_a_checkpoint_of_a_part_holds_nothing_of_the_rest(two, ranks, tmp_path, 
     names = [name for name in weights if re.search(CASES[case]["part"], name)]
     assert sorted(adapter.tensors) == sorted(names)
     assert all(torch.equal(adapter.tensors[name].to(weights[name].dtype), weights[name]) for name in names)
-    numbers = sum(weights[name].numel() for name in names)
-    files = [file for file in (ranks.here / case / "step-00000006").iterdir() if file.suffix == ".pt"]
-    overhead = 60_000  # names, shapes, settings: by file and parameter, not by number
-    assert sum(file.stat().st_size for file in files) < 16 * numbers + overhead
     assert adapter.training == {"step": 6}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_is_as_large_as_the_plan_says(two, ranks, case):
+    files = [file for file in (ranks.here / case / "step-00000006").iterdir() if file.suffix == ".pt"]
+    shape = Shape.of(json.loads((files[0].parent / "model" / "config.json").read_text()))
+    settings = {"zero_stage": CASES[case]["stage"], "dtype": CASES[case].get("dtype", "float32")}
+    train = {"patterns": [CASES[case]["part"]]} if case in PARTS else "all"
+    objective = {"kind": "memorizing", "context": 8, "mem_layers": [1]}
+    training = Training.model_validate({"objective": objective, "steps": 9, "deepspeed": settings, "train": train})
+    more = sum(file.stat().st_size for file in files) - checkpoint_bytes(shape, training)
+    assert 0 < more < 15_000 * len(files)  # names, shapes and settings of a file
 
 
 def test_a_checkpoint_on_another_base_is_refused(two):

@@ -28,6 +28,7 @@ from jobs.train.estimate import (
     tokens_per_step,
 )
 from jobs.train.layers import gated_layers, seeing_layers
+from jobs.train.model import checkpoint_activations
 from jobs.train.shape import Shape, parameter_sizes
 from jobs.train.trained import lora_modules, trained_names
 
@@ -412,14 +413,15 @@ def test_activations_of_a_part_are_what_torch_allocates(part: dict, checkpointin
     model = FotLlamaForCausalLM(config).train()
     part_of(model, made)
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        checkpoint_activations(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     ids = torch.randint(0, 96, (6, 64))
     plan = cross_batch_plan([0, 0, 0, 1, 1, 1], [0, 1, 2] * 2, [[True, False], [False, True]], TABLE)
     tracker = MemTracker()
-    tracker.track_external(model, *[parameter.grad for parameter in trained])
+    weights = [parameter.detach() for parameter in model.parameters()]  # it would hook those without a gradient, too
+    tracker.track_external(*weights, *[parameter.grad for parameter in trained])
     with tracker:
         before = _total(tracker.get_tracker_snapshot("current"))
         logits = model(ids, plan=plan, use_cache=False).logits

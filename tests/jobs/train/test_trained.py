@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from fot_model import FotLlamaConfig, FotLlamaForCausalLM
 from jobs.train.config import Training
+from jobs.train.model import checkpoint_activations
 from jobs.train.shape import Shape, parameter_sizes
 from jobs.train.trained import layer_of, lora_modules, trained_names
 from pipelines.errors import UserError
@@ -93,7 +94,7 @@ def test_no_graph_is_kept_below_the_lowest_trained_layer(checkpointing: bool) ->
     config = FotLlamaConfig(**SHAPE, mem_layers=[2], max_position_embeddings=8)
     model = FotLlamaForCausalLM(config).train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        checkpoint_activations(model)
     names = [name for name, _ in model.named_parameters()]
     trained = set(trained_names(training("memory_attention"), names, [2]))
     for name, parameter in model.named_parameters():
