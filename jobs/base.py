@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 from jobs.recipe import CheckpointShape
-from jobs.train.config import FotObjective, MemorizingObjective, Training
+from jobs.train.config import Training, named_layers
 from pipelines.errors import UserError
 from pipelines.tokenizer import TextTokenizer
 
@@ -119,7 +119,5 @@ def _check_weights(path: Path, layers: int) -> None:
 
 
 def asked_mem_layers(training: Training) -> list[int] | None:
-    """The memory layers a recipe names, None where the model's depth decides."""
-    objective = training.objective
-    asked = objective.mem_layers if isinstance(objective, FotObjective | MemorizingObjective) else None
-    return list(asked) if asked else None
+    """The memory layers a recipe names, None where a probe or the model's depth decides."""
+    return list(named_layers(training.objective)) or None

@@ -42,6 +42,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from jobs.train.config import (
+    Auto,
     Draw,
     FotObjective,
     MemorizingObjective,
@@ -51,6 +52,7 @@ from jobs.train.config import (
     Switch,
     Training,
     TransformerXlObjective,
+    named_layers,
 )
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -125,8 +127,10 @@ def memory_layers(objective: Objective, layers: int) -> int:
             return 0
         case TransformerXlObjective():
             return layers
-        case FotObjective() | MemorizingObjective() if objective.mem_layers is not None:
-            return len(set(objective.mem_layers))
+        case FotObjective() | MemorizingObjective() if named := named_layers(objective):
+            return len(set(named))
+        case FotObjective(mem_layers=Auto(auto=int(count))) | MemorizingObjective(mem_layers=Auto(auto=int(count))):
+            return count
     return 3 if layers >= 24 else 1  # as fot_model.default_mem_layers, which would import torch
 
 
