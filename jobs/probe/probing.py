@@ -40,7 +40,7 @@ CAUSAL = {"without": "without it", "alone": "alone"}  # columns
 
 def text_entries(settings: Probe, hashes: FileHashes) -> list[Entry]:
     """What natural prompts are cut from. Raises UserError where it is not there."""
-    return list_entries(Data(sources=(_source(settings),)), 0, hashes)
+    return list_entries(_data(settings), 0, hashes)
 
 
 def probe(
@@ -105,15 +105,14 @@ def read_chosen(output: Path) -> list[int]:
     return list(json.loads((output / CHOSEN).read_text())["mem_layers"])
 
 
-def _source(settings: Probe) -> Source:
-    if settings.text == STDLIB:
-        return Source(name="text", path=STDLIB, suffixes=(".py",), exclude=TESTS)
-    return Source(name="text", path=settings.text)
+def _data(settings: Probe) -> Data:
+    code = {"suffixes": [".py"], "exclude": TESTS} if settings.text == STDLIB else {}
+    return Data.model_validate({"sources": [{"name": "text", "path": settings.text, **code}]})
 
 
 def _documents(settings: Probe, entries: Sequence[Entry]) -> Iterator[str]:
     """The texts, in random order."""
-    source, draw = _source(settings), random.Random(f"{settings.seed}/documents")
+    source, draw = _data(settings).sources[0], random.Random(f"{settings.seed}/documents")
     units = group_units(draw.sample(entries, len(entries)), TASK_BYTES)
     return chain.from_iterable(_texts(unit, source) for unit in draw.sample(units, len(units)))
 
