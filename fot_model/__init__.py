@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fot_model.adapter import Adapter, Lora, fingerprint
 from fot_model.cache import FotCache
 from fot_model.config import FotLlamaConfig, LongLlamaConfig, default_mem_layers
-from fot_model.mass import attention_mass, memory_mass
+from fot_model.mass import attention_mass, key_mass, memory_mass
 from fot_model.memory import DenseMemory, TopKMemory
 from fot_model.modeling import FotLlamaForCausalLM, LongLlamaForCausalLM
 from fot_model.plan import c_prev_plan, check_plan, cross_batch_plan, longllama_plan, pad_plan
@@ -31,6 +31,7 @@ __all__ = [
     "cross_batch_plan",
     "default_mem_layers",
     "fingerprint",
+    "key_mass",
     "longllama_plan",
     "memory_mass",
     "pad_plan",

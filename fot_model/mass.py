@@ -3,10 +3,11 @@
 In a memory layer, r_d is the attention mass on additional contexts of the own document divided by the mass on all of
 them; a model that does not tell documents apart gives each of d equal contexts 1/d. The layers' inputs are caught by
 hooks while the context manager is open, so it costs nothing when it is not. `attention_mass` measures in training, on
-rows and their plan; `memory_mass` in reading, on what is in memory.
+rows and their plan; `memory_mass` in reading, on what is in memory. `key_mass` measures any LLaMA in full attention:
+the mass of some queries on keys that are named for each.
 
 Shapes: B batch, R rows, F rows of all ranks (R on one), L tokens a context, M tokens in memory, H query heads, Hk
-key/value heads, D head size, C hidden size.
+key/value heads, D head size, C hidden size, Q some of the queries, S sets of keys.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -117,6 +118,54 @@ def memory_mass(
 
     with _hooked(model, found.layers, add):
         yield found
+
+
+@contextmanager
+def key_mass(model: PreTrainedModel, queries_Q: Tensor, keys_SQL: Tensor) -> Iterator[dict[int, Tensor]]:
+    """While open, a forward pass of one row in full attention finds, for each layer, the softmax mass [S, H, Q] of
+    these queries on each set of keys (float64, on the CPU).
+
+    `queries_Q`: their positions; `keys_SQL`: for each set and query, which of the row's keys belong to it (bool). A
+    layer at a time computes the scores [H, Q, L] of these queries, and no others.
+
+    Raises ValueError for more than one row, and for another length than the keys'.
+    """
+    found: dict[int, Tensor] = {}
+
+    def add(attention: nn.Module, _args: Any, inputs: dict[str, Any]) -> None:
+        assert isinstance(attention, FotAttention)
+        assert attention.layer_idx is not None, "transformers numbers a model's layers"
+        hidden_BLC = inputs["hidden_states"]
+        if hidden_BLC.shape[:2] != (1, keys_SQL.shape[2]):
+            raise ValueError(f"key_mass: give one row of {keys_SQL.shape[2]} tokens, not {list(hidden_BLC.shape[:2])}")
+        found[attention.layer_idx] = _key_mass(
+            attention, hidden_BLC, inputs["position_embeddings"], queries_Q, keys_SQL
+        )
+
+    with _hooked(model, range(model.config.num_hidden_layers), add):
+        yield found
+
+
+@torch.no_grad()
+def _key_mass(
+    attention: FotAttention,
+    hidden_1LC: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    queries_Q: Tensor,
+    keys_SQL: Tensor,
+) -> Tensor:
+    unturned_q, unturned_k, _ = attention.project(hidden_1LC)
+    q_BHLD, k_BHkLD = apply_rotary_pos_emb(unturned_q, unturned_k, *attention.angles(position_embeddings))
+    group, device = q_BHLD.shape[1] // k_BHkLD.shape[1], q_BHLD.device
+    keys_HDL = k_BHkLD[0].float().repeat_interleave(group, 0).transpose(-1, -2)
+    places_L, parts = torch.arange(hidden_1LC.shape[1], device=device), []
+    for some_Q, sets_SQL in zip(
+        queries_Q.to(device).split(QUERIES_AT_ONCE), keys_SQL.split(QUERIES_AT_ONCE, dim=1), strict=True
+    ):
+        scores_HQL = q_BHLD[0, :, some_Q].float() @ keys_HDL * attention.scaling
+        weights_HQL = scores_HQL.masked_fill_(places_L > some_Q[:, None], -torch.inf).softmax(-1)
+        parts.append(torch.einsum("hql,sql->shq", weights_HQL, sets_SQL.to(device, weights_HQL.dtype)))
+    return torch.cat(parts, dim=2).double().cpu()
 
 
 def _chosen(model: PreTrainedModel, layers: Sequence[int] | None) -> list[int]:

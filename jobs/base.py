@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from jobs.recipe import CheckpointShape
 from jobs.train.backward import Backward
-from jobs.train.config import FotObjective, MemorizingObjective, Training
+from jobs.train.config import Training, named_layers
 from jobs.train.shape import Shape
 from pipelines.errors import UserError
 from pipelines.tokenizer import TextTokenizer
@@ -126,7 +126,5 @@ def _check_weights(path: Path, layers: int) -> None:
 
 
 def asked_mem_layers(training: Training) -> list[int] | None:
-    """The memory layers a recipe names, None where the model's depth decides."""
-    objective = training.objective
-    asked = objective.mem_layers if isinstance(objective, FotObjective | MemorizingObjective) else None
-    return list(asked) if asked else None
+    """The memory layers a recipe names, None where a probe or the model's depth decides."""
+    return list(named_layers(training.objective)) or None

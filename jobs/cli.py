@@ -220,6 +220,27 @@ def evaluate(checkpoint: str, tasks: tuple[str, ...], texts: tuple[str, ...], **
     evaluate_checkpoint(Request(checkpoint=checkpoint, tasks=tasks, texts=texts, **settings))
 
 
+@fot.command()
+@click.argument("model")
+@click.option(
+    "--layers", type=click.IntRange(1), metavar="N", help="Memory layers to choose; by default the paper's number."
+)
+@click.option("--prompts", type=int, metavar="N", help="Of each kind.  [default: 8]")
+@click.option("--local", type=int, metavar="N", help="What is nearer is not asked for; by default 512 tokens or less.")
+@click.option("--tokens", type=int, metavar="N", help="Of a prompt; by default four times --local.")
+@click.option("--data", "text", metavar="FILES", help="Natural text; by default Python's standard library.")
+@click.option(
+    "--causal", type=int, metavar="N", help="With N prompts of each kind, also measure what layers are worth."
+)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--work-dir", default="runs", show_default=True, metavar="DIR", help="Holds all that is made.")
+def probe(model: str, layers: int | None, work_dir: str, **settings: Any) -> None:
+    """Rank MODEL's layers and heads by the attention that falls on what must be retrieved from afar."""
+    from jobs.probe.commands import Request, probe_model
+
+    probe_model(Request(model, layers, settings, work_dir))
+
+
 @fot.group()
 def data() -> None:
     """Make, check, mend and look at a recipe's data."""

@@ -1,7 +1,7 @@
 """What a workflow came to: a page for people, and what MLflow is told (metrics, tables, plots, lineage, the model)."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -9,6 +9,8 @@ from typing import Any
 from jobs.data.stages import SHARDS, Inputs
 from jobs.evaluate.result import RESULT, Result
 from jobs.evaluate.stages import read_results
+from jobs.evaluate.subject import read_config
+from jobs.probe.probing import TASK as PROBE
 from jobs.recipe import Recipe
 from jobs.registry.gate import decide, metrics_by_name
 from jobs.registry.record import Outcome
@@ -112,7 +114,12 @@ def recipe_report(recipe: Recipe, made: Sequence[str]) -> Stage:
             "gate": "; ".join(decision.reasons),
         }
 
-    return report_stage(recipe.name, recipe.evaluation.results, recipe.described(), facts, made)
+    return report_stage(recipe.name, measured_stages(recipe, made), recipe.described(), facts, made)
+
+
+def measured_stages(recipe: Recipe, made: Container[str]) -> list[str]:
+    """The recipe's stages that hold a result."""
+    return [name for name in (PROBE, *recipe.evaluation.results) if name in made]
 
 
 def recipe_outcome(recipe: Recipe, inputs: Inputs) -> Outcome:
@@ -127,6 +134,7 @@ def recipe_outcome(recipe: Recipe, inputs: Inputs) -> Outcome:
         "fot.tokens_seen": str(tokens),
     }
     tags |= {name: value for name, value in TrainingFacts.read(inputs["finetune"]).tags.items() if name == CONTINUES}
+    mem_layers = read_config(inputs["finetune"] / MODEL).get("mem_layers")
     params = {
         "recipe": recipe.name,
         "seed": recipe.seed,
@@ -134,11 +142,12 @@ def recipe_outcome(recipe: Recipe, inputs: Inputs) -> Outcome:
         "tokens": manifest.tokens,
         "objective": recipe.finetune.objective.kind,
         "context": recipe.finetune.objective.context,
+        **({"mem_layers": ", ".join(map(str, mem_layers))} if mem_layers else {}),
         "steps": steps,
         "learning_rate": recipe.finetune.optimizer.learning_rate,
         "zero_stage": recipe.finetune.deepspeed.zero_stage,
         "workers": recipe.resources.workers,
     }
     trainings = [inputs["base"], inputs["finetune"]]
-    tasks, model = recipe.evaluation.results, inputs["finetune"] / MODEL
+    tasks, model = measured_stages(recipe, inputs), inputs["finetune"] / MODEL
     return make_outcome(recipe.name, tasks, inputs, tags, params, model, trainings)

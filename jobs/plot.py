@@ -1,4 +1,4 @@
-"""Plots of evaluations, as PNGs: curves by context length, attention mass by d, a heat map.
+"""Plots of evaluations, as PNGs: curves by context length, attention mass by d, heat maps.
 
 The same values give the same bytes. Tokens stand on a logarithmic axis and are written short: 512, 2k, 1M.
 """
@@ -139,6 +139,36 @@ def plot_heat_maps(
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
     all_axes[0][0].set_ylabel("depth of the key")
+    figure.colorbar(image, ax=all_axes[0], format=lambda share, _: f"{share:.0%}", pad=0.02)
+    _save(figure, target)
+
+
+def plot_heads(shares: Mapping[str, Sequence[Sequence[float]]], marked: Sequence[int], target: Path) -> None:
+    """For each title a map of shares (0 to 1) with a row for each layer and a column for each head; `marked` layers are
+    framed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.patches import Rectangle
+
+    first = next(iter(shares.values()))
+    layers, heads = len(first), len(first[0])
+    size = (1.6 + max(2.4, 0.16 * heads) * len(shares), 1.2 + max(2.4, 0.16 * layers))
+    figure, all_axes = pyplot.subplots(
+        1, len(shares), figsize=size, dpi=150, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, (title, rows) in zip(all_axes[0], shares.items(), strict=True):
+        image = axes.imshow(rows, cmap="viridis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        for layer in marked:
+            axes.add_patch(Rectangle((-0.5, layer - 0.5), heads, 1, fill=False, edgecolor=COLOURS[1], linewidth=1.5))
+        axes.set_xticks(range(0, heads, -(-heads // 16)))
+        axes.set_yticks(range(0, layers, -(-layers // 40)))
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("head")
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0, labelsize=8)
+    all_axes[0][0].set_ylabel("layer")
     figure.colorbar(image, ax=all_axes[0], format=lambda share, _: f"{share:.0%}", pad=0.02)
     _save(figure, target)
 

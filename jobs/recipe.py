@@ -11,7 +11,7 @@ from jobs.credentials import without_credentials
 from jobs.evaluate.config import Evaluation
 from jobs.registry.config import Registry
 from jobs.settings import WorkDirectory, read_overridden, validated
-from jobs.train.config import Continued, FotObjective, MemorizingObjective, Positive, Resources, Training
+from jobs.train.config import Continued, Positive, Resources, Training, auto_layers, most_layers, named_layers
 from pipelines.config import Data, Part, TokenizerPart
 from pipelines.errors import UserError
 
@@ -133,11 +133,10 @@ class Recipe(Texts):
                 f"finetune.objective.context ({objective.context}) is longer than the base is {made} ({longest})"
             )
         layers = known.num_hidden_layers
-        asked = objective.mem_layers if isinstance(objective, FotObjective | MemorizingObjective) else None
-        if max(asked or (0,)) >= layers:
-            raise ValueError(
-                f"finetune.objective.mem_layers {list(asked or ())}: the base has {layers} layers, 0 to {layers - 1}"
-            )
+        if most_layers(objective) > layers:
+            auto = auto_layers(objective)
+            asked = list(named_layers(objective)) if auto is None else f"{{auto: {auto.auto}}}"
+            raise ValueError(f"finetune.objective.mem_layers {asked}: the base has {layers} layers, 0 to {layers - 1}")
         return self
 
     def described(self) -> dict[str, Any]:

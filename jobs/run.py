@@ -9,7 +9,7 @@ from jobs.comparison import comparison_stages
 from jobs.dictionary.config import load_dictionary
 from jobs.dictionary.workflow import dictionary_stages, run_dictionary
 from jobs.evaluate.stages import read_results
-from jobs.outcome import REPORT, make_outcome, recipe_outcome
+from jobs.outcome import REPORT, make_outcome, measured_stages, recipe_outcome
 from jobs.recipe import Recipe, load_recipe
 from jobs.registry.record import register
 from jobs.stages import recipe_stages
@@ -48,7 +48,7 @@ def run_recipe(path: Path, overrides: Sequence[str]) -> None:
     workspace = Workspace(load_recipe(path, overrides))
     with workspace.with_ray():
         made = make(workspace)
-    print_results(read_results(workspace.recipe.evaluation.results, made.paths))
+    print_results(read_results(measured_stages(workspace.recipe, made.paths), made.paths))
     _say_done(workspace.recipe, made)
 
 

@@ -1,6 +1,8 @@
 """The stages of a recipe: what each makes, of what, by which function.
 
 data stages (jobs/data/stages.py) -> base -> finetune -> evaluations (jobs/evaluate/stages.py) -> report
+
+with a probe (jobs/probe/stage.py) between base and finetune, where it is to choose the memory layers.
 """
 
 from dataclasses import replace
@@ -9,7 +11,9 @@ from pathlib import Path
 from jobs.data.stages import SHARDS, Corpus, Inputs, data_stages, look_at_corpus, repair_shards
 from jobs.evaluate.stages import evaluation_stages
 from jobs.outcome import recipe_report
+from jobs.probe.stage import probe_stage
 from jobs.recipe import Recipe
+from jobs.train.config import auto_layers
 from jobs.train.stages import base_stages, finetune_stage
 from jobs.workspace import Workspace
 from pipelines.dataset import DamagedShardError
@@ -27,7 +31,9 @@ def recipe_stages(workspace: Workspace) -> list[Stage]:
     start = workspace.start
     with workspace.hashes() as hashes:
         corpus = look_at_corpus(recipe, workspace.store, hashes)
-        training = [*base_stages(workspace, corpus, hashes, start), finetune_stage(workspace, start)]
+        auto = auto_layers(recipe.finetune.objective) if start is None else None  # else they are as they were
+        probes = [] if auto is None else [probe_stage(auto, hashes)]
+        training = [*base_stages(workspace, corpus, hashes, start), *probes, finetune_stage(workspace, start)]
         readers = [*training, *_evaluations(recipe, hashes)]
         stages = [*data_stages(recipe, corpus, start), *(_repairing(recipe, corpus, stage) for stage in readers)]
     return [*stages, recipe_report(recipe, [stage.name for stage in stages])]

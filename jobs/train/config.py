@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipelines.config import Part
 
@@ -14,7 +14,35 @@ Rate = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seen = tuple[Count, Count]
 LONGLLAMA_3B = ((0, 0), (1, 1), (2, 1), (3, 0))
-MemLayers = Annotated[tuple[Count, ...], Field(min_length=1)]
+
+
+class Auto(Part):
+    """The layers that a probe of the base ranks first (`fot probe`): so many, or where that is None as many as the
+    paper would take for the model's depth."""
+
+    auto: Positive | None = None
+
+
+def _layers(value: Any) -> Any:
+    """Takes `auto` for {auto: null}; refuses what is neither that nor numbers in one line, where a union would give one
+    for each kind."""
+    if value is None or isinstance(value, Auto):
+        return value
+    numbers = isinstance(value, list | tuple) and value and all(type(each) is int and each >= 0 for each in value)
+    if numbers:
+        return tuple(value)
+    if value == "auto":
+        return Auto()
+    if isinstance(value, dict) and set(value) == {"auto"}:
+        count = value["auto"]
+        if count is None or (type(count) is int and count > 0):
+            return Auto(auto=count)
+    raise ValueError(
+        f"finetune.objective.mem_layers {value!r}: give layer numbers, such as [8, 15], auto, or {{auto: 4}}"
+    )
+
+
+MemLayers = Annotated[tuple[int, ...] | Auto | None, BeforeValidator(_layers)]
 
 
 class Rows(Part):
@@ -61,14 +89,15 @@ class FotObjective(Rows):
     - `d`: a context sees the one before it in its document and those at the same place in the d - 1 next documents
       (the paper's small models), with `contexts` consecutive contexts a group.
 
-    `mem_layers`: by default those the paper would choose for the model's depth.
+    `mem_layers`: numbers; `auto`, or `{auto: 4}`, has them chosen by a probe of the base; by default those the paper
+    would choose for the model's depth.
     """
 
     kind: Literal["fot"] = "fot"
     segments: Annotated[tuple[Seen, ...], Field(min_length=2)] | None = None
     d: Positive | Switch | Draw | None = None
     contexts: Annotated[int, Field(ge=2)] = 4
-    mem_layers: MemLayers | None = None
+    mem_layers: MemLayers = None
     mem_positionals: bool = True
 
     @model_validator(mode="before")
@@ -118,7 +147,7 @@ class MemorizingObjective(Rows):
     kind: Literal["memorizing"] = "memorizing"
     contexts: Annotated[int, Field(ge=2)] = 4
     gate: bool = True
-    mem_layers: MemLayers | None = None
+    mem_layers: MemLayers = None
     mem_positionals: bool = True
 
 
@@ -132,6 +161,24 @@ class TransformerXlObjective(Rows):
 Objective = Annotated[
     StandardObjective | FotObjective | MemorizingObjective | TransformerXlObjective, Field(discriminator="kind")
 ]
+
+
+def named_layers(objective: Objective) -> tuple[int, ...]:
+    """The memory layers that the recipe names; none where a probe or the model's depth decides."""
+    layers = objective.mem_layers if isinstance(objective, FotObjective | MemorizingObjective) else None
+    return layers if isinstance(layers, tuple) else ()
+
+
+def auto_layers(objective: Objective) -> Auto | None:
+    """What a probe of the base is to choose, if it is."""
+    layers = objective.mem_layers if isinstance(objective, FotObjective | MemorizingObjective) else None
+    return layers if isinstance(layers, Auto) else None
+
+
+def most_layers(objective: Objective) -> int:
+    """How many layers a model must have at least for those asked for."""
+    auto = auto_layers(objective)
+    return auto.auto or 1 if auto is not None else max(named_layers(objective), default=-1) + 1
 
 
 class Batch(Part):
@@ -271,6 +318,11 @@ class Training(Part):
     checkpoints: Checkpoints = Checkpoints()
     bad_loss: BadLoss = BadLoss()
     measure: Measure | None = None
+
+    def with_mem_layers(self, layers: Sequence[int]) -> "Training":
+        """The same with these memory layers, instead of `auto`."""
+        objective = self.objective.model_copy(update={"mem_layers": tuple(layers)})
+        return self.model_copy(update={"objective": objective})
 
     @model_validator(mode="after")
     def _memory_layers_are_there(self) -> "Training":

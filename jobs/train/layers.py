@@ -2,15 +2,25 @@
 
 from collections.abc import Sequence
 
-from jobs.train.config import FotObjective, MemorizingObjective, Objective, TransformerXlObjective
+from jobs.train.config import (
+    FotObjective,
+    MemorizingObjective,
+    Objective,
+    TransformerXlObjective,
+    auto_layers,
+    named_layers,
+)
 
 
 def memory_layer_numbers(objective: Objective, layers: int) -> list[int]:
-    """The memory layers, of a base that has none itself."""
+    """The memory layers, of a base that has none itself. Which ones a probe will choose nobody knows before it: then as
+    many, spread evenly."""
     if not isinstance(objective, FotObjective | MemorizingObjective):
         return []
-    if objective.mem_layers is not None:
-        return sorted(set(objective.mem_layers))
+    if named := named_layers(objective):
+        return sorted(set(named))
+    if (auto := auto_layers(objective)) is not None and auto.auto is not None:
+        return [(place + 1) * layers // (auto.auto + 1) for place in range(auto.auto)]
     quarter = layers // 4  # as fot_model.default_mem_layers, which would import torch
     return [quarter, 2 * quarter, 3 * quarter] if layers >= 24 else [2 * layers // 3]
 

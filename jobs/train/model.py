@@ -9,7 +9,14 @@ import torch
 from fot_model import Adapter, FotLlamaConfig, FotLlamaForCausalLM, Lora, default_mem_layers, fingerprint
 from fot_model.adapter import settings_of
 from jobs.recipe import ModelShape
-from jobs.train.config import FotObjective, MemorizingObjective, Objective, TransformerXlObjective
+from jobs.train.config import (
+    FotObjective,
+    MemorizingObjective,
+    Objective,
+    TransformerXlObjective,
+    auto_layers,
+    named_layers,
+)
 from jobs.train.estimate import tokens_per_step
 from jobs.train.export import PEFT, load_adapter
 from jobs.train.spec import TrainSpec
@@ -119,7 +126,8 @@ def _base_config(base: Path, objective: Objective) -> FotLlamaConfig:
     config = FotLlamaConfig.from_pretrained(base)
     config.previous_context = isinstance(objective, TransformerXlObjective)
     if isinstance(objective, FotObjective | MemorizingObjective):
-        config.mem_layers = list(objective.mem_layers or default_mem_layers(config.num_hidden_layers))
+        assert auto_layers(objective) is None, "what a probe chose is in the spec"
+        config.mem_layers = list(named_layers(objective) or default_mem_layers(config.num_hidden_layers))
         config.mem_positionals = objective.mem_positionals
         config.local_context = objective.context
         config.last_context_length = None  # windows that do not depend on how an input is split

@@ -21,7 +21,7 @@ class Start:
 
     `model`: the version that is continued; `checkpoints`, `step`: its state, whose content `files` names; `data`: the
     data set it was trained on, of hash `manifest`; `base`: the LLaMA that it began with. `epochs`, `replay`: as in the
-    recipe.
+    recipe. `mem_layers`: those it was trained with, none where it has none.
     """
 
     model: str
@@ -33,6 +33,7 @@ class Start:
     base: Path
     epochs: float
     replay: float
+    mem_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,33 @@
 """The stages that train: base (where there is none) and finetune."""
 
 import json
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from jobs.base import asked_mem_layers, check_config, check_llama, check_tokens, read_llama_config
+from fot_model import default_mem_layers
+from jobs.base import asked_mem_layers, check_config, check_llama, check_tokens, read_config, read_llama_config
 from jobs.checkpoint_source import CHECKPOINT, Located, checkpoint_stage, locate, read_source_config
 from jobs.data.batches import last_step, make_sampler
 from jobs.data.stages import DOCUMENTS, SHARDS, Corpus, Inputs, directory_files
 from jobs.evaluate import attention_mass, lm_eval_tasks, passkey, perplexity, trec, webquestions
 from jobs.evaluate.windows import choose_windows
+from jobs.probe.probing import TASK as PROBE
+from jobs.probe.probing import read_chosen
 from jobs.recipe import ModelShape, Recipe
 from jobs.registry.server import tracking_uri
 from jobs.stop import StoppedError, stop_file
 from jobs.tracking import TrainingFacts, TrainingRun
 from jobs.train.checkpoint_store import CheckpointStore, place_of
-from jobs.train.config import Patterns, Training
+from jobs.train.config import (
+    FotObjective,
+    MemorizingObjective,
+    Objective,
+    Patterns,
+    Training,
+    auto_layers,
+    named_layers,
+)
 from jobs.train.export import ADAPTER_FILES, check_adapter
 from jobs.train.launch import train
 from jobs.train.spec import ADAPTER, CHECKPOINTS, METRICS, MODEL, Start, TrainSpec
@@ -95,11 +106,17 @@ def finetune_stage(workspace: Workspace, start: Start | None = None) -> Stage:
     """The base, trained with the recipe's objective; or what was so trained before, from a `start` on."""
     recipe = workspace.recipe
 
+    auto = auto_layers(recipe.finetune.objective)
+    probes = () if auto is None or start is not None else (PROBE,)
+
     def run(output: Path, inputs: Inputs) -> None:
-        _run_training(workspace, "finetune", recipe.finetune, inputs["base"] / MODEL, output, inputs, start)
+        training = recipe.finetune
+        if auto is not None:
+            training = training.with_mem_layers(read_chosen(inputs[PROBE]) if start is None else start.mem_layers)
+        _run_training(workspace, "finetune", training, inputs["base"] / MODEL, output, inputs, start)
 
     params = {"training": _deciding(recipe.finetune), **_what_else_decides(recipe), **_continuing(start)}
-    inputs = ("tokenizer", SHARDS, DOCUMENTS, "finetune-groups", "base")
+    inputs = ("tokenizer", SHARDS, DOCUMENTS, "finetune-groups", "base", *probes)
     return Stage("finetune", run, params, inputs=inputs, content=MODEL)
 
 
@@ -149,7 +166,7 @@ def _run_training(
         stop=stop_file(),
         adapter=found if "base" in inputs and (found := inputs["base"] / ADAPTER).exists() else None,
     )
-    described = recipe.described()
+    described, layers = recipe.described(), _mem_layers(training.objective, base)
     tags = {
         "fot.stage": str(output.with_suffix("")),
         "fot.checkpoints": CheckpointStore(spec.checkpoints).name,
@@ -159,7 +176,9 @@ def _run_training(
         "fot.base": "a new model" if isinstance(base, ModelShape) else origin(base),
         **({} if start is None else {CONTINUES: f"{start.model}, step {start.step}"}),
     }
-    facts = TrainingFacts(key, recipe.name, f"{recipe.name}: {name}", tags, _params(training, recipe), described)
+    facts = TrainingFacts(
+        key, recipe.name, f"{recipe.name}: {name}", tags, _params(training, recipe, layers), described
+    )
     uri = tracking_uri(workspace.directory, recipe.registry.tracking_uri)
     run = TrainingRun(workspace.directory, uri, facts, output)
     try:
@@ -229,12 +248,21 @@ def _dump(part: Any, without: Set[str] = frozenset()) -> dict[str, Any]:
     return dict(part.model_dump(mode="json", exclude=set(without)))
 
 
-def _params(training: Training, recipe: Recipe) -> dict[str, Any]:
+def _mem_layers(objective: Objective, base: Path | ModelShape) -> Sequence[int]:
+    """The memory layers that the objective comes to with this base."""
+    if not isinstance(objective, FotObjective | MemorizingObjective):
+        return ()
+    depth = base.num_hidden_layers if isinstance(base, ModelShape) else read_config(base)["num_hidden_layers"]
+    return named_layers(objective) or default_mem_layers(depth)
+
+
+def _params(training: Training, recipe: Recipe, mem_layers: Sequence[int]) -> dict[str, Any]:
     """What people compare trainings by."""
     return {
         "objective": training.objective.kind,
         "train": "patterns" if isinstance(training.train, Patterns) else training.train,
         "context": training.objective.context,
+        **({"mem_layers": ", ".join(map(str, mem_layers))} if mem_layers else {}),
         "steps": training.steps,
         "learning_rate": training.optimizer.learning_rate,
         "schedule": training.schedule.kind,

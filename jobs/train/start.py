@@ -11,7 +11,7 @@ from jobs.registry.models import find_version, model_address
 from jobs.registry.runs import children
 from jobs.registry.server import connect, talking_to, tracking_uri
 from jobs.train.checkpoint_store import CheckpointStore, difference
-from jobs.train.config import Continued
+from jobs.train.config import Continued, auto_layers
 from jobs.train.spec import MODEL, Start
 from pipelines.errors import UserError
 from pipelines.hashing import hash_json
@@ -31,10 +31,12 @@ def find_start(recipe: Recipe, continued: Continued, work_dir: Path, store: Stor
         raise UserError(f"{model}: its checkpoints in {CheckpointStore(where).name} are gone: it cannot be continued")
     last = complete[-1]
     identity = last.records[0].identity
-    if other := difference(_same(identity["training"]), _same(json.loads(recipe.finetune.model_dump_json()))):
-        key, theirs, ours = other
+    mem_layers = tuple(identity["training"]["objective"].get("mem_layers") or ())
+    ours = recipe.finetune.with_mem_layers(mem_layers) if auto_layers(recipe.finetune.objective) else recipe.finetune
+    if other := difference(_same(identity["training"]), _same(json.loads(ours.model_dump_json()))):
+        key, theirs, asked = other
         raise UserError(
-            f"{model} was trained with finetune.{key} {json.dumps(theirs)}, the recipe says {json.dumps(ours)}: a "
+            f"{model} was trained with finetune.{key} {json.dumps(theirs)}, the recipe says {json.dumps(asked)}: a "
             f"training that goes on keeps it"
         )
     data = [directory for directory, manifest, _ in finished_data_sets(store) if manifest.hash == identity["manifest"]]
@@ -52,6 +54,7 @@ def find_start(recipe: Recipe, continued: Continued, work_dir: Path, store: Stor
         base=(bases[0] / MODEL).resolve(),
         epochs=continued.epochs,
         replay=continued.replay,
+        mem_layers=mem_layers,
     )
 
 

@@ -15,6 +15,7 @@ from fot_model import (
     FotLlamaForCausalLM,
     TopKMemory,
     attention_mass,
+    key_mass,
     memory_mass,
 )
 from fot_model import mass as mass_module
@@ -391,3 +392,30 @@ def test_the_mass_in_memory_leaves_the_outputs_as_they_are() -> None:
             watched = model(rows_RL[2:], past_key_values=read_beside(model, rows_RL[:2])).logits
     assert torch.equal(plain, watched)
     assert mass.layers.keys() == {2}
+
+
+ROPES = [
+    {"rope_type": "default", "rope_theta": 100.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 100.0},
+    {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0},
+]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
+def test_key_mass_is_that_of_the_models_own_weights(rope: dict) -> None:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = FotLlamaConfig(**shape, **heads, rope_parameters=rope, initializer_range=0.5)
+    model = FotLlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
+    ids_1L = torch.randint(50, (1, 30))
+    queries_Q = torch.tensor([3, 29, 17])
+    keys_SQL = torch.rand(2, 3, 30) < 0.3
+    with torch.no_grad(), key_mass(model, queries_Q, keys_SQL) as found:
+        weights = model(ids_1L, output_attentions=True, use_cache=False).attentions
+    assert list(found) == [0, 1, 2]
+    for layer, mass_SHQ in found.items():
+        expected = torch.stack([(weights[layer][0, :, queries_Q] * keys_QL).sum(-1) for keys_QL in keys_SQL])
+        torch.testing.assert_close(mass_SHQ, expected.double(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="give one row of 30 tokens"), key_mass(model, queries_Q, keys_SQL):
+        model(ids_1L.repeat(2, 1), use_cache=False)

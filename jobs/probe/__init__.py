@@ -1,0 +1,1 @@
+"""Which layers of a LLaMA retrieve: what memory layers should be."""

@@ -1,0 +1,71 @@
+"""`fot probe`: any LLaMA's layers, ranked."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.base import read_llama_config
+from jobs.data.stages import Inputs, directory_files
+from jobs.evaluate.result import Result
+from jobs.evaluate.subject import read_tokenizer
+from jobs.probe.config import Probe
+from jobs.probe.probing import PICTURE, RANKING, TASK, probe, read_chosen, text_entries
+from jobs.settings import validated
+from jobs.views import print_results
+from jobs.workspace import WorkDir
+from pipelines.errors import UserError
+from pipelines.hashing import hash_json
+from pipelines.progress import say
+from pipelines.store import Stage
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line says. `layers`: how many memory layers are to be chosen; `settings`: of the probe, None for
+    its defaults."""
+
+    model: str
+    layers: int | None
+    settings: dict[str, Any]
+    work_dir: str
+
+
+def probe_model(request: Request) -> None:
+    """Measure and print. Raises UserError for what is no LLaMA, and for whatever `probe` cannot do."""
+    given = {name: value for name, value in request.settings.items() if value is not None}
+    settings = validated(Probe, given, "fot probe")
+    model = _find(request.model)
+    tokenizer = read_tokenizer(model)
+    work = WorkDir(TASK, request.work_dir)
+
+    def stages() -> list[Stage]:
+        with work.hashes() as hashes:
+            entries = text_entries(settings, hashes)
+            params = {
+                "files": directory_files(model, hashes),
+                "settings": settings.model_dump(mode="json"),
+                "layers": request.layers,
+                "text": hash_json([entry.identity() for entry in entries]),
+            }
+
+        def run(output: Path, inputs: Inputs) -> None:
+            probe(model, tokenizer, settings, request.layers, entries, output)
+
+        return [Stage(TASK, run, params)]
+
+    with work.with_ray():
+        outputs, _ = work.run(stages)
+    where = outputs[TASK].path
+    print_results([(Result.read(where), where)])
+    say(f"  picture  {where / PICTURE}")
+    say(f"  ranking  {where / RANKING}")
+    say(f"  recipe   finetune.objective.mem_layers: {read_chosen(where)}, or auto")
+
+
+def _find(checkpoint: str) -> Path:
+    """The model's directory. Raises UserError where it is no LLaMA's."""
+    path = Path(checkpoint).expanduser()
+    if not path.is_dir():
+        raise UserError(f"{checkpoint} is no directory: give a Hugging Face LLaMA directory")
+    read_llama_config(path)
+    return path.resolve()
