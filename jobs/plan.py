@@ -63,7 +63,7 @@ def base_shape(recipe: Recipe) -> Shape:
     if not _is_here(base.checkpoint):
         if base.shape is not None:
             return Shape.of(base.shape.model_dump())
-        if kind_of(base.checkpoint) != "hub":
+        if kind_of(base.checkpoint) in ("path", "registered"):
             raise UserError(
                 f"base.checkpoint {base.checkpoint} has no config.json, so its shape is unknown: download it or set "
                 f"base.shape"
@@ -75,9 +75,7 @@ def base_shape(recipe: Recipe) -> Shape:
 
 
 def _is_here(checkpoint: str) -> bool:
-    """Whether a checkpoint's configuration is on this machine, where the hub's cache does not count."""
-    if kind_of(checkpoint) == "package":
-        return True
+    """Whether a checkpoint is a path on this machine with a configuration."""
     path = Path(checkpoint).expanduser()
     return path.is_file() or (path / "config.json").exists()
 

@@ -225,3 +225,12 @@ def test_a_shape_beside_pretraining_is_refused(recipe: dict, write_recipe) -> No
     recipe["base"]["shape"] = shape
     with pytest.raises(UserError, match=r"base\.shape is a checkpoint's: with base\.pretrain leave it out"):
         load_recipe(write_recipe(recipe))
+
+
+def test_the_shape_of_a_gguf_file_is_its_headers(recipe: dict, write_recipe, write_gguf, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    path = write_recipe(recipe)
+    shape = base_shape(load_recipe(path, [f"base={{checkpoint: {tmp_path}/tiny.gguf}}"]))
+    assert (shape.num_hidden_layers, shape.hidden_size, shape.num_key_value_heads, shape.vocab_size) == (2, 32, 2, 300)
+    with pytest.raises(UserError, match=r"no package no_such_package in this environment"):
+        base_shape(load_recipe(path, ["base={checkpoint: 'package:no_such_package/x.gguf'}"]))
