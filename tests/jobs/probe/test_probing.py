@@ -5,12 +5,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
+from jobs.evaluate.cells import Cell
+from jobs.evaluate.result import Result
 from jobs.evaluate.subject import read_tokenizer
+from jobs.probe import probing
 from jobs.probe.config import Probe
-from jobs.probe.probing import CHOSEN, PICTURE, RANKING, make_prompts, probe, text_entries
+from jobs.probe.probing import CHOSEN, PICTURE, RANKING, make_prompts, probe, read_chosen, text_entries
 from jobs.settings import validated
 from pipelines.errors import UserError
 from pipelines.hashing import FileHashes
@@ -37,19 +41,28 @@ def only(directory: Path) -> Path:
     return found
 
 
-def test_the_head_that_copies_is_found(fot_here, retrieving: Path, library: Path, tmp_path: Path) -> None:
-    asked = ["probe", retrieving, "--prompts", 2, "--causal", 1, "--data", library]
-    answer = fot_here(*asked)
-    assert answer.returncode == 0, answer.stdout
-    assert f"mem_layers: [{LAYER}]" in answer.stdout
-    assert "Layers that retrieve" in answer.stdout
-    output = only(tmp_path / "runs" / "store" / "probe")
+@pytest.fixture
+def without_ray(monkeypatch) -> None:
+    """Cells run in this process."""
+
+    def run_cells(name: str, cells: list[Cell], output: Path) -> dict:
+        with torch.inference_mode():
+            return {cell.key: json.loads(json.dumps(cell.function(*cell.arguments))) for cell in cells}
+
+    monkeypatch.setattr(probing, "run_cells", run_cells)
+
+
+def test_the_head_that_copies_is_found(without_ray, retrieving: Path, library: Path, tmp_path: Path) -> None:
+    settings = Probe(prompts=2, causal=1, text=str(library))
+    entries, output = text_entries(settings, FileHashes(tmp_path / "hashes.json")), tmp_path / "output"
+    output.mkdir()
+    probe(retrieving, read_tokenizer(retrieving), settings, None, entries, output)
     found = json.loads((output / RANKING).read_text())
     best, second = found["layers"][:2]
     assert (best["number"], best["head"]) == (LAYER, HEAD)
     assert best["score"] - best["spread"] > 10 * second["score"]
     assert set(best["by_kind"]) == {"facts", "text"}
-    assert json.loads((output / CHOSEN).read_text()) == {"mem_layers": [LAYER]}
+    assert read_chosen(output) == [LAYER]
     for name in ("without", "alone"):
         worth = found["causal"][name]
         assert worth[LAYER] > 1.0
@@ -57,9 +70,19 @@ def test_the_head_that_copies_is_found(fot_here, retrieving: Path, library: Path
         assert max(abs(worth[layer]) for layer in range(len(worth)) if layer != LAYER) < 1e-4
     with Image.open(output / PICTURE) as picture:
         assert picture.format == "PNG"
+    (table,) = Result.read(output).tables
+    assert table.rows[0][:2] == [f"{LAYER} *", HEAD]
+    probe(retrieving, read_tokenizer(retrieving), settings, 2, entries, output)
+    assert read_chosen(output) == [0, LAYER], "of layers that are alike the lowest"
+
+
+def test_a_probe_is_printed_and_found_again(fot_here, retrieving: Path, library: Path) -> None:
+    asked = ["probe", retrieving, "--prompts", 1, "--data", library]
+    answer = fot_here(*asked)
+    assert answer.returncode == 0, answer.stdout
+    for shown in (f"mem_layers: [{LAYER}]", "Layers that retrieve", PICTURE, RANKING):
+        assert shown in answer.stdout
     assert "found" in fot_here(*asked).stdout, "the same is not measured again"
-    two = fot_here(*asked, "--layers", 2)
-    assert f"mem_layers: [0, {LAYER}]" in two.stdout  # of layers that are alike the lowest
 
 
 def test_what_cannot_be_probed_is_one_line(fot_here, retrieving: Path, library: Path, tmp_path: Path) -> None:
