@@ -87,34 +87,17 @@ def test_a_checkpoint_is_measured_and_recorded_and_found_again(
     assert fot_here("registry", "list").stdout.count("evaluation") == listed.count("evaluation")
 
 
-def test_rivals_read_the_same_and_stand_beside_the_model(
-    fot_here, checkpoint: Path, corpus: Path, tmp_path: Path
-) -> None:
-    asked = ["evaluate", checkpoint, "--task", "perplexity", "--task", "passkey", "--data", corpus]
-    asked += ["--base", checkpoint, "--local", "16", "--set", "rivals_up_to=384"]
-    for rival in ("full", "yarn", "dynamic_ntk", "bm25"):
-        asked += ["--rival", rival]
-    sets = ["perplexity.contexts=[1,4,32]", "perplexity.windows=4"]
-    sets += ["passkey={lengths: [20, 40], trials: 2, digits: 2}"]
-    asked += [part for each in sets for part in ("--set", each)]
+def test_rivals_stand_beside_the_model(fot_here, checkpoint: Path, corpus: Path, tmp_path: Path) -> None:
+    asked = ["evaluate", checkpoint, "--task", "perplexity", "--data", corpus, "--local", "16"]
+    asked += ["--set", "perplexity={contexts: [1, 4], windows: 4}", "--rival", "full"]
     answer = fot_here(*asked)
     assert answer.returncode == 0, answer.stdout
-    for shown in ("base, full attention", "base, YaRN", "base, dynamic NTK", "base, retrieval (BM25)", "Nats a token"):
+    for shown in ("base, full attention", "Nats a token, model less each"):
         assert shown in answer.stdout
-    store = tmp_path / "runs" / "store"
-    result = Result.read(only(store / "rivals"))
-    values = {(point.metric, point.step): point.value for point in result.points}
-    assert values["perplexity/full", 16] == pytest.approx(values["perplexity/bm25", 16])
-    assert values["perplexity/full", 64] == pytest.approx(values["perplexity/dynamic_ntk", 64]), (
-        "as long as it was made for"
-    )
-    assert values["perplexity/full", 64] != pytest.approx(values["perplexity/yarn", 64])
-    assert values["nats_less/base", 64] == 0
-    assert {step for metric, step in values if metric == "perplexity/full"} == {16, 64}, "up to rivals_up_to"
-    assert {step for metric, step in values if metric == "passkey/exact/full"} == {320}
-    assert all((only(store / "rivals") / plot).stat().st_size > 5000 for plot in result.plots)
+    result = Result.read(only(tmp_path / "runs" / "store" / "rivals"))
+    assert {("perplexity/full", 16), ("nats_less/full", 64)} <= {(point.metric, point.step) for point in result.points}
     more = fot_here(*asked, "--set", "memory.top_k=4")
-    assert "perplexity-full found" in more.stdout, "another model or memory measures no rival anew"
+    assert "perplexity-full found" in more.stdout, "with another memory no rival is measured anew"
     assert "perplexity done in" in more.stdout
 
 

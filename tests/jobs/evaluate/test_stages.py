@@ -1,13 +1,19 @@
 """What an evaluation's key is made of: with another, it is measured anew."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from jobs.evaluate import stages
+from jobs.evaluate.cells import Cell
 from jobs.evaluate.config import Evaluation
+from jobs.evaluate.losses import read_losses
+from jobs.evaluate.result import Result
+from jobs.train.spec import MODEL
 from pipelines.errors import UserError
 from pipelines.hashing import FileHashes
 
@@ -44,6 +50,52 @@ def rival_stages(tmp_path: Path, **settings: Any) -> dict[str, Any]:
     evaluation = Evaluation.model_validate(asked)
     models, hashes = {"model": "finetune", "base": "base"}, FileHashes(tmp_path / "hashes.json")
     return {stage.name: stage for stage in stages.evaluation_stages(evaluation, models, 32, 0, hashes)}
+
+
+def test_all_read_the_same_and_stand_side_by_side(
+    tmp_path: Path, subject_of, save_model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every stage in this process, without Ray."""
+
+    def run_here(name: str, cells: list[Cell], output: Path) -> dict[str, Any]:
+        with torch.inference_mode():
+            return {cell.key: json.loads(json.dumps(cell.function(*cell.arguments))) for cell in cells}
+
+    monkeypatch.setattr("jobs.evaluate.tasks.run_cells", run_here)
+    base = save_model(num_hidden_layers=2, mem_layers=[], mem_positionals=True, max_position_embeddings=64)
+    model = save_model(num_hidden_layers=2, mem_layers=[1], mem_positionals=True, max_position_embeddings=64)
+    subject = subject_of({"books": [900, 700], "code": [800]})
+    evaluation = Evaluation.model_validate(
+        {
+            "perplexity": {"contexts": [1, 4, 32], "windows": 5},
+            "passkey": {"lengths": [20, 40], "trials": 2, "digits": 2},
+            "rivals": ["full", "yarn", "dynamic_ntk", "bm25"],
+            "rivals_up_to": 384,
+        }
+    )
+    inputs = {"shards": subject.shards, "documents": subject.documents}
+    for name, path in {"finetune": model, "base": base}.items():
+        inputs[name] = tmp_path / name
+        inputs[name].mkdir()
+        (inputs[name] / MODEL).symlink_to(path)
+    models = {"model": "finetune", "base": "base"}
+    for stage in stages.evaluation_stages(evaluation, models, 16, 0, FileHashes(tmp_path / "hashes.json")):
+        inputs[stage.name] = tmp_path / stage.name
+        inputs[stage.name].mkdir()
+        stage.run(inputs[stage.name], {name: inputs[name] for name in stage.inputs})
+    result = Result.read(inputs["rivals"])
+    values = {(point.metric, point.step): point.value for point in result.points}
+    assert values["perplexity/full", 16] == pytest.approx(values["perplexity/bm25", 16])
+    assert values["perplexity/full", 64] == pytest.approx(values["perplexity/dynamic_ntk", 64]), "within its length"
+    assert {step for metric, step in values if metric == "perplexity/full"} == {16, 64}, "up to rivals_up_to"
+    assert {step for metric, step in values if metric == "passkey/exact/yarn"} == {320}
+    assert values["nats_less/full", 16] == pytest.approx(0, abs=1e-5), "the same weights"
+    own, full, bm25 = (windows(inputs[f"perplexity{end}"]) for end in ("", "-full", "-bm25"))
+    assert full == bm25 == [window for window in own if window[-1] <= 384]
+
+
+def windows(directory: Path) -> list[tuple[Any, ...]]:
+    return [one[2:5] for one in read_losses(directory) if one.name == "model"]
 
 
 def test_rivals_depend_on_the_base_alone(tmp_path: Path) -> None:
