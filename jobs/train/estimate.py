@@ -29,8 +29,9 @@ Activations are what autograd keeps of a micro-batch for the backward pass, for 
     2 (4 + 2 w) C + w (2 Hq D + 2 Hk D) + 4 Hq + 4 w I
 
 in a memory layer 2 w Hk D more for far keys and values, those of all ranks that share a micro-batch; and (4 + 2 w) C
-once, for the last norm. With activation checkpointing a layer keeps w C, and one at a time is there in full. Logits:
-three float32 copies at the peak of the loss's backward pass, 12 bytes a token and entry of the vocabulary. Not counted:
+once, for the last norm. With activation checkpointing a layer keeps w C, and one at a time is there in full. Logits are
+there for some tokens at a time (`fot_model/loss.py`), at most 2^24: 4 + w bytes each, and 4 more where they are made
+in 16 bits. Besides, from the loss on, C (4 + w) bytes a token and 4 C a row of the head, their gradients. Not counted:
 CUDA's context, fragmentation, what is there for a moment within a layer's backward pass.
 
 C hidden size, I intermediate size, Hq query heads, Hk key/value heads, D head size, T tokens of a context.
@@ -56,7 +57,7 @@ from jobs.train.config import (
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BUCKET = 5e8  # gradients that DeepSpeed reduces at once (reduce_bucket_size)
 LIVE = 1e9  # gathered weights at ZeRO stage 3 (stage3_max_live_parameters)
-LOGIT_BYTES = 12
+LOGITS = 2**24  # at once, as fot_model.loss.ENTRIES, which would import torch
 
 
 @dataclass(frozen=True)
@@ -230,11 +231,18 @@ def _activations(shape: Shape, training: Training, resources: Resources) -> tupl
     far = 2 * width * shape.keys * spread
     layer, last_norm = layer_bytes(shape, width), (4 + 2 * width) * shape.hidden_size
     memory = memory_layers(objective, layers)
-    logits = LOGIT_BYTES * shape.vocab_size
+    loss = loss_bytes(shape, tokens, width)
     if settings.activation_checkpointing:
         kept = layers * width * shape.hidden_size + last_norm
-        return tokens * kept, tokens * max(logits, layer + (far if memory else 0))
-    return tokens * (layers * layer + memory * far + last_norm), tokens * logits
+        return tokens * kept, max(loss, tokens * (layer + (far if memory else 0)))
+    return tokens * (layers * layer + memory * far + last_norm), loss
+
+
+def loss_bytes(shape: Shape, tokens: int, width: int) -> int:
+    """Bytes of the head's logits and gradients while the loss of so many tokens is found."""
+    logits = min(tokens, max(1, LOGITS // shape.vocab_size)) * shape.vocab_size
+    gradients = shape.hidden_size * (tokens * (4 + width) + 4 * shape.vocab_size)
+    return logits * (8 if width == 4 else 10) + gradients
 
 
 def layer_bytes(shape: Shape, width: int) -> int:
