@@ -63,6 +63,11 @@ class Backward:
         return sum(self.sizes[name] for name in self.trained) + self.pair_parameters
 
     @property
+    def trains_head(self) -> bool:
+        """Whether the output's weights are trained, its own or the embedding's."""
+        return (OUTPUT if OUTPUT in self.sizes else EMBEDDINGS) in self.trained
+
+    @property
     def lowest(self) -> int:
         """The lowest layer that a gradient reaches; the number of layers where it reaches none."""
         return int(max(0, min(self._first[0], self.shape.num_hidden_layers)))

@@ -29,9 +29,10 @@ Activations are what autograd keeps of a micro-batch for the backward pass, for 
     2 (4 + 2 w) C + w (2 Hq D + 2 Hk D) + 4 Hq + 4 w I
 
 in a memory layer 2 w Hk D more for far keys and values, those of all ranks that share a micro-batch; and (4 + 2 w) C
-once, for the last norm. With activation checkpointing a layer keeps w C, and one at a time is there in full. Logits:
-three float32 copies at the peak of the loss's backward pass, 12 bytes a token and entry of the vocabulary. Not counted:
-CUDA's context, fragmentation, what is there for a moment within a layer's backward pass.
+once, for the last norm. With activation checkpointing a layer keeps w C, and one at a time is there in full. Logits are
+there for some tokens at a time (`fot_model/loss.py`), at most 2^24: 4 + w bytes each, and 4 more where they are made
+in 16 bits. Besides, from the loss on, gradients: C (4 + w) bytes a token and, where the head is trained, 4 C a row of
+it. Not counted: CUDA's context, fragmentation, what is there for a moment within a layer's backward pass.
 
 C hidden size, I intermediate size, Hq query heads, Hk key/value heads, D head size, T tokens of a context.
 """
@@ -57,7 +58,7 @@ from jobs.train.shape import Shape
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BUCKET = 5e8  # gradients that DeepSpeed reduces at once (reduce_bucket_size)
 LIVE = 1e9  # gathered weights at ZeRO stage 3 (stage3_max_live_parameters)
-LOGIT_BYTES = 12
+LOGITS = 2**24  # at once, as fot_model.loss.ENTRIES, which would import torch
 
 
 def contexts_seen(objective: Objective, steps: int) -> float:
@@ -163,12 +164,18 @@ def _activations(shape: Shape, training: Training, resources: Resources) -> tupl
         + far * (layer in seeing_layers(objective, layers)) * back.reaches_attention(layer)
         for layer in range(layers)
     ]
-    last_norm = back.last_norm_bytes(width)
-    logits = LOGIT_BYTES * shape.vocab_size
+    last_norm, loss = back.last_norm_bytes(width), loss_bytes(shape, tokens, width, back.trains_head)
     if settings.activation_checkpointing:
         kept = (layers - back.lowest) * width * shape.hidden_size + last_norm
-        return tokens * kept, tokens * max(logits, *bytes_of)
-    return tokens * (sum(bytes_of) + last_norm), tokens * logits
+        return tokens * kept, max(loss, tokens * max(bytes_of))
+    return tokens * (sum(bytes_of) + last_norm), loss
+
+
+def loss_bytes(shape: Shape, tokens: int, width: int, trains_head: bool = True) -> int:
+    """Bytes of the head's logits and gradients while the loss of so many tokens is found."""
+    logits = min(tokens, max(1, LOGITS // shape.vocab_size)) * shape.vocab_size
+    gradients = shape.hidden_size * (tokens * (4 + width) + 4 * shape.vocab_size * trains_head)
+    return logits * (8 if width == 4 else 10) + gradients
 
 
 def checkpoint_bytes(shape: Shape, training: Training) -> float:
