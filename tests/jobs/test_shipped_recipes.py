@@ -12,7 +12,7 @@ from jobs.dictionary.config import load_dictionary
 from jobs.plan import ROOM, base_shape
 from jobs.recipe import load_recipe
 from jobs.train.backward import Backward
-from jobs.train.estimate import device_memory, find_device, tokens_per_step
+from jobs.train.estimate import device_memory, find_device, step_flops, tokens_per_step
 from jobs.variants import load_comparison
 from pipelines.mixture import BLOCK, Mixture
 from pipelines.tokenizer import train_tokenizer
@@ -43,6 +43,8 @@ VARIANTS = {
     "distraction": ["d1", "d2", "d8", "d64"],
 }
 
+SMOLLM2 = ("smollm2", "smollm2_gpu")
+
 
 def shipped(name: str) -> Path:
     return next(path for path in RECIPES if path.stem == name)
@@ -62,7 +64,8 @@ def test_a_recipe_that_ships_is_valid(path: Path) -> None:
 
 
 def test_every_recipe_for_a_large_model_is_checked_here() -> None:
-    assert {path.stem for path in RECIPES} == {*LARGE, *VARIANTS, "quickstart", "finetune", "dictionary"}
+    others = {"quickstart", "finetune", "dictionary", *SMOLLM2, "ten_thousand"}
+    assert {path.stem for path in RECIPES} == {*LARGE, *VARIANTS, *others}
 
 
 def test_variants_of_the_shipped_comparisons_differ_in_what_they_compare_alone() -> None:
@@ -106,6 +109,34 @@ def test_every_context_of_a_large_models_recipe_finds_the_negatives_it_asks_for(
     unrelated = [[one == other for one in groups] for other in groups]
     plan = cross_batch_plan(group, [*range(len(table))] * len(groups), unrelated, table)
     assert (plan >= 0).sum(1).tolist() == [positives + negatives for positives, negatives in table] * len(groups)
+
+
+@pytest.mark.parametrize("name", SMOLLM2)
+def test_the_recipes_for_smollm2_find_its_layers_and_the_negatives_they_ask_for(name: str) -> None:
+    recipe = load_recipe(shipped(name))
+    made, shape = recipe.finetune, base_shape(recipe)
+    assert (shape.vocab_size, shape.num_hidden_layers, shape.head_dim) == (49152, 30, 64)
+    assert Backward.of(shape, made).lowest == made.objective.mem_layers[0]
+    table, groups = made.objective.segments, range(made.batch.groups)
+    unrelated = [[one == other for one in groups] for other in groups]
+    rows = [number for number in groups for _ in table], [*range(len(table))] * len(groups)
+    plan = cross_batch_plan(*rows, unrelated, table)
+    assert (plan >= 0).sum(1).tolist() == [positives + negatives for positives, negatives in table] * len(groups)
+
+
+def test_ten_thousand_steps_of_smollm2_take_an_h200_ten_minutes_at_most() -> None:
+    recipe = load_recipe(shipped("smollm2_gpu"))
+    device = find_device("H200")
+    assert device is not None
+    assert recipe.finetune.steps == 10_000
+    shape = base_shape(recipe)
+    assert device_memory(shape, recipe.finetune, recipe.resources).total <= ROOM * device.memory * 1e9
+    assert 10_000 * step_flops(shape, recipe.finetune) / (0.4 * device.half * 1e12) <= 600  # at an MFU of 0.4
+
+
+def test_ten_thousand_steps_are_ten_thousand() -> None:
+    made = load_recipe(shipped("ten_thousand"))
+    assert (made.finetune.steps, made.finetune.deepspeed.zero_stage, made.resources.workers) == (10_000, 2, 2)
 
 
 def test_the_code_mixture_reads_repositories_and_theories() -> None:
