@@ -123,6 +123,8 @@ def test_a_config_without_a_size_means_what_transformers_means() -> None:
 def test_memory_layers_by_default_are_the_models(layers: int) -> None:
     objective = training(fot(mem_layers=None)).objective
     assert memory_layers(objective, layers) == len(default_mem_layers(layers))
+    assert memory_layers(training(fot(mem_layers="auto")).objective, layers) == len(default_mem_layers(layers))
+    assert memory_layers(training(fot(mem_layers={"auto": 5})).objective, layers) == 5
 
 
 def fused_forward(q: tuple, k: tuple, *_: object, **__: object) -> int:
