@@ -320,8 +320,8 @@ class Training(Part):
     measure: Measure | None = None
 
     def with_mem_layers(self, layers: Sequence[int]) -> "Training":
-        """The same with these memory layers, instead of `auto`."""
-        objective = self.objective.model_copy(update={"mem_layers": tuple(layers)})
+        """The same with these memory layers, instead of `auto`; with none, those that the model's depth says."""
+        objective = self.objective.model_copy(update={"mem_layers": tuple(layers) or None})
         return self.model_copy(update={"objective": objective})
 
     @model_validator(mode="after")

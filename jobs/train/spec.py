@@ -21,7 +21,7 @@ class Start:
 
     `model`: the version that is continued; `checkpoints`, `step`: its state, whose content `files` names; `data`: the
     data set it was trained on, of hash `manifest`; `base`: the LLaMA that it began with. `epochs`, `replay`: as in the
-    recipe. `mem_layers`: those it was trained with, none where it has none.
+    recipe. `mem_layers`: those it was trained with, none where its depth said so.
     """
 
     model: str

@@ -240,7 +240,7 @@ def test_outputs_and_gradients_are_the_same_while_it_is_open() -> None:
     for watched in (False, True):
         model.zero_grad()
         with attention_mass(model, OF_ROWS, layers=[0, 2] if watched else []) as found:
-            output = model(ids_RL, labels=ids_RL, plan=plan_Rd)
+            output = model(ids_RL, labels=ids_RL, plan=plan_Rd, skip_logits=False)
             output.loss.backward()
         outcomes.append([output.logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
         assert all(not torch.as_tensor(mass.positive).requires_grad for mass in found.layers.values())

@@ -202,6 +202,8 @@ def test_a_base_that_is_made_here_has_its_tokenizers_vocabulary(recipe: dict, wr
         (["--set", "base.shape.vocab_size=0"], "base.shape.vocab_size = 0"),
         (["--set", "base.checkpoint=null"], "base: give either a Hugging Face LLaMA directory"),
         (["--set", "finetune.objective.mem_layers=[26]"], "mem_layers [26]: the base has 26 layers, 0 to 25"),
+        (["--set", "finetune.objective.mem_layers={auto: 27}"], "mem_layers {auto: 27}: the base has 26 layers"),
+        (["--set", "finetune.objective.mem_layers=most"], "mem_layers 'most': give layer numbers, such as [8, 15]"),
         (["--set", "finetune.objective.context=4096"], "(4096) is longer than the base is made for (2048)"),
         (["--set", "resources.workers=3"], "is not a multiple of resources.workers (3)"),
     ],

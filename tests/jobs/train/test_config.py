@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from jobs.train.config import LONGLLAMA_3B, FotObjective, Resources, Training
+from jobs.train.config import LONGLLAMA_3B, Auto, FotObjective, Resources, Training, auto_layers, named_layers
 
 FOT = {"kind": "fot", "context": 16}
 
@@ -60,3 +60,25 @@ def test_ranks_form_whole_teams() -> None:
     assert Resources(workers=4, ranks_per_micro_batch=2).workers == 4
     with pytest.raises(ValidationError, match=r"resources.workers \(3\) is not a multiple"):
         Resources(workers=3, ranks_per_micro_batch=2)
+
+
+def test_memory_layers_are_numbers_or_a_probes_choice() -> None:
+    for given, layers, auto in (
+        ([3, 1], (3, 1), None),
+        ("auto", (), Auto()),
+        ({"auto": 4}, (), Auto(auto=4)),
+        (None, (), None),
+    ):
+        made = Training.model_validate(training(objective={**FOT, "mem_layers": given}))
+        assert (named_layers(made.objective), auto_layers(made.objective)) == (layers, auto)
+        assert Training.model_validate(made.model_dump(mode="json")) == made
+    assert named_layers(made.with_mem_layers([5, 7]).objective) == (5, 7)
+    assert made.with_mem_layers([]).objective.mem_layers is None
+
+
+@pytest.mark.parametrize("given", [[], [-1], [True], "all", {"auto": 0}, {"auto": 2, "more": 1}, {}, 3, [1.5]])
+def test_other_memory_layers_are_one_line(given: object) -> None:
+    with pytest.raises(ValidationError) as error:
+        Training.model_validate(training(objective={**FOT, "mem_layers": given}))
+    assert error.value.error_count() == 1
+    assert "give layer numbers, such as [8, 15], auto, or {auto: 4}" in str(error.value)

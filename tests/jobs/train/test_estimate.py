@@ -130,6 +130,11 @@ def test_a_config_without_a_size_means_what_transformers_means() -> None:
 def test_memory_layers_by_default_are_the_models(layers: int) -> None:
     objective = training(fot(mem_layers=None)).objective
     assert seeing_layers(objective, layers) == default_mem_layers(layers)
+    assert seeing_layers(training(fot(mem_layers="auto")).objective, layers) == default_mem_layers(layers)
+
+
+def test_layers_that_a_probe_will_choose_are_counted_as_many() -> None:
+    assert seeing_layers(training(fot(mem_layers={"auto": 5})).objective, 30) == [5, 10, 15, 20, 25]
 
 
 def fused_forward(q: tuple, k: tuple, *_: object, **__: object) -> int:
