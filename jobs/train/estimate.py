@@ -167,7 +167,10 @@ def _activations(shape: Shape, training: Training, resources: Resources) -> tupl
     last_norm, loss = back.last_norm_bytes(width), loss_bytes(shape, tokens, width, back.trains_head)
     if settings.activation_checkpointing:
         kept = (layers - back.lowest) * width * shape.hidden_size + last_norm
-        return tokens * kept, max(loss, tokens * max(bytes_of))
+        whole = Backward.of(shape, training.model_copy(update={"train": "all", "lora": None}))
+        # While it is computed again a layer holds for a moment what it does not keep, too.
+        layer = whole.layer_bytes(0, width) + far * bool(seeing_layers(objective, layers))
+        return tokens * kept, max(loss, tokens * layer)
     return tokens * (sum(bytes_of) + last_norm), loss
 
 

@@ -102,7 +102,8 @@ def _inject(model: FotLlamaForCausalLM, modules: Sequence[str], lora: Lora, seed
         raise UserError("finetune.lora needs peft: pip install 'fot[peft]'") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(modules)), model)
+        alpha: Any = lora.alpha  # peft takes fractions, too
+        inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(modules)), model)
 
 
 @torch.no_grad()

@@ -38,9 +38,9 @@ Changed = Callable[..., TrainSpec]
 def spec(local_ray, recipe: dict, corpus: Path, tmp_path: Path) -> TrainSpec:
     """FoT training of a small random LLaMA, 60 steps on two workers. Short documents beside the long ones make the
     numbers of labels of its micro-batches unequal."""
-    with open(corpus, "a") as file:
-        short = ("".join(random.Random(n).choices("abcdefgh ", k=1 + n % 9)) for n in range(120))
-        file.writelines(json.dumps({"id": f"s{n}", "text": text}) + "\n" for n, text in enumerate(short))
+    short = ("".join(random.Random(n).choices("abcdefgh ", k=1 + n % 9)) for n in range(120))
+    lines = [json.dumps({"id": f"s{n}", "text": text}) + "\n" for n, text in enumerate(short)]
+    corpus.write_text("".join(lines) + corpus.read_text())
     recipe["finetune"] |= {"steps": 60, "checkpoints": {"every": 10}}
     recipe["finetune"]["optimizer"] |= {"clip": 0.5}
     made = Recipe.model_validate(recipe)
