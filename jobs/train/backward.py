@@ -65,7 +65,7 @@ class Backward:
     @property
     def trains_head(self) -> bool:
         """Whether the output's weights are trained, its own or the embedding's."""
-        return (OUTPUT if OUTPUT in self.sizes else EMBEDDINGS) in self.trained
+        return (EMBEDDINGS if self.shape.tie_word_embeddings else OUTPUT) in self.trained
 
     @property
     def lowest(self) -> int:
@@ -116,10 +116,8 @@ class Backward:
         return kept + width * self.rank * sum(layer_of(f"{module}.") == layer for module in self.pairs)
 
     def last_norm_bytes(self, width: int) -> int:
-        """The same of the last norm and the output layer's input."""
-        output = EMBEDDINGS if self.shape.tie_word_embeddings else OUTPUT
-        kept = 4 * (self._first < (math.inf, -1))
-        kept += width * ("model.norm.weight" in self.trained) + width * (output in self.trained)
+        """The same of the last norm, and the loss's input, which it keeps whatever is trained."""
+        kept = 4 * (self._first < (math.inf, -1)) + width * ("model.norm.weight" in self.trained) + width
         return kept * self.shape.hidden_size
 
     def _keeps_input(self, layer: int, projection: str) -> bool:
