@@ -51,6 +51,7 @@ else:
     })[0]
     partitioned = all(hasattr(parameter, "ds_id") for parameter in engine.module.parameters())
     assert partitioned, "ZeRO-3 left a parameter whole"
+    assert type(engine.module.lm_head.weight) is torch.nn.Parameter, "the loss would hold all logits"
     for step in range(steps):
         loss = loss_of(engine, ids[step, rank])
         engine.backward(loss)
