@@ -113,7 +113,7 @@ def test_the_plan_follows_settings_device_and_mfu(plan) -> None:
         return [line.split()[-1] for line in plan(LONGLLAMA_3B, *arguments)[1] if "ZeRO" in line][1:]
 
     assert fits() == ["no", "yes", "yes", "yes"]
-    assert fits("--device", "4090") == ["no", "no", "no", "yes"]
+    assert fits("--device", "4090") == ["no", "no", "yes", "yes"]
     assert fits("--set", "finetune.deepspeed.activation_checkpointing=false") == ["no", "no", "no", "no"]
 
 
