@@ -87,7 +87,7 @@ def changed(spec: TrainSpec, tmp_path: Path) -> Changed:
         settings = spec.training.model_dump()
         for key, value in training.items():
             merges = isinstance(value, Mapping) and key != "objective"
-            settings[key] = {**(settings[key] or {}), **value} if merges else value
+            settings[key] = {**(settings.get(key) or {}), **value} if merges else value
         output = tmp_path / name
         output.mkdir()
         made = replace(

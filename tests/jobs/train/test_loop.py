@@ -29,7 +29,7 @@ def poisoned(spec: TrainSpec, changed, tmp_path):
         for number in range(made.training.batch.micro_batches):
             for token in set(sampler.micro_batch(step, number).input_ids.flatten().tolist()):
                 steps[token].add(step)
-    token = next(token for token, where in sorted(steps.items()) if len(where) <= 2 and min(where) > 7)
+    token = next(token for token, where in sorted(steps.items()) if len(where) <= 2 and max(where) > 7)
     model = FotLlamaForCausalLM.from_pretrained(spec.base, tie_word_embeddings=False)
     with torch.no_grad():
         model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.clone())
