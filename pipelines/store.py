@@ -170,6 +170,15 @@ class Store:
             return not _try_lock(lock, fcntl.LOCK_SH)
 
 
+def link(directory: Path, output_file: Path) -> None:
+    """Make a link to a directory in a stage's output; one that goes on being right if the store is moved, where the
+    directory lies in it, too."""
+    root = output_file.parents[2]
+    target = os.path.relpath(directory, output_file.parent) if directory.is_relative_to(root) else directory
+    output_file.unlink(missing_ok=True)
+    output_file.symlink_to(target, target_is_directory=True)
+
+
 def _try_lock(lock: IO[str], kind: int) -> bool:
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
@@ -206,6 +215,9 @@ def damage_of(output: Output) -> dict[Path, str]:
             damage[file] = "missing"
         elif file.stat().st_size != size or hash_file(file) != checksum:
             damage[file] = "corrupt"
+    for entry in output.path.iterdir():
+        if not entry.exists():
+            damage[entry] = f"a link to {os.readlink(entry)}, which is not there"
     return damage
 
 

@@ -29,7 +29,7 @@ from pipelines.errors import UserError
 from pipelines.files import write_atomically
 from pipelines.hashing import FileHashes, hash_json
 from pipelines.progress import console, say
-from pipelines.store import Stage
+from pipelines.store import Stage, link
 
 
 class Named(Part):
@@ -175,8 +175,7 @@ def _model_stage(name: str, path: Path, hashes: FileHashes) -> Stage:
 
     def bring(output: Path, inputs: Inputs) -> None:
         write_atomically(output / "files.json", json.dumps(files, indent=1).encode())
-        (output / MODEL).unlink(missing_ok=True)
-        (output / MODEL).symlink_to(path, target_is_directory=True)
+        link(path, output / MODEL)
 
     return Stage(name, bring, {"path": str(path), "files": files})
 

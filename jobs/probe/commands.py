@@ -34,9 +34,10 @@ def probe_model(request: Request) -> None:
     """Measure and print. Raises UserError for what is no LLaMA, and for whatever `probe` cannot do."""
     given = {name: value for name, value in request.settings.items() if value is not None}
     settings = validated(Probe, given, "fot probe")
-    model = _find(request.model)
-    tokenizer = read_tokenizer(model)
     work = WorkDir(TASK, request.work_dir)
+    model = work.find_model(request.model)
+    read_llama_config(model)
+    tokenizer = read_tokenizer(model)
 
     def stages() -> list[Stage]:
         with work.hashes() as hashes:
@@ -61,11 +62,3 @@ def probe_model(request: Request) -> None:
     say(f"  ranking  {where / RANKING}")
     say(f"  recipe   finetune.objective.mem_layers: {read_chosen(where)}, or auto")
 
-
-def _find(checkpoint: str) -> Path:
-    """The model's directory. Raises UserError where it is no LLaMA's."""
-    path = Path(checkpoint).expanduser()
-    if not path.is_dir():
-        raise UserError(f"{checkpoint} is no directory: give a Hugging Face LLaMA directory")
-    read_llama_config(path)
-    return path.resolve()

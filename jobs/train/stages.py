@@ -38,7 +38,7 @@ from pipelines.files import write_atomically
 from pipelines.hashing import FileHashes, hash_json
 from pipelines.integrity import check_manifest
 from pipelines.shards import Manifest
-from pipelines.store import RECORD, Stage
+from pipelines.store import RECORD, Stage, link
 from pipelines.tokenize import Encoding
 from pipelines.tokenizer import load_tokenizer
 
@@ -87,8 +87,7 @@ def base_stages(workspace: Workspace, corpus: Corpus, hashes: FileHashes, start:
         if recipe.tokenizer.path is not None:
             check_tokens(path, tokenizer)
         write_atomically(output / "base.json", json.dumps(named["files"], indent=1).encode())
-        (output / MODEL).unlink(missing_ok=True)
-        (output / MODEL).symlink_to(path, target_is_directory=True)
+        link(path, output / MODEL)
         if adapter is not None:
             check_adapter(adapter, path, recipe.finetune.objective)
             (output / ADAPTER).mkdir(exist_ok=True)

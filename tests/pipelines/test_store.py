@@ -7,7 +7,7 @@ import time
 import pytest
 
 from pipelines.errors import UserError
-from pipelines.store import RECORD, Stage, Store
+from pipelines.store import RECORD, Stage, Store, link
 
 # A stage that writes one complete file and half of another, then waits for a line.
 SLOW_STAGE = """
@@ -128,6 +128,34 @@ def test_a_damaged_output_is_made_again_with_a_warning(store, file, damage):
     assert len(warnings) == 1
     assert str(output.path / file) in warnings[0]
     assert build(store, run).reused
+
+
+def test_a_link_goes_on_being_right_when_the_store_is_moved_and_is_mended_when_it_leads_nowhere(store, tmp_path):
+    outside, runs = tmp_path / "outside", []
+    outside.mkdir()
+    upstream = build(store, Maker(), name="up")
+
+    def links(output, inputs):
+        runs.append(output)
+        link(inputs["up"], output / "inside")
+        link(outside, output / "outside")
+
+    made = build(store, links, name="down", inputs=("up",), outputs={"up": upstream})
+    moved = tmp_path / "elsewhere"
+    os.rename(store.root, moved)
+    store = Store(moved)
+    upstream = build(store, Maker(), name="up")
+    found = build(store, links, name="down", inputs=("up",), outputs={"up": upstream})
+    assert found.reused and found.key == made.key
+    assert (found.path / "inside" / "out.txt").read_text() == "content"
+    assert (found.path / "outside").resolve() == outside
+    os.rename(outside, tmp_path / "gone")
+    warnings = []
+    outside.with_name("new").mkdir()
+    outside = outside.with_name("new")
+    again = build(store, links, name="down", inputs=("up",), outputs={"up": upstream}, warn=warnings.append)
+    assert len(runs) == 2 and (again.path / "outside").resolve() == outside
+    assert "a link to" in warnings[0] and "which is not there" in warnings[0]
 
 
 # Interruption
