@@ -57,8 +57,8 @@ def cells(subject: Subject, settings: AttentionMass) -> list[Cell]:
         raise UserError(f"attention_mass: {subject.model} has no memory layers: leave it out or give a FoT model")
     check_tokenizer(subject, dataset)
     check_documents(dataset, local, settings)
-    weights = weights_bytes(subject.model)
-    held = memory_bytes(subject.model, subject.memory, largest * local, _at_once(local) * local)
+    weights = weights_bytes(subject.model, subject.dtype)
+    held = memory_bytes(subject.model, subject.memory, largest * local, _at_once(local) * local, dtype=subject.dtype)
     return [
         Cell(
             key=_key(window),
@@ -85,7 +85,11 @@ def check_documents(dataset: TokenDataset, local: int, settings: AttentionMass) 
 
 def measure(subject: Subject, window: Window, amounts: list[int]) -> Json:
     """A cell: {d: {layer: [mass on the positive by head, mass on all d contexts by head]}} of one window."""
-    model, dataset, local = load_model(subject.model, subject.model), open_documents(subject), subject.local
+    model, dataset, local = (
+        load_model(subject.model, subject.model, subject.dtype),
+        open_documents(subject),
+        subject.local,
+    )
     others = other_documents(dataset, window.document, local)
     seed = f"{subject.seed}/attention mass/{dataset.id(window.document)}/{window.start}"
     negatives = islice(one_of_each(dataset, others, local, seed), max(amounts) - 1)

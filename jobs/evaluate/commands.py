@@ -4,7 +4,7 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs.base import read_llama_config
@@ -66,6 +66,8 @@ def evaluate_checkpoint(request: Request) -> None:
         raise UserError(f"{needy[0]} is measured on text: give some with --data FILES")
     work = WorkDir(request.name, request.work_dir)
     with work.with_ray():
+        if request.adapter and request.rivals and request.base is None:
+            request = replace(request, base=request.checkpoint)  # rivals are the base's, without what was trained
         given = {"model": request.checkpoint, **({} if request.base is None else {"base": request.base})}
         models = {name: _find(checkpoint, work) for name, checkpoint in given.items()}
         if request.adapter is not None:

@@ -9,6 +9,7 @@ from jobs.dictionary.config import Evaluation as Dictionary
 from jobs.train.config import Positive
 from pipelines.config import Part
 
+Dtype = Literal["float32", "bfloat16", "float16"]
 Lengths = Annotated[tuple[Positive, ...], Field(min_length=1)]
 
 RIVALS = {  # ways to read a long text without memory -> what they are called in tables
@@ -20,7 +21,7 @@ RIVALS = {  # ways to read a long text without memory -> what they are called in
 RIVALS_STAGE = "rivals"
 READERS_TASKS = ("perplexity", "passkey")  # those that can be read in any of these ways
 READ_WITH_MEMORY = ("attention_mass", "dictionary", "trec", "webquestions")
-HOW = ("memory", "local", "reader", "rivals", "rivals_up_to")  # of `Evaluation`, beside the tasks
+HOW = ("memory", "local", "dtype", "reader", "rivals", "rivals_up_to")  # of `Evaluation`, beside the tasks
 
 
 def _known_rival(name: str) -> str:
@@ -39,7 +40,7 @@ class Memory(Part):
     query. `dtype`: number type of keys and values held, by default the model's."""
 
     top_k: Positive | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Dtype | None = None
 
 
 class Perplexity(Part):
@@ -112,14 +113,17 @@ class LmEval(Part):
 class Evaluation(Part):
     """What is measured after training; a task that is null is left out.
 
-    `local`: tokens of the local context, by default that of the fine-tuning. `reader`: how the model itself reads in
-    perplexity and passkey: with its `memory`, or in `full` attention (one that was fine-tuned with a long context).
+    `local`: tokens of the local context, by default that of the fine-tuning. `dtype`: what all models compute in, by
+    default each in that of its file (bfloat16 is faster on GPUs, and on CPUs with AMX). `reader`: how the model itself
+    reads in perplexity and passkey: with its `memory`, or in `full` attention (one that was fine-tuned with a long
+    context).
     `rivals`: other ways for the base to read, without any training, measured beside it in perplexity and passkey at
     lengths of up to `rivals_up_to` tokens (full attention's cost grows with the square of the length).
     """
 
     memory: Memory = Memory()
     local: Positive | None = None
+    dtype: Dtype | None = None
     reader: Literal["memory", "full"] = "memory"
     rivals: tuple[Rival, ...] = ()
     rivals_up_to: Positive = 16384
@@ -153,6 +157,8 @@ class Evaluation(Part):
             raise ValueError(
                 f"evaluation.rivals: they are measured in {' and '.join(READERS_TASKS)}: ask for one of these"
             )
+        if self.dtype is not None and self.dictionary is not None:
+            raise ValueError("evaluation.dtype: the dictionary is asked in the model's own: leave it out")
         if self.reader == "full" and (others := [name for name in self.tasks if name in READ_WITH_MEMORY]):
             raise ValueError(f"evaluation.reader: {others[0]} is read with memory: leave it out, or reader: full")
         if self.reader == "full" and self.perplexity is not None and self.perplexity.others:

@@ -83,8 +83,8 @@ class Draw:
 
 def cells(kind: Kind, subject: Subject, settings: FewShot) -> list[Cell]:
     """One for each draw. Raises UserError for data that cannot be used, and for lengths that hold no demonstration."""
-    longest, weights = max(settings.lengths) * subject.local, weights_bytes(subject.model)
-    held = memory_bytes(subject.model, subject.memory, longest, subject.local)
+    longest, weights = max(settings.lengths) * subject.local, weights_bytes(subject.model, subject.dtype)
+    held = memory_bytes(subject.model, subject.memory, longest, subject.local, dtype=subject.dtype)
     held += _local_bytes(subject, settings.at_once)
     return [
         Cell(
@@ -152,7 +152,7 @@ def ask_draw(kind: Kind, subject: Subject, draw: Draw, at_once: int, choice: boo
 
     from jobs.evaluate.asking import Prompt
 
-    tokenizer, model = read_tokenizer(subject.model), load_model(subject.model, subject.model)
+    tokenizer, model = read_tokenizer(subject.model), load_model(subject.model, subject.model, subject.dtype)
     cache, local = new_cache(model, subject.memory), subject.local
     questions = [tokenizer.encode(kind.ask(example)) for example in draw.questions]
 

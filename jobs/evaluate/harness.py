@@ -19,7 +19,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from torch import Tensor
 
 from fot_model import FotCache, FotLlamaForCausalLM
-from jobs.evaluate.config import Memory
+from jobs.evaluate.config import Dtype, Memory
 from jobs.evaluate.subject import load_model, new_cache, read_tokenizer
 from pipelines.errors import UserError
 
@@ -29,7 +29,8 @@ NEW_TOKENS = 256  # at most, where a task does not say
 @register_model("fot")
 class FotLM(TemplateLM):
     """`pretrained`: a directory with model and tokenizer; `like`: one whose memory layers it reads with (its own by
-    default); `local`: tokens of the local context; `batch_size`: rows of inputs that fit it, read together."""
+    default); `local`: tokens of the local context; `batch_size`: rows of inputs that fit it, read together;
+    `dtype`: what it computes in, by default as its file."""
 
     def __init__(
         self,
@@ -38,9 +39,10 @@ class FotLM(TemplateLM):
         like: str | Path | None = None,
         memory: Memory | None = None,
         batch_size: int = 8,
+        dtype: Dtype | None = None,
     ) -> None:
         super().__init__()
-        self.model = load_model(Path(pretrained), Path(like or pretrained))
+        self.model = load_model(Path(pretrained), Path(like or pretrained), dtype)
         self._tokenizer = read_tokenizer(Path(pretrained))
         self._local, self._memory, self._batch_size = local, memory or Memory(), batch_size
 

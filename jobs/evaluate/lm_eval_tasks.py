@@ -61,8 +61,9 @@ def cells(subject: Subject, settings: LmEval) -> list[Cell]:
             function=run_task,
             arguments=(subject, settings, task, who),
             tokens=loaded[task].examples * subject.local,
-            bytes=weights_bytes(subject.models[who]) + _reading_bytes(subject, who, loaded[task].longest),
-            weights=weights_bytes(subject.models[who]),
+            bytes=weights_bytes(subject.models[who], subject.dtype)
+            + _reading_bytes(subject, who, loaded[task].longest),
+            weights=weights_bytes(subject.models[who], subject.dtype),
             what=f"lm_eval task {task} with prompts of {loaded[task].longest} tokens",
         )
         for task in settings.tasks
@@ -80,7 +81,7 @@ def run_task(subject: Subject, settings: LmEval, task: str, who: str) -> Json:
     os.environ["DISABLE_MULTIPROC"] = "1"  # resampling stays in this process
     with quiet():
         output = lm_eval.simple_evaluate(
-            model=FotLM(subject.models[who], subject.local, subject.model, subject.memory, ROWS),
+            model=FotLM(subject.models[who], subject.local, subject.model, subject.memory, ROWS, subject.dtype),
             tasks=[task],
             num_fewshot=settings.few_shot,
             limit=settings.limit,
@@ -193,7 +194,7 @@ def _reading_bytes(subject: Subject, who: str, longest: int) -> int:
     local = subject.local
     tokens = 0 if longest <= local else longest
     logits = read_config(subject.models[who])["vocab_size"] * local * (4 * ROWS + 8)
-    return memory_bytes(subject.model, subject.memory, tokens, local - local // 2) + logits
+    return memory_bytes(subject.model, subject.memory, tokens, local - local // 2, dtype=subject.dtype) + logits
 
 
 def _data_set(manager: Any, task: str) -> str:

@@ -71,7 +71,7 @@ def cells(subject: Subject, settings: Passkey) -> list[Cell]:
     """Trials by length, some at a time. Raises UserError where the prompt does not fit."""
     check_prompt(read_tokenizer(subject.model), subject.local, settings)
     check_reading(subject)
-    local, weights, made = subject.local, weights_bytes(subject.model), []
+    local, weights, made = subject.local, weights_bytes(subject.model, subject.dtype), []
     for length, numbers in _batches(subject, settings):
         rows, tokens = _rows(subject, settings, length), length * local
         held = held_bytes(subject, "model", tokens, rows) + 16 * rows * tokens  # and the prompts themselves

@@ -94,7 +94,7 @@ def cells(subject: Subject, settings: Perplexity) -> list[Cell]:
                 arguments=(subject, name, batch),
                 tokens=len(batch.windows) * tokens,
                 bytes=_bytes(subject, name, min(len(batch.windows), _at_once(subject, name, tokens)), tokens),
-                weights=weights_bytes(subject.models[name]),
+                weights=weights_bytes(subject.models[name], subject.dtype),
                 what=f"perplexity with {tokens} tokens of context",
             )
             made.append(cell)
@@ -106,7 +106,7 @@ def cells(subject: Subject, settings: Perplexity) -> list[Cell]:
             arguments=(subject, windows, longest, amount),
             tokens=(amount + len(windows) * longest) * local,
             bytes=_bytes(subject, "model", 1, (amount + longest) * local),
-            weights=weights_bytes(subject.model),
+            weights=weights_bytes(subject.model, subject.dtype),
             what=f"perplexity with {(amount + longest) * local} tokens in memory",
         )
         made.append(cell)
@@ -139,7 +139,11 @@ def score_distracted(subject: Subject, windows: list[Window], context: int, amou
 
     The others are read once; each window goes on from there.
     """
-    model, dataset, local = load_model(subject.model, subject.model), open_documents(subject), subject.local
+    model, dataset, local = (
+        load_model(subject.model, subject.model, subject.dtype),
+        open_documents(subject),
+        subject.local,
+    )
     own, cache = windows[0].document, new_cache(model, subject.memory)
     seed = f"{subject.seed}/others/{dataset.id(own)}"
     for other in islice(one_after_another(dataset, other_documents(dataset, own, local), local, seed), amount):
@@ -338,4 +342,4 @@ def _bytes(subject: Subject, name: str, rows: int, tokens: int) -> int:
     twice."""
     logits = read_config(subject.models[name])["vocab_size"] * subject.local * (4 * rows + 8)
     held = held_bytes(subject, name, tokens, rows)
-    return weights_bytes(subject.models[name]) + held + logits
+    return weights_bytes(subject.models[name], subject.dtype) + held + logits

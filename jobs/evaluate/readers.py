@@ -27,6 +27,7 @@ from jobs.evaluate.subject import (
     load_model,
     memory_bytes,
     new_cache,
+    number_bytes,
     read_config,
     read_into,
     read_tokenizer,
@@ -94,8 +95,8 @@ def open_reader(subject: Subject, name: str) -> Reader:
     kind = subject.reading.kind if name == "model" else "memory"
     if kind == "memory":
         reader = ChainReader if is_chained(path) else MemoryReader
-        return reader(load_model(path, subject.model), subject.memory, local)
-    model = load_model(path, path)
+        return reader(load_model(path, subject.model, subject.dtype), subject.memory, local)
+    model = load_model(path, path, subject.dtype)
     match kind:
         case "full":
             return FullReader(model, local)
@@ -127,13 +128,12 @@ def held_bytes(subject: Subject, name: str, tokens: int, rows: int) -> int:
     path = subject.models[name]
     kind = subject.reading.kind if name == "model" else "memory"
     if kind == "memory":
-        return memory_bytes(subject.model, subject.memory, tokens, subject.local, rows)
+        return memory_bytes(subject.model, subject.memory, tokens, subject.local, rows, subject.dtype)
     held = min(tokens, subject.local) if kind == "bm25" else tokens
     config = read_config(path)
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     size = config.get("head_dim") or config["hidden_size"] // heads
-    number = config.get("dtype") or config.get("torch_dtype") or "float32"
-    each = 4 if number == "float32" else 2
+    each = number_bytes(path, subject.dtype)
     buffer = rows * held * (config.get("num_key_value_heads") or heads) * size * each  # keys of a layer
     on_gpu = rows * held * (2 * heads * size * each + 5 * min(PIECE, held))  # repeated for every query head; a mask
     return 2 * layers * buffer + 2 * buffer + on_gpu

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.data.stages import DOCUMENTS, SHARDS, Inputs, directory_files
-from jobs.evaluate.config import READERS_TASKS, RIVALS_STAGE, Evaluation, Memory, Perplexity
+from jobs.evaluate.config import READERS_TASKS, RIVALS_STAGE, Evaluation, Perplexity
 from jobs.evaluate.result import RESULT, Result
 from jobs.evaluate.side_by_side import Measured, side_by_side
 from jobs.evaluate.subject import Reading, Subject
@@ -52,7 +52,7 @@ def _stage(
     reading = Reading(evaluation.reader) if name in READERS_TASKS else Reading()
 
     def run(output: Path, inputs: Inputs) -> None:
-        evaluate(name, _subject(inputs, seen, local, seed, evaluation.memory, reading), settings, output)
+        evaluate(name, _subject(inputs, seen, local, seed, evaluation, reading), settings, output)
 
     params: dict[str, Any] = {
         "settings": settings.model_dump(mode="json"),
@@ -63,6 +63,8 @@ def _stage(
     }
     if reading.kind != "memory":
         params["reader"] = reading.kind
+    if evaluation.dtype is not None:
+        params["dtype"] = evaluation.dtype
     if name == "lm_eval":
         params["version"] = _version("lm_eval")
     inputs = (*texts, *seen.values())
@@ -88,7 +90,7 @@ def _rival_stage(evaluation: Evaluation, task: str, rival: str, base: str, local
     texts = (SHARDS, DOCUMENTS) if task in READ_DOCUMENTS else ()
 
     def run(output: Path, inputs: Inputs) -> None:
-        evaluate(task, _subject(inputs, {"model": base}, local, seed, Memory(), reading), settings, output)
+        evaluate(task, _subject(inputs, {"model": base}, local, seed, evaluation, reading), settings, output)
 
     params = {
         "settings": settings.model_dump(mode="json"),
@@ -97,6 +99,7 @@ def _rival_stage(evaluation: Evaluation, task: str, rival: str, base: str, local
         "local": local,
         "seed": seed,
         **({"version": _version("bm25s")} if rival == "bm25" else {}),
+        **({} if evaluation.dtype is None else {"dtype": evaluation.dtype}),
     }
     return Stage(f"{task}-{rival}", run, params, (*texts, base), version=1, content=RESULT)
 
@@ -118,16 +121,17 @@ def _side_by_side(evaluation: Evaluation) -> Stage:
 
 
 def _subject(
-    inputs: Inputs, models: Mapping[str, str], local: int, seed: int, memory: Memory, reading: Reading
+    inputs: Inputs, models: Mapping[str, str], local: int, seed: int, evaluation: Evaluation, reading: Reading
 ) -> Subject:
     return Subject(
         models={who: inputs[stage] / MODEL for who, stage in models.items()},
         local=local,
         seed=seed,
-        memory=memory,
+        memory=evaluation.memory,
         shards=inputs.get(SHARDS),
         documents=inputs.get(DOCUMENTS),
         reading=reading,
+        dtype=evaluation.dtype,
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from jobs.evaluate.config import Memory
+from jobs.evaluate.config import Dtype, Memory
 from pipelines.dataset import TokenDataset
 from pipelines.errors import UserError
 from pipelines.tokenizer import TextTokenizer, import_tokenizer, load_tokenizer
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from fot_model import FotCache, FotLlamaForCausalLM
 
-_loaded: dict[tuple[Path, Path], "FotLlamaForCausalLM"] = {}  # of this worker, one at most
+_loaded: dict[tuple[Path, Path, Dtype | None], "FotLlamaForCausalLM"] = {}  # of this worker, one at most
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Subject:
     """`models`: Hugging Face directories with their tokenizer: "model", and "base" where there is one to compare with.
     The base reads with the model's memory layers, so that both see the same. `local`: tokens of the local context.
     `shards`, `documents`: data set and index, where a task needs held-out documents. `reading`: how "model" reads, in
-    tasks that can read otherwise than with memory."""
+    tasks that can read otherwise than with memory. `dtype`: what they compute in, None for that of their files."""
 
     models: Mapping[str, Path]
     local: int
@@ -52,6 +52,7 @@ class Subject:
     shards: Path | None = None
     documents: Path | None = None
     reading: Reading = Reading()
+    dtype: Dtype | None = None
 
     @property
     def model(self) -> Path:
@@ -111,23 +112,23 @@ def check_models(models: Mapping[str, Path], local: int) -> None:
             )
 
 
-def load_model(path: Path, like: Path) -> "FotLlamaForCausalLM":
-    """In a task: the model on this worker's device, in its own number type, with the memory and the local context of
-    `like`. A worker keeps the last one, and lets go of it before it loads another."""
-    if (path, like) not in _loaded:
+def load_model(path: Path, like: Path, dtype: Dtype | None = None) -> "FotLlamaForCausalLM":
+    """In a task: the model on this worker's device, in its file's number type or another one, with the memory and the
+    local context of `like`. A worker keeps the last one, and lets go of it before it loads another."""
+    if (path, like, dtype) not in _loaded:
         _loaded.clear()
-        _loaded[path, like] = _load(path, like)
-    return _loaded[path, like]
+        _loaded[path, like, dtype] = _load(path, like, dtype)
+    return _loaded[path, like, dtype]
 
 
-def _load(path: Path, like: Path) -> "FotLlamaForCausalLM":
+def _load(path: Path, like: Path, dtype: Dtype | None) -> "FotLlamaForCausalLM":
     import torch
 
     from fot_model import FotLlamaConfig, FotLlamaForCausalLM
 
     config = FotLlamaConfig.from_pretrained(like)
     settings = {name: getattr(config, name) for name in ("mem_layers", "mem_positionals", "mem_dtype")}
-    model = FotLlamaForCausalLM.from_pretrained(path, dtype="auto", local_context=config.window, **settings)
+    model = FotLlamaForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_context=config.window, **settings)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -150,20 +151,28 @@ def read_into(model: "FotLlamaForCausalLM", cache: "FotCache", ids_BT: "Tensor",
         cache.flush()
 
 
-def weights_bytes(model: Path) -> int:
-    """Bytes of a model's weights."""
+def weights_bytes(model: Path, dtype: Dtype | None = None) -> int:
+    """Bytes of a model's weights, in its file's number type or another one."""
     files = [*model.glob("*.safetensors")] or [*model.glob("pytorch_model*.bin")]
-    return sum(file.stat().st_size for file in files)
+    size = sum(file.stat().st_size for file in files)
+    return size if dtype is None else size * number_bytes(model, dtype) // number_bytes(model)
 
 
-def memory_bytes(model: Path, memory: Memory, tokens: int, piece: int, rows: int = 1) -> int:
+def number_bytes(model: Path, dtype: Dtype | None = None) -> int:
+    """Bytes of a number of a model, in its file's number type or another one."""
+    config = read_config(model)
+    return 4 if (dtype or config.get("dtype") or config.get("torch_dtype") or "float32") == "float32" else 2
+
+
+def memory_bytes(
+    model: Path, memory: Memory, tokens: int, piece: int, rows: int = 1, dtype: Dtype | None = None
+) -> int:
     """Bytes that the keys and values of `rows` x `tokens` take at most, `piece` tokens appended at a time: full buffers
     double, and the old one is there until it is copied."""
     config = read_config(model)
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    kind = memory.dtype or config.get("mem_dtype") or config.get("dtype") or config.get("torch_dtype") or "float32"
-    each = 4 if kind == "float32" else 2
+    each = number_bytes(model, memory.dtype or config.get("mem_dtype") or dtype)
     layers, capacity = len(config.get("mem_layers") or []), min(piece, tokens)
     while capacity < tokens:
         capacity *= 2

@@ -13,7 +13,6 @@ from jobs.probe.probing import PICTURE, RANKING, TASK, probe, read_chosen, text_
 from jobs.settings import validated
 from jobs.views import print_results
 from jobs.workspace import WorkDir
-from pipelines.errors import UserError
 from pipelines.hashing import hash_json
 from pipelines.progress import say
 from pipelines.store import Stage
@@ -61,4 +60,3 @@ def probe_model(request: Request) -> None:
     say(f"  picture  {where / PICTURE}")
     say(f"  ranking  {where / RANKING}")
     say(f"  recipe   finetune.objective.mem_layers: {read_chosen(where)}, or auto")
-

@@ -146,7 +146,8 @@ def test_a_link_goes_on_being_right_when_the_store_is_moved_and_is_mended_when_i
     store = Store(moved)
     upstream = build(store, Maker(), name="up")
     found = build(store, links, name="down", inputs=("up",), outputs={"up": upstream})
-    assert found.reused and found.key == made.key
+    assert found.reused
+    assert found.key == made.key
     assert (found.path / "inside" / "out.txt").read_text() == "content"
     assert (found.path / "outside").resolve() == outside
     os.rename(outside, tmp_path / "gone")
@@ -154,8 +155,10 @@ def test_a_link_goes_on_being_right_when_the_store_is_moved_and_is_mended_when_i
     outside.with_name("new").mkdir()
     outside = outside.with_name("new")
     again = build(store, links, name="down", inputs=("up",), outputs={"up": upstream}, warn=warnings.append)
-    assert len(runs) == 2 and (again.path / "outside").resolve() == outside
-    assert "a link to" in warnings[0] and "which is not there" in warnings[0]
+    assert len(runs) == 2
+    assert (again.path / "outside").resolve() == outside
+    assert "a link to" in warnings[0]
+    assert "which is not there" in warnings[0]
 
 
 # Interruption

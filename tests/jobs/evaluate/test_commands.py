@@ -99,6 +99,13 @@ def test_rivals_stand_beside_the_model(fot_here, checkpoint: Path, corpus: Path,
     more = fot_here(*asked, "--set", "memory.top_k=4")
     assert "perplexity-full found" in more.stdout, "with another memory no rival is measured anew"
     assert "perplexity done in" in more.stdout
+    base = FotLlamaForCausalLM.from_pretrained(checkpoint)
+    tensors = {"model.layers.1.mlp.up_proj.weight": torch.zeros(48, 32)}
+    Adapter(fingerprint(base), {"mem_layers": [1]}, tensors=tensors).save(tmp_path / "adapter")
+    adapted = fot_here(*asked, "--adapter", tmp_path / "adapter", "--set", "dtype=bfloat16", "--name", "adapted")
+    assert adapted.returncode == 0, adapted.stdout
+    for shown in ("perplexity, base", "base, full attention"):
+        assert shown in adapted.stdout, "rivals read the checkpoint without the adapter"
 
 
 def test_an_edited_question_file_is_asked_anew(fot_here, checkpoint: Path, tmp_path: Path) -> None:

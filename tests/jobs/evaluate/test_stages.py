@@ -45,6 +45,16 @@ def test_edited_questions_are_asked_anew(tmp_path: Path) -> None:
     assert params(tmp_path, **asked) != before
 
 
+def test_another_number_type_is_measured_anew(tmp_path: Path) -> None:
+    for stages_of in (
+        lambda **asked: params(tmp_path, passkey={}, **asked),
+        lambda **asked: dict(rival_stages(tmp_path, **asked)["perplexity-full"].params),
+    ):
+        before = stages_of()
+        assert "dtype" not in before, "so what was measured before is found"
+        assert stages_of(dtype="bfloat16") == {**before, "dtype": "bfloat16"}
+
+
 def rival_stages(tmp_path: Path, **settings: Any) -> dict[str, Any]:
     asked = {"perplexity": {"contexts": [1, 4], "others": [2]}, "passkey": None, "rivals": ["full"], **settings}
     evaluation = Evaluation.model_validate(asked)

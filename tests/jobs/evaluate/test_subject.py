@@ -88,6 +88,16 @@ def test_a_model_is_loaded_in_its_own_number_type(save_model, dtype: torch.dtype
     assert load_model(directory, directory).dtype == dtype
 
 
+def test_a_model_is_loaded_and_its_room_estimated_in_another_number_type(model_dir: Path) -> None:
+    assert load_model(model_dir, model_dir).dtype == torch.float32
+    assert load_model(model_dir, model_dir, "bfloat16").dtype == torch.bfloat16
+    assert weights_bytes(model_dir, "bfloat16") == weights_bytes(model_dir) // 2
+    assert weights_bytes(model_dir, "float32") == weights_bytes(model_dir)
+    room = memory_bytes(model_dir, Memory(), 100, LOCAL)
+    assert memory_bytes(model_dir, Memory(), 100, LOCAL, dtype="bfloat16") == room // 2
+    assert memory_bytes(model_dir, Memory(dtype="float32"), 100, LOCAL, dtype="bfloat16") == room
+
+
 def test_reading_window_by_window_is_reading_at_once(model_dir: Path) -> None:
     model = load_model(model_dir, model_dir)
     ids_BT = torch.randint(2, 280, (2, 3 * LOCAL), generator=torch.Generator().manual_seed(0))
