@@ -3,8 +3,8 @@
     python -m benchmarks.recovered MEMORY FULL [--near 512] [--far 4096]
 
 MEMORY, FULL: outputs of the stages `perplexity` and `perplexity-full` of one `fot evaluate` or `fot run`, which score
-the same windows. Recovered is (own loss at the near context - own loss at the far one) over the same difference of the base
-in full attention, in nats; the interval (95 %) is a bootstrap over documents of both together.
+the same windows. Recovered is (own loss at the near context - own loss at the far one) over the same difference of the
+base in full attention, in nats; the interval (95 %) is a bootstrap over documents of both together.
 """
 
 import argparse
