@@ -183,12 +183,14 @@ def manifest(recipe: Path, overrides: tuple[str, ...], **settings: Any) -> None:
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--dtype", metavar="NAME", help="float32, bfloat16 or float16; by default what was trained in.")
 @click.option("--adapter", is_flag=True, help="Only what was trained, as an adapter of the base.")
-@click.option("--base", type=click.Path(path_type=Path), metavar="DIR", help="Where the base of a part is.")
-def export(checkpoint: str, directory: Path, dtype: str | None, adapter: bool, base: Path | None) -> None:
+@click.option("--base", metavar="CHECKPOINT", help="The base of a part, as for fot evaluate.")
+@click.option("--work-dir", default="runs", show_default=True, metavar="DIR", help="Holds a base that is made.")
+def export(checkpoint: str, directory: Path, dtype: str | None, adapter: bool, base: str | None, work_dir: str) -> None:
     """Write a training's CHECKPOINT (path or URL), or an adapter and its base, as a Hugging Face DIRECTORY."""
     from jobs.train.export import export
+    from jobs.workspace import WorkDir
 
-    export(checkpoint, directory, dtype, adapter, base)
+    export(checkpoint, directory, dtype, adapter, base and WorkDir("export", work_dir).find_model(base))
     print(f"exported to {directory}")
 
 

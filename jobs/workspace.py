@@ -72,9 +72,12 @@ class WorkDir:
 
             return fetch_model(checkpoint, uri or tracking_uri(self.directory), self.directory / MODELS)
         located = locate(checkpoint, revision)
+        if located.kind == "directory":
+            return located.path
         with self.hashes() as hashes:
             stage = checkpoint_stage(located, hashes)
-        return located.path if stage is None else self.store.build(stage, {}, say).path / MODEL
+        assert stage is not None, "only a directory is used as it lies there"
+        return self.store.build(stage, {}, say).path / MODEL
 
 
 class Workspace(WorkDir):

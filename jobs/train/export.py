@@ -37,8 +37,8 @@ def export(checkpoint: str, target: Path, dtype: str | None, as_adapter: bool, b
     """What `fot export` does: `checkpoint` is a training's, or an adapter's directory, which is put on its base."""
     if is_adapter(Path(checkpoint).expanduser()):
         if base is None or as_adapter:
-            raise UserError(f"{checkpoint} is an adapter already: with --base DIR it becomes a whole model")
-        merge_adapter(Path(checkpoint).expanduser(), base.expanduser(), target, dtype)
+            raise UserError(f"{checkpoint} is an adapter already: with --base CHECKPOINT it becomes a whole model")
+        merge_adapter(Path(checkpoint).expanduser(), base, target, dtype)
     elif as_adapter:
         export_adapter(checkpoint, target, dtype)
     else:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from jobs.plot import plot_curves, plot_heat_maps, plot_mass, short
+from jobs.plot import plot_curves, plot_heads, plot_heat_maps, plot_mass, short
 
 CURVES = {"base": {512: 9.1, 2048: 9.2, 16384: 9.6}, "model": {16384: 8.0, 512: 9.0}}
 
@@ -24,7 +24,11 @@ def draw_maps(target: Path, last: float | None = None) -> None:
     plot_heat_maps({"exact": [[0.0, 1.0], [0.5, last]]}, [512, 2048], ["0 to 50%", "50 to 100%"], target)
 
 
-@pytest.mark.parametrize("draw", [draw_curves, draw_shares, draw_mass, draw_maps])
+def draw_heads(target: Path, marked: tuple[int, ...] = (1,), best: float = 0.9) -> None:
+    plot_heads({"token": [[0.0, best], [0.5, 0.1]], "line": [[0.1, best], [0.5, 0.2]]}, marked, target)
+
+
+@pytest.mark.parametrize("draw", [draw_curves, draw_shares, draw_mass, draw_maps, draw_heads])
 def test_a_plot_is_a_picture_and_the_same_bytes_again(draw, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         draw(tmp_path / name)
@@ -43,6 +47,8 @@ def test_a_plot_is_a_picture_and_the_same_bytes_again(draw, tmp_path: Path) -> N
         (draw_shares, {"shares": False}),
         (draw_mass, {"layer8": {1: 1.0, 64: 0.4}}),
         (draw_maps, {"last": 0.9}),
+        (draw_heads, {"marked": (0,)}),
+        (draw_heads, {"best": 0.2}),
     ],
 )
 def test_other_values_make_another_picture(draw, changes: dict, tmp_path: Path) -> None:

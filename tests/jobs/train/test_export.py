@@ -10,8 +10,10 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from fot_model import Adapter, FotLlamaConfig, FotLlamaForCausalLM, fingerprint
+from jobs.cli import fot
 from jobs.train.checkpoint_store import CheckpointStore, Record
 from jobs.train.export import WEIGHTS, export, export_adapter, export_checkpoint
+from jobs.workspace import WorkDir
 from pipelines.errors import UserError
 from pipelines.tokenizer import train_tokenizer
 
@@ -119,7 +121,9 @@ def test_a_base_that_is_gone_or_another_is_a_line(part, checkpoints, tmp_path):
 
 def test_what_is_no_adapter_or_has_none_is_a_line(save, part, checkpoints, tmp_path):
     export_adapter(str(checkpoints), tmp_path / "adapter")
-    with pytest.raises(UserError, match=rf"^{tmp_path}/adapter is an adapter already: with --base DIR it becomes"):
+    with pytest.raises(
+        UserError, match=rf"^{tmp_path}/adapter is an adapter already: with --base CHECKPOINT it becomes"
+    ):
         export(str(tmp_path / "adapter"), tmp_path / "model", None, as_adapter=True, base=None)
     save(2)
     with pytest.raises(UserError, match=r"step-00000002: all parameters were trained, which is no adapter: export it"):
@@ -209,3 +213,17 @@ def test_an_existing_target_is_not_touched(save, checkpoints, tmp_path):
 def test_an_unknown_dtype_is_a_line(checkpoints, tmp_path):
     with pytest.raises(UserError, match=r"^'int8' is no dtype to export: choose one of float32, bfloat16, float16"):
         export_checkpoint(str(checkpoints), tmp_path / "model", "int8")
+
+
+def test_an_adapter_is_put_on_a_base_that_is_no_directory(write_gguf, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_gguf(tmp_path / "tiny.gguf")
+    base = FotLlamaForCausalLM.from_pretrained(WorkDir("test", "runs").find_model("tiny.gguf"), mem_layers=[1])
+    name = "model.layers.1.self_attn.q_proj.weight"
+    adapter = Adapter(fingerprint(base), {"mem_layers": [1]}, tensors={name: torch.ones_like(base.get_parameter(name))})
+    adapter.save(tmp_path / "adapter")
+    fot(["export", "adapter", "model", "--base", "tiny.gguf"], standalone_mode=False)
+    made = FotLlamaForCausalLM.from_pretrained(tmp_path / "model")
+    assert made.config.mem_layers == [1]
+    assert torch.equal(made.get_parameter(name), adapter.tensors[name])
+    assert torch.equal(made.model.embed_tokens.weight, base.model.embed_tokens.weight)
