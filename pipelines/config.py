@@ -1,14 +1,21 @@
 """The recipe's data parts: strict, frozen pydantic models. Unknown keys are errors."""
 
 import difflib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pipelines.recall import DISTANCE, LEAST_CHARACTERS
 
 STDLIB, SITE_PACKAGES, RECALL = "python:stdlib", "python:site-packages", "synthetic:recall"
+STDLIB_CODE = {"suffixes": [".py"], "exclude": ["test", "tests", "idle_test", "encodings", "pydoc_data"]}
 BUILT_IN = (STDLIB, SITE_PACKAGES, RECALL)  # paths of what every environment has
+
+
+def source_of(path: str) -> dict[str, Any]:
+    """The settings of a source that a command names by its path alone: of the standard library what is code, without
+    tests, which are tables more than text."""
+    return {"path": path, **(STDLIB_CODE if path == STDLIB else {})}
 
 
 class Part(BaseModel):

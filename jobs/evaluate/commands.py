@@ -24,7 +24,7 @@ from jobs.train.spec import MODEL
 from jobs.version import code_version
 from jobs.views import print_results
 from jobs.workspace import MODELS, WorkDir, duration
-from pipelines.config import Part
+from pipelines.config import Part, source_of
 from pipelines.errors import UserError
 from pipelines.files import write_atomically
 from pipelines.hashing import FileHashes, hash_json
@@ -186,7 +186,9 @@ def _texts(request: Request, model: Path) -> Texts:
     """All of the files, held out, in the model's own tokens; each a source, named by its place where a name repeats."""
     names = [re.sub(r"[^A-Za-z0-9_-]+", "-", Path(path).name.split(".")[0]).strip("-") for path in request.texts]
     unique = [name if name and names.count(name) == 1 else f"{name}-{n}" for n, name in enumerate(names)]
-    sources = [{"name": name, "path": path, "held_out": 1.0} for name, path in zip(unique, request.texts, strict=True)]
+    sources = [
+        {"name": name, "held_out": 1.0, **source_of(path)} for name, path in zip(unique, request.texts, strict=True)
+    ]
     content = {"name": request.name, "seed": request.seed, "work_dir": request.work_dir}
     return validated(
         Texts, {**content, "data": {"sources": sources}, "base": {"checkpoint": str(model)}}, "fot evaluate"

@@ -25,7 +25,7 @@ from pipelines.corpus import Document, Entry, Unit
 from pipelines.errors import UserError
 from pipelines.files import write_atomically
 from pipelines.hashing import FileHashes
-from pipelines.listing import STDLIB, list_entries
+from pipelines.listing import list_entries
 from pipelines.readers import read_unit
 from pipelines.tokenizer import TextTokenizer
 from pipelines.units import group_units
@@ -33,7 +33,6 @@ from pipelines.units import group_units
 TASK = "probe"
 CHOSEN, RANKING, PICTURE = "mem_layers.json", "probe.json", "probe.png"
 SHOWN = 12  # rows of the table, at least
-TESTS = ("test", "tests", "idle_test", "encodings", "pydoc_data")  # of the standard library: tables more than text
 TASK_BYTES = 1 << 20  # read at once
 CAUSAL = {"without": "without it", "alone": "alone"}  # columns
 
@@ -106,8 +105,7 @@ def read_chosen(output: Path) -> list[int]:
 
 
 def _data(settings: Probe) -> Data:
-    code = {"suffixes": [".py"], "exclude": TESTS} if settings.text == STDLIB else {}
-    return Data.model_validate({"sources": [{"name": "text", "path": settings.text, **code}]})
+    return Data.model_validate({"sources": [{"name": "text", **source_of(settings.text)}]})
 
 
 def _documents(settings: Probe, entries: Sequence[Entry]) -> Iterator[str]:
