@@ -20,7 +20,7 @@ from jobs.probe.config import Probe
 from jobs.probe.measure import change_layers, read_prompt
 from jobs.probe.prompts import FACTS, TEXT, Prompt, facts_prompt, text_prompt
 from jobs.probe.ranking import Layer, choose, far_worth, heads, rank
-from pipelines.config import Data, Source
+from pipelines.config import Data, Source, source_of
 from pipelines.corpus import Document, Entry, Unit
 from pipelines.errors import UserError
 from pipelines.files import write_atomically
