@@ -17,6 +17,7 @@ from pipelines.errors import UserError
 from pipelines.hashing import FileHashes
 from pipelines.progress import console, quiet, say
 from pipelines.store import Output, Stage, Store
+from pipelines.visible import visible
 from pipelines.workflow import Around, as_it_is, run_workflow
 
 MODELS = "models"  # of work_dir: registered models that were fetched
@@ -58,7 +59,7 @@ class WorkDir:
         """Build the stages that are not built yet. Returns all outputs by stage name, and the seconds it took."""
         began = time.monotonic()
         stages = make_stages()
-        log = escape(str(self.log))
+        log = escape(visible(str(self.log)))
         console.print(f"[bold]{self.name}[/bold]: {len(stages)} stages; library output goes to {log}")
         outputs = run_workflow(stages, self.store, report=_report, warn=say, around=around)
         return outputs, time.monotonic() - began
@@ -103,7 +104,7 @@ class Workspace(WorkDir):
 
 def _report(output: Output) -> None:
     how = "found" if output.reused else f"done in {duration(output.seconds)}"
-    console.print(f"{output.stage:>15} [green]{how}[/green] {escape(str(output.path))}", soft_wrap=True)
+    console.print(f"{output.stage:>15} [green]{how}[/green] {escape(visible(str(output.path)))}", soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

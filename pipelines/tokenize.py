@@ -26,15 +26,16 @@ from pipelines.errors import UserError
 from pipelines.files import complete_or_invisible, write_atomically
 from pipelines.hashing import hash_file, hash_json
 from pipelines.minhash import signature
+from pipelines.precheck import check_records, too_many_bad
 from pipelines.progress import Progress
-from pipelines.readers import describe, read_unit
+from pipelines.readers import read_unit
 from pipelines.shards import Encoded, Manifest, Shard, token_dtype, write_shard
 from pipelines.tokenizer import TextTokenizer, load_tokenizer
 
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 1_000_000, 10_000  # encoded and written at once: bounds a task's memory
 RECORD = ".record.json"  # of a finished task, beside its shard
 # Settings of a source that its shards do not show, or show by what they were made of.
-NOT_CONTENT = {"path", "max_tree_bytes", "recall", "held_out", "weight", "max_epochs", "follow_links"}
+NOT_CONTENT = {"path", "max_tree_bytes", "recall", "held_out", "weight", "max_epochs", "follow_links", "max_left_out"}
 
 
 def recipe_part(data: Data) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def tokenize(
     """Tokenize all units into shards under `encoding.output` and write the manifest.
 
     With a `parent` (a data set's directory) its shards come first, as they are. Raises UserError for broken documents
-    beyond `data.max_bad_documents` and for a corpus without a single document.
+    beyond `data.max_bad_documents`, for what `check_records` finds before, and for a corpus without a single document.
     """
     sources = {source.name: source for source in data.sources}
     before = Manifest.read(parent) if parent else None
@@ -77,6 +78,8 @@ def tokenize(
     tokenizer = encoding.load()
     made_with = describe_tokenizer(tokenizer, encoding.backend)
     finished = {made.shard.file: made for made in _recorded(encoding.output, made_with)}
+    if not finished:
+        check_records(units, data, parent)
     names = [shard_name(len(inherited) + number, unit) for number, unit in enumerate(units)]
     arguments = [
         (unit, name, sources[unit.source], encoding, finished.get(name))
@@ -89,10 +92,7 @@ def tokenize(
             shards[number] = made.shard
             bad += made.shard.bad
             if bad > data.max_bad_documents and made.first_bad is not None:
-                raise UserError(
-                    f"{describe(made.first_bad)}: mend it, or tolerate up to N such documents with "
-                    f"--set data.max_bad_documents=N"
-                )
+                raise too_many_bad(made.first_bad)
             progress.advance(units[number].bytes)
     manifest = Manifest(
         token_type=token_dtype(tokenizer.vocab_size).name,
