@@ -25,11 +25,16 @@ MODELS = "models"  # of work_dir: registered models that were fetched
 
 class WorkDir:
     """The directories of a work_dir, by absolute path: workers have working directories of their own. `name`: of what
-    is run in it; `log`: the file for what libraries print, named so if nothing else is said."""
+    is run in it; `log`: the file for what libraries print, named so if nothing else is said.
+
+    Raises UserError for a path that cannot be part of an address.
+    """
 
     def __init__(self, name: str, work_dir: str, log: Path | None = None) -> None:
         self.name = name
         self.directory = Path(work_dir).resolve()
+        if "?" in str(self.directory):
+            raise UserError(f"work_dir {self.directory} holds a ?, where MLflow's address of it ends: set another one")
         self.store = Store(self.directory / "store")
         self.logs = self.directory / "logs"
         self.log = log or self.logs / f"{name}.log"

@@ -20,6 +20,7 @@ from pipelines.storage import Item, open_decompressed, readable
 from pipelines.tables import column_names
 
 NEARLY_ALL, HARDLY_ANY = 0.9, 0.1
+PACKED = 4  # bytes of text that a compressed one stands for
 LINE = 1 << 20  # bytes of a first line that are looked at
 OTHERS = "other files beside records"
 AS_TEXT = "files of records in a directory that is read as one document"
@@ -77,7 +78,8 @@ def look_into(files: Sequence[Named], source: Source) -> Found:
 
 
 def _bytes(files: Sequence[Named]) -> int:
-    return sum(item.size for _, item in files)
+    """About how much there is to read in them."""
+    return sum(item.size * (PACKED if suffix_and_codec(name)[1] else 1) for name, item in files)
 
 
 def _is_separated(name: str) -> bool:
@@ -100,9 +102,9 @@ def _holds(file: Named, source: Source) -> bool | None:
         return None
 
 
-def _begins_with_record(stream: IO[bytes], text_field: str) -> bool:
+def _begins_with_record(stream: IO[bytes], text_field: str) -> bool | None:
     """Whether the first line is an object with a text, or the beginning of an array of such: that it is one is told
-    when it is read."""
+    when it is read. None for what is no JSON."""
     line = b""
     while not line.strip() and (line := stream.readline(LINE)):
         pass
@@ -113,5 +115,5 @@ def _begins_with_record(stream: IO[bytes], text_field: str) -> bool:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):
-        return False
+        return None
     return isinstance(record, dict) and isinstance(record.get(text_field), str)

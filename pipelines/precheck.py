@@ -44,9 +44,9 @@ def check_records(units: Sequence[Unit], data: Data, earlier: Path | None) -> No
     records = [unit for unit in units if unit.span is not None]
     begun = [unit for unit in records if unit.span is not None and unit.span[0] == 0]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        firsts = dict(zip(begun, pool.map(lambda unit: _first(unit, sources[unit.source]), begun), strict=True))
+        firsts = list(pool.map(lambda unit: _first(unit, sources[unit.source]), begun))
     with_ids = set()
-    for unit, first in firsts.items():
+    for unit, first in zip(begun, firsts, strict=True):
         if isinstance(first, Dropped) and data.max_bad_documents == 0:
             raise too_many_bad(first)
         if isinstance(first, Document) and first.id != f"{first.source}/{first.content_hash[:16]}":

@@ -111,8 +111,10 @@ def test_small_files_beside_records_are_left_out_and_named(tmp_path, write_tree,
     assert said == ["source 's': not read as what they are: other files beside records: 4, such as d/load.py"]
 
 
-def test_a_damaged_table_beside_text_is_named_when_it_is_read(tmp_path, write_tree, read):
-    write_tree(tmp_path, {"d/a.parquet": b"PAR1 damaged" * 99, "d/notes.txt": "notes"})
+def test_what_is_damaged_beside_text_is_named_when_it_is_read(tmp_path, write_tree, read):
+    write_tree(tmp_path, {"d/a.jsonl": "{bad\n" + lines("x"), "d/notes.txt": "notes"})
+    assert [item.reason for item in read(tmp_path) if isinstance(item, Dropped)] == ["line is not JSON"]
+    write_tree(tmp_path, {"d/a.parquet": b"PAR1 damaged" * 99})
     with pytest.raises(UserError, match=r"d/a\.parquet cannot be read"):
         read(tmp_path)
 
