@@ -53,7 +53,7 @@ _BEGIN: dict[str, Callable[[], _Decompressor]] = {
     "gzip": lambda: _AllAtOnce(zlib.decompressobj(wbits=31)),
     "zstd": lambda: _AllAtOnce(zstandard.ZstdDecompressor(max_window_size=WINDOW).decompressobj()),
     "bzip2": bz2.BZ2Decompressor,
-    "xz": lambda: lzma.LZMADecompressor(memlimit=WINDOW),
+    "xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, WINDOW),
 }
 
 

@@ -80,4 +80,4 @@ def unread(name: str) -> str | None:
             return kind
     inner = suffix_and_codec(posixpath.splitext(name)[0])[0]
     known = codec is not None or suffix in ("", *RECORDS, *PROSE)
-    return "records under an ending that is not known" if inner in RECORDS and not known else None
+    return "records under an ending that is not known" if inner in (*CERTAIN, *SEPARATED) and not known else None

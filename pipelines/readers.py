@@ -6,6 +6,7 @@ place.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -109,7 +110,7 @@ def _check_beginning(path: str, stream: IO[bytes]) -> None:
     """Raise UserError for what has the name of a file of lines but is none. Leaves the stream where it was."""
     beginning: bytes = stream.peek(BEGINNING)  # type: ignore[attr-defined]  # all that are opened here are buffered
     refuse_pointer(path, beginning)
-    if beginning.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+    if re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", beginning):
         raise UserError(
             f"{printable(path)} is one JSON array, not an object a line: make lines of it, for example with "
             f"`jq -c '.[]' ARRAY > LINES.jsonl`"

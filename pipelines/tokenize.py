@@ -26,7 +26,7 @@ from pipelines.errors import UserError
 from pipelines.files import complete_or_invisible, write_atomically
 from pipelines.hashing import hash_file, hash_json
 from pipelines.minhash import signature
-from pipelines.precheck import check_records, too_many_bad
+from pipelines.precheck import too_many_bad
 from pipelines.progress import Progress
 from pipelines.readers import read_unit
 from pipelines.shards import Encoded, Manifest, Shard, token_dtype, write_shard
@@ -70,7 +70,7 @@ def tokenize(
     """Tokenize all units into shards under `encoding.output` and write the manifest.
 
     With a `parent` (a data set's directory) its shards come first, as they are. Raises UserError for broken documents
-    beyond `data.max_bad_documents`, for what `check_records` finds before, and for a corpus without a single document.
+    beyond `data.max_bad_documents` and for a corpus without a single document.
     """
     sources = {source.name: source for source in data.sources}
     before = Manifest.read(parent) if parent else None
@@ -78,8 +78,6 @@ def tokenize(
     tokenizer = encoding.load()
     made_with = describe_tokenizer(tokenizer, encoding.backend)
     finished = {made.shard.file: made for made in _recorded(encoding.output, made_with)}
-    if not finished:
-        check_records(units, data, parent)
     names = [shard_name(len(inherited) + number, unit) for number, unit in enumerate(units)]
     arguments = [
         (unit, name, sources[unit.source], encoding, finished.get(name))
@@ -109,6 +107,11 @@ def tokenize(
     manifest.write(encoding.output)
     remove_records(encoding.output)
     return manifest
+
+
+def has_begun(output: Path) -> bool:
+    """Whether an earlier run has tokenized something into this directory."""
+    return any(output.glob(f"*{RECORD}"))
 
 
 def remove_records(output: Path) -> None:

@@ -38,7 +38,7 @@ def prepare(path: Path, overrides: Sequence[str]) -> None:
     workspace = Workspace(load_recipe(path, overrides))
     with workspace.with_ray():
         outputs, _ = workspace.run(lambda: data_stages(workspace.recipe, _corpus(workspace), workspace.start))
-    print(f"manifest {Manifest.read(outputs[SHARDS].path).hash} in {outputs[SHARDS].path}")
+    print_lines([f"manifest {Manifest.read(outputs[SHARDS].path).hash} in {outputs[SHARDS].path}"])
 
 
 def verify(path: Path, overrides: Sequence[str]) -> None:

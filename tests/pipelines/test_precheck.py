@@ -5,7 +5,6 @@ import pytest
 from pipelines.errors import UserError
 from pipelines.precheck import _hash, check_records
 from pipelines.progress import Progress
-from pipelines.shards import Manifest
 from pipelines.tokenize import Encoding, tokenize
 
 GOOD = "".join(json.dumps({"id": n, "text": f"text {n}"}) + "\n" for n in range(20))
@@ -68,22 +67,13 @@ def test_hashes_that_meet_are_no_error(tmp_path, write_tree, check, monkeypatch)
         check(tmp_path)
 
 
-def test_nothing_is_tokenized_of_what_is_wrong_and_what_is_there_already_counts(
-    tmp_path, write_tree, check, data_of, units_of, tokenizer_directory
-):
-    write_tree(tmp_path, {"corpus/a.jsonl": GOOD})
-    data = data_of(tmp_path / "corpus")
-
-    def run(output):
-        encoding = Encoding(tokenizer_directory, "huggingface", tmp_path / output)
-        return tokenize(units_of(data), data, encoding, Progress("shards", 1, "B"))
-
-    run("whole")
-    assert Manifest.read(tmp_path / "whole").documents == 20
-    write_tree(tmp_path, {"more/b.jsonl": '{"id": 7, "text": "another"}\n{"id": 21, "text": "more"}\n'})
+def test_what_a_data_set_holds_already_counts(tmp_path, write_tree, check, data_of, units_of, tokenizer_directory):
+    write_tree(tmp_path, {"a.jsonl": GOOD})
+    data = data_of(tmp_path / "a.jsonl")
+    encoding = Encoding(tokenizer_directory, "huggingface", tmp_path / "made")
+    assert tokenize(units_of(data), data, encoding, Progress("shards", 1, "B")).documents == 20
+    write_tree(tmp_path, {"b.jsonl": '{"id": 7, "text": "text 7"}\n{"id": 21, "text": "more"}\n'})
+    check(tmp_path / "b.jsonl", tmp_path / "made")
+    write_tree(tmp_path, {"c.jsonl": '{"id": 7, "text": "another"}\n'})
     with pytest.raises(UserError, match="the id 's/7'"):
-        check(tmp_path / "more", tmp_path / "whole")
-    write_tree(tmp_path, {"corpus/b.jsonl": '{"id": 7, "text": "another"}\n'})
-    with pytest.raises(UserError, match="the id 's/7'"):
-        run("wrong")
-    assert not list((tmp_path / "wrong").glob("*"))
+        check(tmp_path / "c.jsonl", tmp_path / "made")

@@ -62,6 +62,15 @@ def one_line(answer) -> str:
     return line
 
 
+@pytest.mark.parametrize("what", ["a missing field", "two documents of one id"])
+def test_what_can_be_found_before_is_found_before_anything_is_tokenized(prepare, tmp_path: Path, what: str) -> None:
+    files, expected = BAD[what]
+    if what == "a missing field":
+        files = {"a.jsonl": b'{"body": "x"}\n' + files["a.jsonl"]}
+    assert expected in one_line(prepare({**files, "0.txt": GOOD}))
+    assert not list((tmp_path / "runs" / "store" / "shards").glob("*/*.arrow"))
+
+
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_is_one_line_with_exit_code_2(prepare, what: str) -> None:
     files, expected = BAD[what]
