@@ -73,7 +73,7 @@ def _read_whole(entry: Entry) -> Iterator[Document | Dropped]:
             yield Dropped("binary (NUL bytes)", file.path, bad=bad)
             continue
         if not entry.tree and content.startswith(POINTER):
-            yield Dropped("git-lfs's note of a file, not the file", file.path, bad=True)
+            yield Dropped("git-lfs pointer, not the file", file.path, bad=True)
             continue
         texts.append(text)
     text = "\n".join(texts)

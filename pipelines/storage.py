@@ -94,9 +94,11 @@ def open_decompressed(path: str) -> IO[bytes]:
 
 
 def refuse_pointer(path: str, beginning: bytes) -> None:
-    """Raise UserError where git left a note in a large file's place."""
+    """Raise UserError for a git-lfs pointer in a file's place."""
     if beginning.startswith(POINTER):
-        raise UserError(f"{printable(path)} is git-lfs's note of a file, not the file: fetch it with `git lfs pull`")
+        raise UserError(
+            f"{printable(path)} is a git-lfs pointer: fetch the file that it stands for with `git lfs pull`"
+        )
 
 
 @contextmanager

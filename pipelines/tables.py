@@ -83,7 +83,7 @@ def _splits(path: str) -> bool:
 
 
 def _open(path: str) -> IO[bytes]:
-    """The table's bytes, seekable. Raises UserError for git-lfs's note of one."""
+    """The table's bytes, seekable. Raises UserError for a git-lfs pointer."""
     if suffix_and_codec(path)[1] is None:
         file = open_binary(path)
     else:

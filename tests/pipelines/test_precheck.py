@@ -28,8 +28,11 @@ def check(local_ray, data_of, units_of):
         ({"b.jsonl": '{"text": "x", "n": 1, "text": "y"}\n'}, r"b\.jsonl, line 1: line has the field 'text' twice"),
         ({"b.jsonl": '{"id": 1, "id": 2, "text": "y"}\n'}, r"b\.jsonl, line 1: line has the field 'id' twice"),
         ({"b.csv": "text,text\nx,y\n"}, r"b\.csv has 2 columns 'text'"),
-        ({"b.parquet": b"version https://git-lfs.github.com/spec/v1\n"}, r"b\.parquet is git-lfs's note of a file"),
-        ({"b.jsonl": "version https://git-lfs.github.com/spec/v1\n"}, r"b\.jsonl is git-lfs's note of a file"),
+        (
+            {"b.parquet": b"version https://git-lfs.github.com/spec/v1\n"},
+            r"b\.parquet is a git-lfs pointer",
+        ),
+        ({"b.jsonl": "version https://git-lfs.github.com/spec/v1\n"}, r"b\.jsonl is a git-lfs pointer"),
         ({"b.jsonl": '{"id": 7, "text": "another"}\n'}, r"two documents have the id 's/7' but different text"),
         ({"b.csv": "id,text\n7,another\n"}, r"two documents have the id 's/7' but different text"),
     ],

@@ -28,7 +28,7 @@ BAD = {
     "a missing field": ({"a.jsonl": lines(b'{"body": "x"}')}, "line has no text in field 'text' (its fields: 'body')"),
     "NUL bytes in a line": ({"a.jsonl": lines(b'{"text": "a\\u0000b"}')}, "line 13: text holds NUL bytes"),
     "NUL bytes in a text file": ({"a.jsonl": GOOD, "b.md": b"a\0b"}, "b.md: binary (NUL bytes)"),
-    "git-lfs's note of a text": (
+    "a git-lfs pointer": (
         {"a.jsonl": GOOD, "b.txt": b"version https://git-lfs.github.com/spec/v1\n"},
         "git-lfs",
     ),
