@@ -21,9 +21,17 @@ FEED = 512  # compressed bytes taken at a time: of Zstandard they stand for at m
 class _Decompressor(Protocol):
     """Of one part of a file; as in the standard library's bz2 and lzma."""
 
-    eof: bool
-    needs_input: bool
-    unused_data: bytes
+    @property
+    def eof(self) -> bool:
+        """Whether the part has ended."""
+
+    @property
+    def needs_input(self) -> bool:
+        """Whether nothing more comes without more data."""
+
+    @property
+    def unused_data(self) -> bytes:
+        """What lies behind the part's end."""
 
     def decompress(self, data: bytes, max_length: int = -1) -> bytes:
         """What the data, and what is left of earlier data, comes to, `max_length` bytes at most."""

@@ -40,7 +40,9 @@ class Found:
 def look_into(files: Sequence[Named], source: Source) -> Found:
     """What a directory with these files (names within it) holds."""
     found = Found()
-    records, possible, texts = [], [], []
+    records: list[Named] = []
+    possible: list[Named] = []
+    texts: list[Named] = []
     for name, item in files:
         suffix = suffix_and_codec(name)[0]
         if (kind := companion(name, item.size)) is not None:

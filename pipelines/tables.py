@@ -84,6 +84,7 @@ def _splits(path: str) -> bool:
 
 def _open(path: str) -> IO[bytes]:
     """The table's bytes, seekable. Raises UserError for a git-lfs pointer."""
+    file: IO[bytes]
     if suffix_and_codec(path)[1] is None:
         file = open_binary(path)
     else:
