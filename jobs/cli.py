@@ -11,6 +11,7 @@ import click
 from jobs.stop import STOPPED, StoppedError
 from pipelines.environment import prepare_environment
 from pipelines.errors import UserError
+from pipelines.visible import visible
 
 DISK_FULL = (
     "No space left on device",
@@ -485,12 +486,12 @@ def main() -> None:
     try:
         fot()
     except StoppedError as error:
-        print(f"fot: {error}", file=sys.stderr)
+        print(f"fot: {visible(str(error))}", file=sys.stderr)
         sys.exit(STOPPED)
     except Exception as error:
         if (message := user_message(error)) is None:
             raise
-        print(f"fot: {message}", file=sys.stderr)
+        print(f"fot: {visible(message)}", file=sys.stderr)
         sys.exit(USER_ERROR)
 
 

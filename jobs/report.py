@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jobs.evaluate.result import Cell, Result, Table
 from pipelines.files import write_atomically
+from pipelines.visible import visible
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -29,33 +30,41 @@ def write_report(
 ) -> None:
     """`facts`: what to know first, by name. `results`: each with the directory of its plots. `texts`: long ones, shown
     folded, by title (the recipe, the lineage)."""
-    body = [f"<h1>{html.escape(title)}</h1>", "<dl>"]
-    body += [f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items()]
+    body = [f"<h1>{_text(title)}</h1>", "<dl>"]
+    body += [f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in facts.items()]
     body.append("</dl>")
     for result, directory in results:
         body += _section(result, directory)
     for name, text in texts.items():
-        body.append(f"<details><summary>{html.escape(name)}</summary><pre>{html.escape(text)}</pre></details>")
+        body.append(f"<details><summary>{_text(name)}</summary><pre>{html.escape(_lines(text))}</pre></details>")
     page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
         f"<style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
     )
     write_atomically(target, page.encode())
 
 
+def _text(text: str) -> str:
+    return html.escape(visible(text))
+
+
+def _lines(text: str) -> str:
+    return "\n".join(map(visible, text.split("\n")))
+
+
 def _section(result: Result, directory: Path) -> Iterator[str]:
-    yield f"<h2>{html.escape(result.task.replace('_', ' '))}</h2>"
+    yield f"<h2>{_text(result.task.replace('_', ' '))}</h2>"
     for table in result.tables:
         yield from _table(table)
     for plot in result.plots:
         encoded = base64.b64encode((directory / plot).read_bytes()).decode()
-        yield f'<img alt="{html.escape(plot)}" src="data:image/png;base64,{encoded}">'
+        yield f'<img alt="{_text(plot)}" src="data:image/png;base64,{encoded}">'
 
 
 def _table(table: Table) -> Iterator[str]:
-    yield f"<h3>{html.escape(table.title)}</h3>"
+    yield f"<h3>{_text(table.title)}</h3>"
     if table.note:
-        yield f'<p class="note">{html.escape(table.note)}</p>'
+        yield f'<p class="note">{_text(table.note)}</p>'
     yield f'<div class="wide"><table><tr>{_cells("th", table.columns)}</tr>'
     for row in table.rows:
         yield f"<tr>{_cells('td', [shown(cell) for cell in row])}</tr>"
@@ -63,7 +72,7 @@ def _table(table: Table) -> Iterator[str]:
 
 
 def _cells(tag: str, texts: Sequence[str]) -> str:
-    return "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
+    return "".join(f"<{tag}>{_text(text)}</{tag}>" for text in texts)
 
 
 def shown(cell: Cell) -> str:

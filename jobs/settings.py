@@ -2,14 +2,14 @@
 
 import difflib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ValidationError
 
 from jobs.registry.config import hide_credentials
+from jobs.yaml_text import YamlError, read_text, read_value
 from pipelines.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -31,13 +31,13 @@ WorkDirectory = Annotated[str, AfterValidator(_directory)]  # of a recipe: holds
 def read_yaml(path: Path) -> Content:
     """The keys of a recipe file, unchecked. Raises UserError where it cannot be read or holds none."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_text(path.read_text())
     except OSError as error:
         raise UserError(f"recipe {path} cannot be read ({error.strerror}): check the path") from None
     except UnicodeDecodeError:
         raise UserError(f"recipe {path} is not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    except YamlError as error:
+        raise UserError(f"recipe {path}: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"recipe {path} holds no keys: see recipes/quickstart.yaml")
     return content
@@ -46,9 +46,25 @@ def read_yaml(path: Path) -> Content:
 def validated(model: type[Model], content: Content, where: str) -> Model:
     """The model with this content. Raises UserError, one line that begins with `where`, without credentials."""
     try:
-        return model.model_validate(content)
+        read = model.model_validate(content)
     except ValidationError as error:
         raise UserError(f"{where}: {hide_credentials(_first_error(model, error))}") from None
+    if (key := next(_truth_for_number(content, read, ""), None)) is not None:
+        raise UserError(f"{where}: {key} is true or false: give a number")
+    return read
+
+
+def _truth_for_number(given: Any, read: Any, key: str) -> Iterator[str]:
+    """Keys of numbers that were given as true or false, which pydantic takes for 1 and 0."""
+    if isinstance(given, bool) and isinstance(read, int | float) and not isinstance(read, bool):
+        yield key
+    elif isinstance(given, dict):
+        for name, value in given.items():
+            inner = read.get(name) if isinstance(read, Mapping) else getattr(read, str(name), None)
+            yield from _truth_for_number(value, inner, f"{key}.{name}".lstrip("."))
+    elif isinstance(given, list) and isinstance(read, list | tuple):
+        for place, (value, inner) in enumerate(zip(given, read, strict=False)):
+            yield from _truth_for_number(value, inner, f"{key}.{place}")
 
 
 def read_overridden(path: Path, overrides: Sequence[str]) -> Content:
@@ -65,9 +81,9 @@ def override(content: Content, text: str) -> None:
     if not equals or not key:
         raise UserError(f"--set {text}: write it as key=value, for example --set finetune.steps=200")
     try:
-        value = yaml.safe_load(written)
-    except yaml.YAMLError:
-        value = written
+        value = read_value(written)
+    except YamlError as error:
+        raise UserError(f"--set {text}: {error}") from None
     set_key(content, key, value)
 
 

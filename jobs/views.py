@@ -12,6 +12,7 @@ from rich.table import Table as Shown
 from jobs.evaluate.result import Result
 from jobs.report import shown
 from pipelines.progress import console
+from pipelines.visible import visible
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 WIDTH = 40  # of a sparkline, in characters
@@ -21,10 +22,9 @@ def print_results(results: Iterable[tuple[Result, Path]]) -> None:
     """Every table of every result."""
     for result, _ in results:
         for table in result.tables:
-            columns = [escape(column) for column in table.columns]
-            view = Shown(*columns, title=escape(table.title), caption=escape(table.note) or None)
+            view = Shown(*map(_text, table.columns), title=_text(table.title), caption=_text(table.note) or None)
             for row in table.rows:
-                view.add_row(*(escape(shown(cell)) for cell in row))
+                view.add_row(*(_text(shown(cell)) for cell in row))
             for column in view.columns[1:]:
                 column.justify = "right"
             console.print(view)
@@ -36,14 +36,26 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     if not terminal.is_terminal:
         print(*([title] if title else []), *table(header, rows), sep="\n")
         return
-    view = Shown(*map(escape, header), title=escape(title) or None, title_justify="left")
+    view = Shown(*map(_text, header), title=_text(title) or None, title_justify="left")
     for row in rows:
-        view.add_row(*map(escape, row))
+        view.add_row(*map(_text, row))
     terminal.print(view)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """On standard output; what names and ids in them hold does nothing to the terminal."""
+    for line in lines:
+        print(visible(line))
+
+
+def _text(text: str) -> str:
+    """As rich is to show it."""
+    return escape(visible(text))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Columns as wide as they need, the first to the left, numbers to the right."""
+    header, rows = [visible(cell) for cell in header], [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
         numbers = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]

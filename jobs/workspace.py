@@ -17,6 +17,7 @@ from pipelines.errors import UserError
 from pipelines.hashing import FileHashes
 from pipelines.progress import console, quiet, say
 from pipelines.store import Output, Stage, Store
+from pipelines.visible import visible
 from pipelines.workflow import Around, as_it_is, run_workflow
 
 MODELS = "models"  # of work_dir: registered models that were fetched
@@ -24,11 +25,16 @@ MODELS = "models"  # of work_dir: registered models that were fetched
 
 class WorkDir:
     """The directories of a work_dir, by absolute path: workers have working directories of their own. `name`: of what
-    is run in it; `log`: the file for what libraries print, named so if nothing else is said."""
+    is run in it; `log`: the file for what libraries print, named so if nothing else is said.
+
+    Raises UserError for a path that cannot be part of an address.
+    """
 
     def __init__(self, name: str, work_dir: str, log: Path | None = None) -> None:
         self.name = name
         self.directory = Path(work_dir).resolve()
+        if "?" in str(self.directory):
+            raise UserError(f"work_dir {self.directory} holds a ?, where MLflow's address of it ends: set another one")
         self.store = Store(self.directory / "store")
         self.logs = self.directory / "logs"
         self.log = log or self.logs / f"{name}.log"
@@ -58,7 +64,7 @@ class WorkDir:
         """Build the stages that are not built yet. Returns all outputs by stage name, and the seconds it took."""
         began = time.monotonic()
         stages = make_stages()
-        log = escape(str(self.log))
+        log = escape(visible(str(self.log)))
         console.print(f"[bold]{self.name}[/bold]: {len(stages)} stages; library output goes to {log}")
         outputs = run_workflow(stages, self.store, report=_report, warn=say, around=around)
         return outputs, time.monotonic() - began
@@ -106,7 +112,7 @@ class Workspace(WorkDir):
 
 def _report(output: Output) -> None:
     how = "found" if output.reused else f"done in {duration(output.seconds)}"
-    console.print(f"{output.stage:>15} [green]{how}[/green] {escape(str(output.path))}", soft_wrap=True)
+    console.print(f"{output.stage:>15} [green]{how}[/green] {escape(visible(str(output.path)))}", soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

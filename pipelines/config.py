@@ -5,9 +5,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from pipelines.mixture import too_small
 from pipelines.recall import DISTANCE, LEAST_CHARACTERS
 
 STDLIB, SITE_PACKAGES, RECALL = "python:stdlib", "python:site-packages", "synthetic:recall"
+MAX_LEFT_OUT = 0.1
 STDLIB_CODE = {"suffixes": [".py"], "exclude": ["test", "tests", "idle_test", "encodings", "pydoc_data"]}
 BUILT_IN = (STDLIB, SITE_PACKAGES, RECALL)  # paths of what every environment has
 
@@ -21,7 +23,7 @@ def source_of(path: str) -> dict[str, Any]:
 class Part(BaseModel):
     """A part of a recipe."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -51,9 +53,9 @@ class Source(Part):
     opens); `python:stdlib`, the running interpreter's standard library; `python:site-packages`, the packages installed
     beside it, each a document; or `synthetic:recall`, made-up documents with the settings of `recall`.
 
-    A .jsonl or .json file holds a document a line, a .parquet or .arrow file a document a row, any other file is one
-    document; each may end in .gz or .zst. In a directory each top-level entry is a document of its own, a subdirectory
-    as its files concatenated directory by directory, unless it holds nothing but .jsonl, .parquet and .arrow files;
+    A .jsonl or .json file holds a document a line, a .parquet, .arrow, .csv or .tsv file a document a row, any other
+    file is one document; each may be compressed. In a directory each top-level entry is a document of its own, a
+    subdirectory as its files concatenated directory by directory, unless it holds records (pipelines/directories.py);
     with `directory: one_document` the whole directory is a single document (a repository). A directory written by
     Hugging Face datasets' `save_to_disk` is read as that data set.
     """
@@ -72,6 +74,11 @@ class Source(Part):
     max_tree_bytes: Positive | None = Field(
         None, description="of a tree only the first files that come to so many bytes together"
     )
+    max_left_out: Fraction = Field(
+        MAX_LEFT_OUT,
+        description="share of its bytes that may be data which is not read, or read as plain text",
+        exclude_if=lambda share: share == MAX_LEFT_OUT,  # older keys stay
+    )
     follow_links: bool = Field(False, description="read symbolic links that lead out of the path, too")
     recall: Recall | None = Field(None, description="what documents `synthetic:recall` makes up")
     text_field: str = "text"
@@ -79,7 +86,7 @@ class Source(Part):
     min_tokens: Positive = Field(1, description="shorter documents are left out")
     max_tokens: Positive | None = Field(None, description="longer documents are left out")
     held_out: Fraction = Field(0.05, description="share of documents kept for evaluation, drawn by document hash")
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+    weight: Annotated[float, Field(gt=0)] | None = Field(
         None, description="share of training tokens, beside the others'"
     )
     max_epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="the most that a training may read it")
@@ -136,6 +143,9 @@ class Data(Part):
             raise ValueError(
                 f"data.sources: {without[0]!r} has no weight, others do: give all sources a weight or none"
             )
+        weights = {source.name: source.weight for source in self.sources if source.weight is not None}
+        if weights and (wrong := too_small(weights)) is not None:
+            raise ValueError(wrong)
         return self
 
 

@@ -19,7 +19,7 @@ class File:
 class Entry:
     """What a source lists: the files of one whole document, or one file of records (lines or rows).
 
-    `licence`: of an installed package, as its metadata says.
+    `licence`: of an installed package, as its metadata says. `tree`: the document is a directory, not a file.
     """
 
     source: str
@@ -27,6 +27,7 @@ class Entry:
     files: tuple[File, ...]
     records: bool
     licence: str | None = None
+    tree: bool = False
 
     def identity(self) -> list[Any]:
         """What the entry is made of, wherever it lies. JSON."""

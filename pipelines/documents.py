@@ -49,10 +49,7 @@ def index_documents(shards: Path, data: Data, output: Path) -> dict[str, Any]:
     first_of_id, first_of_content = _first_of_equal(ids), _first_of_equal(contents)
     if len(ambiguous := np.flatnonzero(first_of_content != first_of_content[first_of_id])):
         name = ids[int(ambiguous[0])].as_py()
-        raise UserError(
-            f"two documents have the id {name!r} but different text: make the ids unique, or name the field that holds "
-            f"them with data.sources.N.id_field"
-        )
+        raise two_texts(name)
     near = near_duplicates(signatures, data.similarity)
     original = near.first[first_of_content]
     number = np.arange(len(ids))
@@ -129,6 +126,14 @@ def _root(original: np.ndarray) -> np.ndarray:
     while not np.array_equal(root, further := root[root]):
         root = further
     return root
+
+
+def two_texts(name: str) -> UserError:
+    """Of an id that stands for two texts."""
+    return UserError(
+        f"two documents have the id {name!r} but different text: make the ids unique, or name the field that holds "
+        f"them with data.sources.N.id_field"
+    )
 
 
 def is_held_out(document_id: str, share: float) -> bool:

@@ -38,7 +38,7 @@ def next_generation(
 
     Of several that could be the parent the largest is taken.
     """
-    present = {_key(entry.identity()): entry for entry in entries}
+    present = _present(entries)
     parents = [
         (len(made_of), manifest.hash, directory, manifest, made_of)
         for directory, manifest in known
@@ -64,15 +64,15 @@ def finished_generation(directory: Path, manifest: Manifest) -> Generation:
 
 def entries_of(manifest: Manifest) -> set[str]:
     """Keys of all files and documents that the data set was made of."""
-    return {_key([shard.unit["source"], *entry]) for shard in manifest.shards for entry in shard.unit["entries"]}
+    return {key for shard in manifest.shards for key in _keys(shard.unit)}
 
 
 def units_again(identities: Iterable[dict[str, Any]], entries: Sequence[Entry]) -> list[Unit | None]:
     """The units of recorded identities, None where something they were made of has changed or is gone."""
-    present = {_key(entry.identity()): entry for entry in entries}
+    present = _present(entries)
     units: list[Unit | None] = []
     for identity in identities:
-        found = [present.get(_key([identity["source"], *entry])) for entry in identity["entries"]]
+        found = [present.get(key) for key in _keys(identity)]
         if whole := [entry for entry in found if entry is not None]:
             span = tuple(identity["span"]) if identity["span"] else None
             size = span[1] - span[0] if span else sum(file.size for entry in whole for file in entry.files)
@@ -82,5 +82,15 @@ def units_again(identities: Iterable[dict[str, Any]], entries: Sequence[Entry]) 
     return units
 
 
-def _key(identity: list[Any]) -> str:
-    return hash_json(identity)
+def _present(entries: Sequence[Entry]) -> dict[str, Entry]:
+    return {_key(entry.identity(), entry.records): entry for entry in entries}
+
+
+def _keys(unit: dict[str, Any]) -> list[str]:
+    """Keys of what a recorded unit was made of."""
+    return [_key([unit["source"], *entry], unit["span"] is not None) for entry in unit["entries"]]
+
+
+def _key(identity: list[Any], records: bool) -> str:
+    """Names an entry, and how it is read: a file that was a document before its format was known is another."""
+    return hash_json([identity, records])

@@ -18,18 +18,17 @@ from typing import Any, NamedTuple
 
 from pipelines.config import SITE_PACKAGES, STDLIB, Data, Recall, Source
 from pipelines.corpus import Entry, File
+from pipelines.directories import look_into
 from pipelines.distributions import find_distributions, site_packages
 from pipelines.errors import UserError
+from pipelines.formats import IN_TREES, holds_records, suffix_and_codec, unread
 from pipelines.hashing import FileHashes
 from pipelines.progress import say
-from pipelines.storage import Item, is_url, open_binary, printable, readable, storage_of, suffix_and_codec
+from pipelines.storage import Item, is_url, open_binary, printable, readable, storage_of
 from pipelines.synthetic import SYNTHETIC, TAG, recall_names
-from pipelines.tables import TABLES
 from pipelines.trees import beginning, import_order, random_order
 
 NEVER = ("__pycache__", "site-packages", ".*")  # caches, other people's packages, hidden files
-LINES = (".jsonl", ".json")
-RECORDS_IN_TREES = (".jsonl", *TABLES)  # a subdirectory of nothing else holds records; any other is a document
 HEADER = 1 << 18  # bytes of a theory in which its header is looked for
 
 
@@ -38,15 +37,16 @@ class Listed(NamedTuple):
 
     name: str
     files: list[tuple[str, Item]]
-    records: bool
+    records: bool = False
     licence: str | None = None
+    tree: bool = False
 
 
 def list_entries(data: Data, seed: int, hashes: FileHashes) -> list[Entry]:
     """Every whole document and every file of records, by source in the recipe's order, then by name.
 
-    Raises UserError for a path that is not there or cannot be read, a source without a single file, and a symbolic
-    link that leads where it may not.
+    Says what of a source is left out. Raises UserError for a path that is not there or cannot be read, a source without
+    a single file or with too much that would be left out, and a symbolic link that leads where it may not.
     """
     listed = [
         (source.name, each)
@@ -58,9 +58,13 @@ def list_entries(data: Data, seed: int, hashes: FileHashes) -> list[Entry]:
         Entry(
             source,
             printable(each.name),
-            tuple(File(printable(inner), item.path, item.size, next(contents)) for inner, item in each.files),
+            tuple(
+                File(printable(inner), item.path, item.size, _read_as(inner, each.tree) + next(contents))
+                for inner, item in each.files
+            ),
             each.records,
             each.licence,
+            each.tree,
         )
         for source, each in listed
     ]
@@ -91,12 +95,17 @@ class _Search:
         self.follow_links = source.follow_links or source.path in (STDLIB, SITE_PACKAGES)  # some have links
         self.storage = storage_of(self.path)
         self.top = self.path  # what links may not lead out of
+        self.bytes = 0  # of all that is listed
+        self.beside: dict[str, list[tuple[str, Item]]] = {}  # left out because it only tells of records, by kind
+        self.lost: dict[str, list[tuple[str, Item]]] = {}  # not read, or not as what it is, by kind
 
     def entries(self) -> Iterator[Listed]:
         found = False
         for each in self._listed():
             found = True
+            self.bytes += sum(item.size for _, item in each.files)
             yield each
+        self._account()
         if not found:
             limits = f" with suffixes {', '.join(self.suffixes)}" if self.suffixes else ""
             raise self._mistake(f"{self.source.path} holds no files{limits}: check data.sources")
@@ -112,7 +121,7 @@ class _Search:
                 yield from self._directory(name, root)
             else:
                 base = name or posixpath.basename(root.path)
-                yield Listed(base, [(base, root)], suffix_and_codec(base)[0] in (*LINES, *TABLES))
+                yield self._file(base, root)
 
     def _distributions(self) -> Iterator[Listed]:
         """Each installed distribution as a tree; what is left out is named."""
@@ -128,7 +137,22 @@ class _Search:
 
     def _made_up(self, settings: Recall) -> Iterator[Listed]:
         for name in recall_names(settings, self.seed):
-            yield Listed(name, [(name, Item(name, SYNTHETIC + name, False, settings.characters, TAG))], False)
+            yield Listed(name, [(name, Item(name, SYNTHETIC + name, False, settings.characters, TAG))])
+
+    def _account(self) -> None:
+        """Say what is left out, a line a kind. Raises UserError where that is too much."""
+        lost = sum(item.size for files in self.lost.values() for _, item in files)
+        if lost > self.source.max_left_out * self.bytes:
+            kinds = "; ".join(f"{kind}: {_some(files)}" for kind, files in self.lost.items())
+            raise self._mistake(
+                f"{100 * lost / self.bytes:.0f} % of its bytes are data that would be left out or read as plain text "
+                f"({kinds}): read only what is meant with {self.setting}.suffixes or exclude, set its text_field, or "
+                f"allow it with {self.setting}.max_left_out"
+            )
+        for kind, files in self.beside.items():
+            say(f"source {self.source.name!r}: left out: {printable(f'{kind}: {_some(files)}')}")
+        for kind, files in self.lost.items():
+            say(f"source {self.source.name!r}: not read as what they are: {printable(f'{kind}: {_some(files)}')}")
 
     def _is_named_in(self, name: str) -> bool:
         """Whether a distribution's file is one of those asked for, by its name."""
@@ -196,17 +220,28 @@ class _Search:
         for entry, group in groupby(files.items(), key=lambda file: file[0].partition("/")[0]):
             within = list(group)
             for name, item in self._wanted([file for file in within if file[0] == entry]):
-                yield Listed(prefix + name, [(prefix + name, item)], suffix_and_codec(name)[0] in (*LINES, *TABLES))
+                yield self._file(prefix + name, item)
             inner = [(name[len(entry) + 1 :], item) for name, item in within if name != entry]
             if self._saved_dataset(dict(inner)) is not None:
                 yield from self._entries(f"{prefix}{entry}/", dict(inner))
                 continue
             wanted = self._wanted(inner)
-            if all(suffix_and_codec(name)[0] in RECORDS_IN_TREES for name, _ in wanted):
-                for name, item in wanted:
-                    yield Listed(f"{prefix}{entry}/{name}", [(f"{prefix}{entry}/{name}", item)], True)
-            else:
+            found = look_into(wanted, self.source)
+            for known, new in ((self.beside, found.beside), (self.lost, found.lost)):
+                for kind, files_of_it in new.items():
+                    known.setdefault(kind, []).extend((f"{prefix}{entry}/{name}", item) for name, item in files_of_it)
+            if found.records:
+                self.bytes += sum(item.size for _, item in wanted) - sum(item.size for _, item in found.records)
+                for name, item in found.records:
+                    yield self._file(f"{prefix}{entry}/{name}", item)
+            elif wanted:
                 yield self._tree(prefix + entry, entry, wanted)
+
+    def _file(self, name: str, item: Item) -> Listed:
+        """A file by itself: a document, or records."""
+        if (kind := unread(name)) is not None:
+            self.lost.setdefault(kind, []).append((name, item))
+        return Listed(name, [(name, item)], records=holds_records(name))
 
     def _tree(self, name: str, base: str, files: Sequence[tuple[str, Item]]) -> Listed:
         """A tree as one document. `base`: the tree's own name, which its files' names begin with."""
@@ -220,7 +255,7 @@ class _Search:
             order = random_order(list(items), f"{self.seed}/{self.source.name}/{printable(base)}")
         if self.source.max_tree_bytes is not None:
             order = beginning(order, {inner: item.size for inner, item in items.items()}, self.source.max_tree_bytes)
-        return Listed(name, [(f"{base}/{inner}", items[inner]) for inner in order], False)
+        return Listed(name, [(f"{base}/{inner}", items[inner]) for inner in order], tree=True)
 
     def _wanted(self, files: Sequence[tuple[str, Item]]) -> list[tuple[str, Item]]:
         """Those with one of the source's suffixes. Raises UserError where one of them may not be read."""
@@ -286,6 +321,17 @@ class _Search:
                 f"{item.path} leads to {item.link}, outside {self.top}: copy it in, or set {self.setting}.follow_links "
                 f"to true"
             )
+
+
+def _read_as(name: str, in_tree: bool) -> str:
+    """What names the content of a compressed file besides its bytes: that it is decompressed, where it was not once."""
+    codec = suffix_and_codec(name)[1]
+    return "" if codec is None or in_tree or name.endswith(IN_TREES) else f"{codec}/"
+
+
+def _some(files: Sequence[tuple[str, Item]]) -> str:
+    """How many files, and the first of them."""
+    return f"{files[0][0]}" if len(files) == 1 else f"{len(files)}, such as {files[0][0]}"
 
 
 def _by_parts(named: tuple[str, Item]) -> list[str]:

@@ -6,7 +6,7 @@ groups of a source come before a place takes one block to count: seeking costs t
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -23,13 +23,9 @@ class Mixture:
     """
 
     def __init__(self, weights: dict[str, float], seed: int) -> None:
+        if (wrong := too_small(weights)) is not None:
+            raise UserError(wrong)
         self.slots = share_out(list(weights.values()), BLOCK)
-        if not self.slots.all():
-            name = list(weights)[int(np.argmin(self.slots))]
-            raise UserError(
-                f"data.sources: the weight of {name!r} ({weights[name]:g}) is less than {1 / BLOCK} of all: raise it "
-                f"or leave the source out"
-            )
         self._seed = seed
         self._block = lru_cache(4)(self._deal)
 
@@ -55,6 +51,18 @@ class Mixture:
             own = np.flatnonzero(sources == source)
             before[own] = np.arange(len(own))
         return sources, before
+
+
+def too_small(weights: Mapping[str, float]) -> str | None:
+    """What is wrong with weights of which one is too small to get a slot in BLOCK; None where all get one."""
+    slots = share_out(list(weights.values()), BLOCK)
+    if slots.all():
+        return None
+    name = list(weights)[int(np.argmin(slots))]
+    return (
+        f"data.sources: the weight of {name!r} ({weights[name]:g}) is less than {1 / BLOCK} of all: raise it or leave "
+        f"the source out"
+    )
 
 
 def share_out(weights: Sequence[float], total: int) -> np.ndarray:

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from pipelines.visible import visible
+
 LINE_EVERY = 10.0  # seconds between plain lines
 
 console = Console(stderr=True, highlight=False)  # the program's one voice
@@ -52,8 +54,8 @@ def _flush() -> None:
 
 
 def say(message: str) -> None:
-    """A line for people, as it is."""
-    console.print(message, soft_wrap=True, markup=False)
+    """A line for people; what names and ids in it hold does nothing to the terminal."""
+    console.print(visible(message), soft_wrap=True, markup=False)
 
 
 def human(amount: float) -> str:

@@ -6,28 +6,35 @@ place.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from typing import IO, Any
 
 from pipelines.config import Source
 from pipelines.corpus import Document, Dropped, Entry, File, Unit
-from pipelines.storage import BLOCK, open_decompressed, printable, readable, suffix_and_codec
+from pipelines.errors import UserError
+from pipelines.formats import IN_TREES, PROSE, ROWS, SEPARATED, TABLES, suffix_and_codec
+from pipelines.separated import read_separated
+from pipelines.storage import BLOCK, POINTER, open_binary, open_decompressed, printable, readable, refuse_pointer
 from pipelines.synthetic import is_synthetic
-from pipelines.tables import TABLES, name_some, read_rows
+from pipelines.tables import choose_columns, name_some, read_rows
 
-PROSE = (".txt", ".md", ".tex")  # files that can only be meant as text
+BEGINNING = 1 << 16  # bytes of a file of lines in which its first one begins
 
 
 def read_unit(unit: Unit, source: Source) -> Iterator[Document | Dropped]:
     """The unit's documents, and what was dropped, in order.
 
-    Raises UserError for a file that cannot be read or is damaged, and for a table without a column of text.
+    Raises UserError for a file that cannot be read, is damaged or of another format than its name says, and for a table
+    without a column of text, or with two.
     """
     for entry in unit.entries:
         if unit.span is None:
             yield from _read_whole(entry)
-        elif suffix_and_codec(entry.files[0].path)[0] in TABLES:
+        elif (suffix := suffix_and_codec(entry.files[0].path)[0]) in TABLES:
             yield from _read_rows(entry, unit.span, source)
+        elif suffix in SEPARATED:
+            yield from _read_separated(entry, source)
         else:
             yield from _read_lines(entry, unit.span, source)
 
@@ -37,7 +44,7 @@ def describe(dropped: Dropped) -> str:
     path, what = printable(dropped.path), f"{dropped.reason} ({dropped.detail})" if dropped.detail else dropped.reason
     if dropped.at is None:
         return f"{path}: {what}"
-    if suffix_and_codec(path)[0] in TABLES:
+    if suffix_and_codec(path)[0] in ROWS:
         return f"{path}, row {dropped.at}: {what}"
     newlines, left = 0, dropped.at
     with readable(dropped.path), open_decompressed(dropped.path) as stream:
@@ -53,9 +60,10 @@ def _read_whole(entry: Entry) -> Iterator[Document | Dropped]:
         return
     texts = []
     for file in entry.files:
-        with readable(file.path), open_decompressed(file.path) as stream:
+        as_it_is = entry.tree and not file.path.endswith(IN_TREES)
+        with readable(file.path), (open_binary if as_it_is else open_decompressed)(file.path) as stream:
             content = stream.read()
-        bad = suffix_and_codec(file.path)[0] in PROSE
+        bad = _is_prose(file.path, entry.tree)
         try:
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError:
@@ -63,6 +71,9 @@ def _read_whole(entry: Entry) -> Iterator[Document | Dropped]:
             continue
         if "\0" in text:
             yield Dropped("binary (NUL bytes)", file.path, bad=bad)
+            continue
+        if not entry.tree and content.startswith(POINTER):
+            yield Dropped("git-lfs pointer, not the file", file.path, bad=True)
             continue
         texts.append(text)
     text = "\n".join(texts)
@@ -76,13 +87,34 @@ def _read_whole(entry: Entry) -> Iterator[Document | Dropped]:
         yield Dropped("empty", entry.files[0].path if len(entry.files) == 1 else entry.name)
 
 
+def _is_prose(path: str, in_tree: bool) -> bool:
+    """Whether a file can only be meant as text; in a tree, where much is kept that is not, not by names in capitals."""
+    if not in_tree:
+        return suffix_and_codec(path)[0] in PROSE
+    name = next((path.removesuffix(ending) for ending in IN_TREES if path.endswith(ending)), path)
+    return name.endswith(PROSE)
+
+
 def _read_lines(entry: Entry, span: tuple[int, int], source: Source) -> Iterator[Document | Dropped]:
     (file,) = entry.files
     with readable(file.path), open_decompressed(file.path) as stream:
         whole = suffix_and_codec(file.path)[1] is not None
+        if whole or span[0] == 0:
+            _check_beginning(file.path, stream)
         for start, line in _lines(stream, 0, None) if whole else _lines(stream, *span):
             if line.strip():
                 yield _parse_line(file, start, line, source)
+
+
+def _check_beginning(path: str, stream: IO[bytes]) -> None:
+    """Raise UserError for what has the name of a file of lines but is none. Leaves the stream where it was."""
+    beginning: bytes = stream.peek(BEGINNING)  # type: ignore[attr-defined]  # all that are opened here are buffered
+    refuse_pointer(path, beginning)
+    if re.match(rb"(\xef\xbb\xbf)?\s*\[\s*\{", beginning):
+        raise UserError(
+            f"{printable(path)} is one JSON array, not an object a line: make lines of it, for example with "
+            f"`jq -c '.[]' ARRAY > LINES.jsonl`"
+        )
 
 
 def _lines(stream: IO[bytes], start: int, end: int | None) -> Iterator[tuple[int, bytes]]:
@@ -107,11 +139,21 @@ def _parse_line(file: File, start: int, line: bytes, source: Source) -> Document
         return Dropped("line is not UTF-8", file.path, start, bad=True)
     except (ValueError, RecursionError):
         return Dropped("line is not JSON", file.path, start, bad=True)
+    if isinstance(record, dict):
+        for name in (source.text_field, source.id_field):
+            if line.count(b'"' + name.encode(errors="replace") + b'"') > 1 and _stands_twice(line, name):
+                return Dropped(f"line has the field {name!r} twice", file.path, start, bad=True)
     text = record.get(source.text_field) if isinstance(record, dict) else None
     if not isinstance(text, str):
         reason, detail = f"line has no text in field {source.text_field!r}", _what_is_there(record, source.text_field)
         return Dropped(reason, file.path, start, bad=True, detail=detail)
     return _document(source, file, start, start + len(line), text, record.get(source.id_field))
+
+
+def _stands_twice(line: bytes, field: str) -> bool:
+    """Whether the line's object, not one inside it, has the field twice: the last would be taken in silence."""
+    pairs = json.loads(line.decode("utf-8-sig"), object_pairs_hook=list)
+    return [name for name, _ in pairs].count(field) > 1
 
 
 def _what_is_there(record: Any, field: str) -> str:
@@ -133,6 +175,25 @@ def _read_rows(entry: Entry, span: tuple[int, int], source: Source) -> Iterator[
                 yield Dropped(f"row has null in column {source.text_field!r}", file.path, row, bad=True)
             else:
                 yield _document(source, file, row, row + 1, text, identity)
+
+
+def _read_separated(entry: Entry, source: Source) -> Iterator[Document | Dropped]:
+    (file,) = entry.files
+    rows = read_separated(file.path)
+    header = next(rows, [])
+    columns = [header.index(name) for name in choose_columns(file.path, header, source.text_field, source.id_field)]
+    for row, fields in enumerate(rows):
+        if len(fields) != len(header):
+            detail = f"{len(fields)}, there are {len(header)} columns"
+            yield Dropped("row has another number of fields", file.path, row, bad=True, detail=detail)
+            continue
+        text, *identity = (fields[column] for column in columns)
+        try:
+            "".join([text, *identity]).encode()
+        except UnicodeEncodeError:
+            yield Dropped("row is not UTF-8", file.path, row, bad=True)
+            continue
+        yield _document(source, file, row, row + 1, text, next(filter(None, identity), None))
 
 
 def _document(source: Source, file: File, start: int, end: int, text: str, identity: Any) -> Document | Dropped:

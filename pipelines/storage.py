@@ -12,16 +12,18 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, Protocol
 
 import pyarrow as pa
 
+from pipelines.compression import Decompressed
 from pipelines.errors import UserError
+from pipelines.formats import suffix_and_codec
 from pipelines.synthetic import is_synthetic, synthetic_text
 
 BLOCK = 1 << 20  # bytes read at once
-CODECS = {".gz": "gzip", ".zst": "zstd"}
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # ours that bring a protocol's driver
+POINTER = b"version https://git-lfs.github.com/spec/"
 TAGS = ("blob_id", "xet_hash", "md5Hash", "crc32c", "ETag", "etag")  # what drivers call a name of the content
 TIMES = ("mtime", "LastModified", "last_modified", "updated", "modify", "created")
 
@@ -72,12 +74,6 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def suffix_and_codec(name: str) -> tuple[str, str | None]:
-    """A name's suffix without that of its compression, and the compression: a.jsonl.gz gives .jsonl, gzip."""
-    stem, last = os.path.splitext(name)
-    return (os.path.splitext(stem)[1], CODECS[last]) if last in CODECS else (last, None)
-
-
 def open_binary(path: str) -> IO[bytes]:
     """A buffered, seekable stream of a file's bytes, or of a synthetic document's."""
     if is_synthetic(path):
@@ -94,7 +90,15 @@ def open_decompressed(path: str) -> IO[bytes]:
     stream, codec = open_binary(path), suffix_and_codec(path)[1]
     if codec is None:
         return stream
-    return io.BufferedReader(cast(io.RawIOBase, pa.CompressedInputStream(stream, codec)), BLOCK)
+    return io.BufferedReader(Decompressed(stream, codec), BLOCK)
+
+
+def refuse_pointer(path: str, beginning: bytes) -> None:
+    """Raise UserError for a git-lfs pointer in a file's place."""
+    if beginning.startswith(POINTER):
+        raise UserError(
+            f"{printable(path)} is a git-lfs pointer: fetch the file that it stands for with `git lfs pull`"
+        )
 
 
 @contextmanager

@@ -16,10 +16,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.errors import UserError
-from pipelines.storage import BLOCK, is_url, open_binary, open_decompressed, printable, readable, suffix_and_codec
+from pipelines.formats import suffix_and_codec
+from pipelines.storage import (
+    BLOCK,
+    POINTER,
+    is_url,
+    open_binary,
+    open_decompressed,
+    printable,
+    readable,
+    refuse_pointer,
+)
 
-TABLES = (".parquet", ".arrow")
-ROWS = 16  # of a row group, held at once
+HELD = 16  # rows of a row group, at once
 Batches = Iterator[tuple[int, pa.RecordBatch]]  # the number of the first row, rows
 
 
@@ -54,6 +63,14 @@ def read_rows(
                 yield first + row, texts[row], None if ids is None else ids[row]
 
 
+def column_names(path: str) -> list[str]:
+    """The names of a table's columns. Raises UserError for a damaged one."""
+    with readable(path), _open(path) as file:
+        if suffix_and_codec(path)[0] == ".parquet":
+            return list(pq.ParquetFile(file).schema_arrow.names)
+        return list((pa.ipc.open_file if _is_ipc_file(file) else pa.ipc.open_stream)(file).schema.names)
+
+
 def name_some(names: Sequence[str]) -> str:
     """The first few of the names, shortened, for an error's text."""
     shown = ", ".join(repr(name if len(name) <= 40 else f"{name[:40]}...") for name in names[:8])
@@ -66,14 +83,18 @@ def _splits(path: str) -> bool:
 
 
 def _open(path: str) -> IO[bytes]:
-    """The table's bytes, seekable."""
+    """The table's bytes, seekable. Raises UserError for a git-lfs pointer."""
+    file: IO[bytes]
     if suffix_and_codec(path)[1] is None:
-        return open_binary(path)
-    temporary: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
-    with open_decompressed(path) as stream:
-        shutil.copyfileobj(stream, temporary, BLOCK)
-    temporary.seek(0)
-    return temporary
+        file = open_binary(path)
+    else:
+        file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+        with open_decompressed(path) as stream:
+            shutil.copyfileobj(stream, file, BLOCK)
+        file.seek(0)
+    refuse_pointer(path, file.read(len(POINTER)))
+    file.seek(0)
+    return file
 
 
 def _parquet_batches(path: str, file: IO[bytes], parts: slice, text_field: str, id_field: str) -> Batches:
@@ -81,7 +102,7 @@ def _parquet_batches(path: str, file: IO[bytes], parts: slice, text_field: str, 
     columns = _columns(path, table.schema_arrow, text_field, id_field)
     groups = range(table.num_row_groups)
     row = sum(table.metadata.row_group(number).num_rows for number in groups[: parts.start])
-    for batch in table.iter_batches(ROWS, list(groups[parts]), columns, use_threads=False):
+    for batch in table.iter_batches(HELD, list(groups[parts]), columns, use_threads=False):
         yield row, batch
         row += len(batch)
 
@@ -131,12 +152,30 @@ def _check_offsets(column: pa.Array) -> None:
 
 def _columns(path: str, schema: pa.Schema, text_field: str, id_field: str) -> list[str]:
     """The columns to read."""
-    has = f"its columns are {name_some(schema.names)}: set its source's text_field"
-    if text_field not in schema.names:
-        raise UserError(f"{printable(path)} has no column {text_field!r}, {has}")
+    columns = choose_columns(path, schema.names, text_field, id_field)
     kind = schema.field(text_field).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
-        raise UserError(f"{printable(path)} holds {kind} in column {text_field!r}, not text; {has}")
-    return [text_field, id_field] if id_field in schema.names and id_field != text_field else [text_field]
+        raise UserError(
+            f"{printable(path)} holds {kind} in column {text_field!r}, not text; its columns are "
+            f"{name_some(schema.names)}: set its source's text_field"
+        )
+    return columns
+
+
+def choose_columns(path: str, names: Sequence[str], text_field: str, id_field: str) -> list[str]:
+    """The columns of text and, where there is one, of ids. Raises UserError where there is none of text, or two of a
+    name."""
+    for name, setting in ((text_field, "text_field"), (id_field, "id_field")):
+        if names.count(name) > 1:
+            raise UserError(
+                f"{printable(path)} has {names.count(name)} columns {name!r}: give them different names, or set its "
+                f"source's {setting} to another"
+            )
+    if text_field not in names:
+        raise UserError(
+            f"{printable(path)} has no column {text_field!r}, its columns are {name_some(names)}: set its source's "
+            f"text_field"
+        )
+    return [text_field, id_field] if id_field in names and id_field != text_field else [text_field]

@@ -26,15 +26,16 @@ from pipelines.errors import UserError
 from pipelines.files import complete_or_invisible, write_atomically
 from pipelines.hashing import hash_file, hash_json
 from pipelines.minhash import signature
+from pipelines.precheck import too_many_bad
 from pipelines.progress import Progress
-from pipelines.readers import describe, read_unit
+from pipelines.readers import read_unit
 from pipelines.shards import Encoded, Manifest, Shard, token_dtype, write_shard
 from pipelines.tokenizer import TextTokenizer, load_tokenizer
 
 BATCH_CHARACTERS, BATCH_DOCUMENTS = 1_000_000, 10_000  # encoded and written at once: bounds a task's memory
 RECORD = ".record.json"  # of a finished task, beside its shard
 # Settings of a source that its shards do not show, or show by what they were made of.
-NOT_CONTENT = {"path", "max_tree_bytes", "recall", "held_out", "weight", "max_epochs", "follow_links"}
+NOT_CONTENT = {"path", "max_tree_bytes", "recall", "held_out", "weight", "max_epochs", "follow_links", "max_left_out"}
 
 
 def recipe_part(data: Data) -> dict[str, Any]:
@@ -89,10 +90,7 @@ def tokenize(
             shards[number] = made.shard
             bad += made.shard.bad
             if bad > data.max_bad_documents and made.first_bad is not None:
-                raise UserError(
-                    f"{describe(made.first_bad)}: mend it, or tolerate up to N such documents with "
-                    f"--set data.max_bad_documents=N"
-                )
+                raise too_many_bad(made.first_bad)
             progress.advance(units[number].bytes)
     manifest = Manifest(
         token_type=token_dtype(tokenizer.vocab_size).name,
@@ -109,6 +107,11 @@ def tokenize(
     manifest.write(encoding.output)
     remove_records(encoding.output)
     return manifest
+
+
+def has_begun(output: Path) -> bool:
+    """Whether an earlier run has tokenized something into this directory."""
+    return any(output.glob(f"*{RECORD}"))
 
 
 def remove_records(output: Path) -> None:

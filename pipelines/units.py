@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pipelines.corpus import Entry, File, Unit
-from pipelines.storage import suffix_and_codec
-from pipelines.tables import TABLES, part_sizes
+from pipelines.formats import SEPARATED, TABLES, suffix_and_codec
+from pipelines.tables import part_sizes
 
 
 def group_units(entries: Sequence[Entry], task_bytes: int) -> list[Unit]:
@@ -42,7 +42,7 @@ def _spans(file: File, task_bytes: int) -> list[tuple[tuple[int, int], int]]:
     suffix, codec = suffix_and_codec(file.path)
     if suffix in TABLES:
         return _group_parts(part_sizes(file.path, file.size), task_bytes)
-    if codec is not None:
+    if codec is not None or suffix in SEPARATED:
         return [((0, 1), file.size)]
     starts = range(0, file.size, task_bytes)
     return [((start, end), end - start) for start in starts for end in [min(start + task_bytes, file.size)]]

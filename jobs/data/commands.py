@@ -16,6 +16,7 @@ from jobs.data.stages import (
 )
 from jobs.data.views import batch_view, licence_view, plan_view, sample_view, source_view, training_view
 from jobs.recipe import load_recipe
+from jobs.views import print_lines
 from jobs.workspace import Workspace
 from pipelines.dataset import TokenDataset
 from pipelines.errors import UserError
@@ -37,7 +38,7 @@ def prepare(path: Path, overrides: Sequence[str]) -> None:
     workspace = Workspace(load_recipe(path, overrides))
     with workspace.with_ray():
         outputs, _ = workspace.run(lambda: data_stages(workspace.recipe, _corpus(workspace), workspace.start))
-    print(f"manifest {Manifest.read(outputs[SHARDS].path).hash} in {outputs[SHARDS].path}")
+    print_lines([f"manifest {Manifest.read(outputs[SHARDS].path).hash} in {outputs[SHARDS].path}"])
 
 
 def verify(path: Path, overrides: Sequence[str]) -> None:
@@ -55,8 +56,7 @@ def verify(path: Path, overrides: Sequence[str]) -> None:
             damage.append(f"{workspace.store.root / stage.name} does not have what this recipe needs")
         elif stage.name != SHARDS:
             damage += [f"{file} is {what}" for file, what in damage_of(outputs[stage.name]).items()]
-    for line in damage:
-        print(line)
+    print_lines(damage)
     if damage:
         raise UserError(f"{len(damage)} damaged or missing: mend it with `fot data repair {path}`")
     print(
@@ -79,8 +79,7 @@ def repair(path: Path, overrides: Sequence[str]) -> None:
             if stage.name not in outputs:
                 mended.append(f"{output.path} was missing; it is made again")
             outputs[stage.name] = output
-    for line in mended:
-        print(line)
+    print_lines(mended)
     print("everything is as it was made" if mended else "nothing is damaged")
 
 
@@ -88,8 +87,7 @@ def show(path: Path, overrides: Sequence[str], step: int, training: str) -> None
     """Print the batch of a step: which documents, from which sources, and which serve which as negatives."""
     workspace, sampler, _ = _open(path, overrides, training)
     recipe = workspace.recipe
-    for line in batch_view(sampler, recipe.trainings[training].objective, step, recipe.seed):
-        print(line)
+    print_lines(batch_view(sampler, recipe.trainings[training].objective, step, recipe.seed))
 
 
 def inspect(path: Path, overrides: Sequence[str], training: str) -> None:
@@ -109,7 +107,7 @@ def inspect(path: Path, overrides: Sequence[str], training: str) -> None:
         plan_view(batch, objective, first, recipe.seed),
     ]
     for number, view in enumerate(views):
-        print(*([] if number == 0 else [""]), *view, sep="\n")
+        print_lines([*([] if number == 0 else [""]), *view])
 
 
 def _open(

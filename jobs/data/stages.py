@@ -25,11 +25,12 @@ from pipelines.hashing import FileHashes, hash_file, hash_json
 from pipelines.integrity import check_manifest, find_damage, repair
 from pipelines.listing import list_entries
 from pipelines.packing import pack_dataset
+from pipelines.precheck import check_records
 from pipelines.progress import Progress, human, say
 from pipelines.readers import read_unit
 from pipelines.shards import MANIFEST, Manifest
 from pipelines.store import Output, Stage, Store
-from pipelines.tokenize import Encoding, recipe_part, tokenize
+from pipelines.tokenize import Encoding, has_begun, recipe_part, tokenize
 from pipelines.tokenizer import import_tokenizer, train_tokenizer
 from pipelines.workflow import finished_outputs
 
@@ -173,6 +174,8 @@ def shards_stage(recipe: Texts, corpus: Corpus) -> Stage:
             return
         if generation.parent is not None:
             repair_shards(recipe.data, corpus.entries, inputs["tokenizer"], generation.parent)
+        if not has_begun(output):
+            check_records(generation.units, recipe.data, generation.parent)
         encoding = Encoding(inputs["tokenizer"], _choose_backend(recipe, corpus, inputs["tokenizer"]), output)
         with Progress(SHARDS, sum(unit.bytes for unit in generation.units), "B") as progress:
             manifest = tokenize(generation.units, recipe.data, encoding, progress, generation.parent)

@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipelines.errors import UserError
-from pipelines.storage import open_decompressed, printable, readable, storage_of, suffix_and_codec
+from pipelines.formats import suffix_and_codec
+from pipelines.storage import open_decompressed, printable, readable, storage_of
 from pipelines.tables import name_some
 
 

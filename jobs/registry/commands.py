@@ -21,7 +21,7 @@ from jobs.registry.server import KIND, connect, database_file, embedded_uri, fil
 from jobs.registry.sync import sync
 from jobs.registry.views import curve, differing, lineage_lines, list_rows, metric_rows
 from jobs.settings import read_yaml, validated
-from jobs.views import print_table
+from jobs.views import print_lines, print_table
 from pipelines.errors import UserError
 
 
@@ -40,25 +40,25 @@ def show_run(work_dir: Path, uri: str | None, asked: str) -> None:
     with _registry(work_dir, uri) as client:
         run = find(client, asked)
         tags = run.data.tags
-        print(f"{run.info.run_name}: {tags.get(KIND, 'run')} {run.info.run_id}, {run.info.status.lower()}")
+        print_lines([f"{run.info.run_name}: {tags.get(KIND, 'run')} {run.info.run_id}, {run.info.status.lower()}"])
         print_table("", ("setting", "value"), sorted([*run.data.params.items(), *_own(tags)]))
         trainings, metrics = children(client, run), histories(client, run)
         losses = {"loss": metrics.pop("loss")} if "loss" in metrics else {}
         losses |= {f"loss of {child.info.run_name}": histories(client, child).get("loss", {}) for child in trainings}
         for what, history in losses.items():
-            print(f"{what}: {curve(history)}")
+            print_lines([f"{what}: {curve(history)}"])
         if tags.get(KIND) == "training":
             metrics = {name: {max(steps): steps[max(steps)]} for name, steps in metrics.items()}
         if metrics:
             print_table("", ("metric", "at", "value"), metric_rows(metrics))
         if GATE in tags:
-            print(f"gate: {tags[GATE]}", *(f"  {reason}" for reason in tags[REASONS].splitlines()), sep="\n")
+            print_lines([f"gate: {tags[GATE]}", *(f"  {reason}" for reason in tags[REASONS].splitlines())])
         lineage = _artifact(client, run, "lineage.json")
         if lineage:
             recipe, manifest = (_artifact(client, run, name) for name in ("recipe.json", "manifest.json"))
-            print("lineage", *(f"  {line}" for line in lineage_lines(lineage, recipe, manifest)), sep="\n")
+            print_lines(["lineage", *(f"  {line}" for line in lineage_lines(lineage, recipe, manifest))])
         for child in trainings:
-            print(f"  training run {child.info.run_id}: {child.info.run_name}, {child.info.status.lower()}")
+            print_lines([f"  training run {child.info.run_id}: {child.info.run_name}, {child.info.status.lower()}"])
 
 
 def compare(work_dir: Path, uri: str | None, asked: Sequence[str]) -> None:
@@ -80,7 +80,7 @@ def compare(work_dir: Path, uri: str | None, asked: Sequence[str]) -> None:
     rows = metric_rows(shown[0], shown[1:])
     print_table("metrics (difference to the first)", ("metric", "at", *names), rows)
     for name, loss, own in zip(names, losses, metrics, strict=True):
-        print(f"{name}")
+        print_lines([name])
         print(f"  training loss  {curve(loss)}")
         if perplexity := own.get("perplexity/model"):
             print(f"  perplexity     {curve(perplexity)}")

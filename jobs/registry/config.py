@@ -64,10 +64,10 @@ class Condition(Part):
 
     metric: Annotated[str, Field(min_length=1)]
     at: Positive | None = None
-    least: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    most: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    least: float | None = None
+    most: float | None = None
     of: str | None = None
-    within: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    within: Annotated[float, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> "Condition":

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
@@ -59,8 +59,8 @@ def embedded_uri(work_dir: Path) -> str:
 
 
 def database_file(uri: str) -> Path | None:
-    """The file of a SQLite database."""
-    return Path(unquote(uri.removeprefix("sqlite:///"))) if uri.startswith("sqlite:///") else None
+    """The file of a SQLite database. As SQLAlchemy reads it: a % stands for itself, options follow a ?."""
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
 
 
 def connect(uri: str) -> MlflowClient:

@@ -70,7 +70,7 @@ def lineage_lines(lineage: Mapping[str, Any], recipe: Mapping[str, Any], manifes
     paths = {source["name"]: source["path"] for source in recipe.get("data", {}).get("sources", ())}
     files: dict[str, dict[str, str]] = {name: {} for name in paths}
     for shard in manifest.get("shards", ()):
-        for _, parts in shard["unit"]["entries"]:
+        for _, parts, *_ in shard["unit"]["entries"]:
             files.setdefault(shard["unit"]["source"], {}).update(dict(parts))
     for name, path in paths.items():
         yield f"source {name}: {path}" + (f", {len(files[name])} files" if files[name] else "")

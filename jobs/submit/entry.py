@@ -20,6 +20,7 @@ from jobs.submit.job import CODE, RECIPE, SUBMISSION
 from jobs.version import JOB
 from pipelines.environment import prepare_environment
 from pipelines.files import write_atomically
+from pipelines.visible import visible
 
 JOBS = "jobs"  # of work_dir: the recipe of every job, and the files that ask for stops
 GIVEN = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray's, with the metadata
@@ -77,7 +78,7 @@ def exiting(job_id: str) -> Iterator[None]:
         if (message := user_message(error)) is None:
             raise
         code, line = USER_ERROR, message
-    print(f"fot: {line}", file=sys.stderr, flush=True)
+    print(f"fot: {visible(line)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -7,6 +7,7 @@ from jobs.submit.job import Job
 from jobs.submit.progress import Row, read_made, read_progress
 from jobs.submit.watch import last_words
 from jobs.workspace import duration
+from pipelines.visible import visible
 
 JOBS = ("job", "name", "owner", "state", "since", "duration", "tags")
 
@@ -47,6 +48,7 @@ def job_view(job: Job, log: str | None) -> Iterator[str]:
 
 def columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Lines of columns as wide as they need."""
+    rows = [[visible(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -66,6 +66,22 @@ def test_the_finetune_recipe_says_what_it_needs() -> None:
         ("registry.tracking_uri=ftp://host", "no tracking server"),
         ("work_dir=s3://bucket/runs", "work_dir s3://bucket/runs is a URL: give a directory"),
         ("evaluation.perplexity.mode=whole", "evaluation.perplexity.mode = 'whole'"),
+        ("finetune.steps=yes", "finetune.steps = 'yes': input should be a valid integer"),
+        ("finetune.steps=true", "finetune.steps is true or false: give a number"),
+        ("finetune.objective.segments=[[0, 0], [true, 0]]", "finetune.objective.segments.1.0 is true or false"),
+        ("data.sources.0.held_out=false", "data.sources.0.held_out is true or false: give a number"),
+        ("finetune.steps=1e3", "finetune.steps = '1e3': input should be a valid integer"),
+        ("finetune.steps=1:30", "finetune.steps = '1:30': input should be a valid integer"),
+        ("finetune.steps=2.5", "finetune.steps = 2.5: input should be a valid integer"),
+        ("finetune.optimizer.learning_rate=.inf", "learning_rate = inf: input should be a finite number"),
+        ("finetune.optimizer.learning_rate=.nan", "learning_rate = nan: input should be a finite number"),
+        ("data.sources.0.suffixes=[.py #, .md]", "its # would begin a comment"),
+        ("finetune.batch={groups: 1, groups: 2}", "groups stands twice"),
+        (
+            "data.sources=[{name: a, path: a, weight: 1}, {name: b, path: b, weight: 0.0001}]",
+            "data.sources: the weight of 'b' (0.0001) is less than 0.001 of all: raise it or leave the source out",
+        ),
+        ("name=1.10", "name = 1.1: input should be a valid string"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(recipe: dict, write_recipe, override: str, message: str) -> None:
@@ -90,6 +106,24 @@ def test_overrides_change_keys_add_list_items_and_take_yaml_values(recipe: dict,
     assert made.finetune.optimizer.learning_rate == 2e-4
     assert made.data.sources[1].path == "/x=y"
     assert made.finetune.objective.segments == ((0, 0), (1, 2))
+
+
+def test_numbers_and_texts_are_read_as_they_are_meant(recipe: dict, write_recipe) -> None:
+    asked = ["finetune.steps=010", "seed=1_000", "name=2024-01-01", "data.sources.0.path=/a #b"]
+    made = load_recipe(write_recipe(recipe), [*asked, "finetune.optimizer.learning_rate=1e-4"])
+    assert (made.finetune.steps, made.seed, made.name, made.data.sources[0].path) == (10, 1000, "2024-01-01", "/a #b")
+    assert made.finetune.optimizer.learning_rate == 1e-4
+
+
+def test_a_key_twice_in_a_recipe_is_refused_by_name_and_line(recipe: dict, write_recipe) -> None:
+    path = write_recipe(recipe)
+    lines = path.read_text().splitlines()
+    lines.insert(1, lines[0])
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError) as error:
+        load_recipe(path)
+    name = lines[0].partition(":")[0]
+    assert str(error.value) == f"recipe {path}: {name} stands twice, in lines 1 and 2: remove one"
 
 
 def test_a_recipe_that_is_missing_or_broken_is_one_line(tmp_path: Path) -> None:

@@ -22,6 +22,17 @@ def test_the_page_holds_facts_tables_plots_and_texts_and_escapes_them(tmp_path: 
     assert "http" not in page.replace("http-equiv", "")  # needs nothing from anywhere else
 
 
+def test_what_names_hold_is_shown_and_does_nothing(tmp_path: Path) -> None:
+    table = Table("t\x1b[31m", ["a\u202eb"], [["x\nid"]])
+    result = Result("perplexity", {}, [], [table], [])
+    texts = {"lineage": "one\x07\ntwo"}
+    write_report(tmp_path / "report.html", "run\x1b", {"base": "a\x9b"}, [(result, tmp_path)], texts)
+    page = (tmp_path / "report.html").read_text()
+    for expected in ("run\\x1b", "a\\x9b", "t\\x1b[31m", "a\\u202eb", "<td>x\\nid</td>", "one\\x07\ntwo"):
+        assert expected in page
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(page)
+
+
 def test_numbers_are_shown_as_people_read_them() -> None:
     assert [shown(cell) for cell in (16384, 0.9, 0.0, 0.00001, "x", None)] == [
         "16,384", "0.900", "0.000", "1e-05", "x", "-",

@@ -118,3 +118,12 @@ def test_a_unit_whose_files_changed_does_not_come_again():
     ]
     assert [unit is None for unit in units_again(identities, entries("a", "b"))] == [False, True]
     assert [unit is None for unit in units_again(identities, [])] == [True, True]
+
+
+def test_a_file_that_is_read_otherwise_now_begins_a_new_data_set(fresh):
+    text, rows = entry("a.csv"), entry("a.csv", records=True)
+    known = finished([text], fresh)
+    assert next_generation([rows], PART, [known], 10).parent is None
+    assert units_again([known[1].shards[0].unit], [rows]) == [None]
+    again = finished([rows], fresh)
+    assert next_generation([rows], PART, [again], 10).parent == again[0]

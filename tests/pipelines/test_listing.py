@@ -365,6 +365,14 @@ def test_another_state_json_makes_no_data_set(tmp_path, write_tree, read, conten
     assert sorted(text.split("\n")) == sorted([content, content, "a"])
 
 
+def test_the_content_of_a_file_that_was_not_decompressed_once_has_another_name(tmp_path, write_tree, list_of):
+    files = {"a.txt": "a", "b.txt.gz": "b", "c.txt.bz2": "c", "D.TXT.GZ": "d", "tree/e.txt.xz": "e"}
+    write_tree(tmp_path, files)
+    found = {each.name: each.files[0].content for each in list_of({"s": tmp_path})}
+    named = {name: content.rpartition("/")[0] for name, content in found.items()}
+    assert named == {"a.txt": "", "b.txt.gz": "", "c.txt.bz2": "bzip2", "D.TXT.GZ": "gzip", "tree": ""}
+
+
 # The user's mistakes
 
 

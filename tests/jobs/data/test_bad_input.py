@@ -28,6 +28,10 @@ BAD = {
     "a missing field": ({"a.jsonl": lines(b'{"body": "x"}')}, "line has no text in field 'text' (its fields: 'body')"),
     "NUL bytes in a line": ({"a.jsonl": lines(b'{"text": "a\\u0000b"}')}, "line 13: text holds NUL bytes"),
     "NUL bytes in a text file": ({"a.jsonl": GOOD, "b.md": b"a\0b"}, "b.md: binary (NUL bytes)"),
+    "a git-lfs pointer": (
+        {"a.jsonl": GOOD, "b.txt": b"version https://git-lfs.github.com/spec/v1\n"},
+        "git-lfs",
+    ),
     "two documents of one id": (
         {"a.jsonl": lines(b'{"id": "good-3", "text": "another"}')},
         "two documents have the id",
@@ -56,6 +60,15 @@ def one_line(answer) -> str:
     *_, line = answer.stdout.splitlines()
     assert line.startswith("fot: ")
     return line
+
+
+@pytest.mark.parametrize("what", ["a missing field", "two documents of one id"])
+def test_what_can_be_found_before_is_found_before_anything_is_tokenized(prepare, tmp_path: Path, what: str) -> None:
+    files, expected = BAD[what]
+    if what == "a missing field":
+        files = {"a.jsonl": b'{"body": "x"}\n' + files["a.jsonl"]}
+    assert expected in one_line(prepare({**files, "0.txt": GOOD}))
+    assert not list((tmp_path / "runs" / "store" / "shards").glob("*/*.arrow"))
 
 
 @pytest.mark.parametrize("what", BAD)

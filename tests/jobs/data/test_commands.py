@@ -39,6 +39,21 @@ def contents(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
+def test_what_ids_hold_is_shown_and_does_nothing_to_the_terminal(
+    fot_here, recipe: dict, write_recipe, tmp_path: Path
+) -> None:
+    ids = [f"\x1b]0;title\x07\x1b[31mid {number}\nnext line" for number in range(20)]
+    made = [json.dumps({"id": name, "text": f"{name[-12]} the cat sat on the mat. " * 30}) for name in ids]
+    (tmp_path / "text.jsonl").write_text("\n".join(made))
+    recipe["data"]["sources"] = [{"name": "a", "path": str(tmp_path / "text.jsonl"), "held_out": 0.2}]
+    path = write_recipe(recipe)
+    assert fot_here("data", "prepare", path).returncode == 0
+    for answer in (fot_here("data", "inspect", path), fot_here("data", "show", path, "--step", 0)):
+        assert answer.returncode == 0, answer.stdout
+        assert re.search(r"a/\\x1b\]0;title\\x07\\x1b\[31mid \d+\\nnext line", answer.stdout)
+        assert not set("\x1b\x07") & set(answer.stdout)
+
+
 def test_data_is_made_looked_at_broken_mended_and_grown(fot_here, data_recipe: Path, tmp_path: Path) -> None:
     nothing = fot_here("data", "show", data_recipe, "--step", 0)
     assert nothing.returncode == 2
