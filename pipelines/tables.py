@@ -134,6 +134,9 @@ def _columns(path: str, schema: pa.Schema, text_field: str, id_field: str) -> li
     has = f"its columns are {name_some(schema.names)}: set its source's text_field"
     if text_field not in schema.names:
         raise UserError(f"{printable(path)} has no column {text_field!r}, {has}")
+    for name in {text_field, id_field}:
+        if schema.names.count(name) > 1:
+            raise UserError(f"{printable(path)} has {schema.names.count(name)} columns {name!r}: rename all but one")
     kind = schema.field(text_field).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
