@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.base import read_llama_config
+from jobs.base import check_vocabulary, look_at_checkpoint
 from jobs.data.stages import Inputs, directory_files
 from jobs.evaluate.result import Result
 from jobs.evaluate.subject import read_tokenizer
@@ -13,7 +13,6 @@ from jobs.probe.probing import PICTURE, RANKING, TASK, probe, read_chosen, text_
 from jobs.settings import validated
 from jobs.views import print_results
 from jobs.workspace import WorkDir
-from pipelines.errors import UserError
 from pipelines.hashing import hash_json
 from pipelines.progress import say
 from pipelines.store import Stage
@@ -36,8 +35,9 @@ def probe_model(request: Request) -> None:
     settings = validated(Probe, given, "fot probe")
     work = WorkDir(TASK, request.work_dir)
     model = work.find_model(request.model)
-    read_llama_config(model)
+    look_at_checkpoint(model)
     tokenizer = read_tokenizer(model)
+    check_vocabulary(model, tokenizer)
 
     def stages() -> list[Stage]:
         with work.hashes() as hashes:
@@ -61,4 +61,3 @@ def probe_model(request: Request) -> None:
     say(f"  picture  {where / PICTURE}")
     say(f"  ranking  {where / RANKING}")
     say(f"  recipe   finetune.objective.mem_layers: {read_chosen(where)}, or auto")
-
