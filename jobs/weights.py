@@ -33,7 +33,7 @@ class Header:
 def read_headers(path: Path, named: str | None = None) -> dict[str, Header]:
     """Each tensor of a directory's weights by its name. `named`: the file, or index, that config.json names in place of
     the usual ones (`transformers_weights`)."""
-    names = [named] if named else [SAFETENSORS, SAFETENSORS + INDEX, PICKLED, PICKLED + INDEX]
+    names = [str(named)] if named else [SAFETENSORS, SAFETENSORS + INDEX, PICKLED, PICKLED + INDEX]
     first = next((path / name for name in names if (path / name).is_file()), None)
     if first is None:
         raise _no_weights(path, named)

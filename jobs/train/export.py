@@ -160,6 +160,7 @@ def _choose(store: CheckpointStore, step: int | None) -> Checkpoint:
 def _write_model(checkpoint: Path, record: Record, target: Path, dtype: str, base: Path | None) -> None:
     import torch
     from transformers import GenerationConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     from fot_model import FotLlamaConfig, FotLlamaForCausalLM
     from fot_model.checkpoint import own_output_layer
@@ -175,6 +176,7 @@ def _write_model(checkpoint: Path, record: Record, target: Path, dtype: str, bas
         config.tie_word_embeddings &= not own_output_layer(state)
         with torch.device("meta"):
             model = FotLlamaForCausalLM(config)
+        model.model.rotary_emb = LlamaRotaryEmbedding(config)  # which holds nothing that is loaded
         model.load_state_dict(state, assign=True)
         model.tie_weights()
     model.generation_config = GenerationConfig.from_pretrained(files)
