@@ -24,6 +24,7 @@ from transformers.utils.generic import can_return_tuple
 
 from fot_model.adapter import Adapter, fingerprint
 from fot_model.cache import FotCache
+from fot_model.checkpoint import OUTPUT_LAYER, check_loaded
 from fot_model.config import FotLlamaConfig, LongLlamaConfig
 from fot_model.cross_batch import same_document
 from fot_model.layer import TEMPERATURE, CrossBatch, FotAttention, Objective
@@ -97,22 +98,31 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         adapter: Adapter | str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers does. `adapter`: one that was trained from this base, or its directory; it brings its memory
-        layers and local context, unless they are given. Raises ValueError for one of another base."""
-        if adapter is None:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        adapter = adapter if isinstance(adapter, Adapter) else Adapter.load(os.fspath(adapter))
-        settings = {} if kwargs.get("config") is not None else dict(adapter.settings)
-        dtype, wants_info = kwargs.pop("dtype", None), kwargs.pop("output_loading_info", False)
-        # In the number type of the files: what is rounded has another fingerprint.
+        """As transformers does, but that nothing is left to chance: a checkpoint that lacks a parameter, holds a tensor
+        more or one of another shape is refused (unless `ignore_mismatched_sizes`). `adapter`: one that was trained from
+        this base, or its directory; it brings its memory layers and local context, unless they are given. Raises
+        ValueError for these, and for an adapter of another base."""
+        wants_info, reshapes = (kwargs.pop(name, False) for name in ("output_loading_info", "ignore_mismatched_sizes"))
+        if isinstance(adapter, str | os.PathLike):
+            adapter = Adapter.load(os.fspath(adapter))
+        dtype = kwargs.get("dtype")
+        if adapter is not None:
+            settings = {} if kwargs.get("config") is not None else dict(adapter.settings)
+            # In the number type of the files: what is rounded has another fingerprint.
+            kwargs = {**settings, **kwargs, "dtype": "auto"}
         model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, **{**settings, **kwargs, "dtype": "auto", "output_loading_info": True}
+            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
-        adapter.check_base(fingerprint(model, info["missing_keys"]), pretrained_model_name_or_path)
-        if dtype not in (None, "auto"):
-            model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        adapter.apply(model)
-        info["missing_keys"] = set(info["missing_keys"]) - set(adapter.tensors)
+        others = [] if reshapes else info["mismatched_keys"]
+        check_loaded(pretrained_model_name_or_path, info["missing_keys"], info["unexpected_keys"], others)
+        if OUTPUT_LAYER not in model.all_tied_weights_keys:
+            model.config.tie_word_embeddings = False  # whatever the file said: it holds an output layer of its own
+        if adapter is not None:
+            adapter.check_base(fingerprint(model, info["missing_keys"]), pretrained_model_name_or_path)
+            if dtype not in (None, "auto"):
+                model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+            adapter.apply(model)
+            info["missing_keys"] = set(info["missing_keys"]) - set(adapter.tensors)
         return (model, info) if wants_info else model
 
     def _apply(self, *args: Any, **kwargs: Any) -> "FotLlamaForCausalLM":

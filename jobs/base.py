@@ -1,21 +1,80 @@
-"""Is the base checkpoint a LLaMA that the recipe can fine-tune? Found out from its configuration and file headers."""
+"""Is a checkpoint a LLaMA that can be used here? Looked at whole before anything is made with it, from its
+configuration and its files' headers: what `look_at_checkpoint` lets through, training and evaluation load."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
-
 from jobs.recipe import CheckpointShape
 from jobs.train.backward import Backward
 from jobs.train.config import Training, named_layers
 from jobs.train.shape import Shape
+from jobs.weights import check_dtypes, read_headers
 from pipelines.errors import UserError
-from pipelines.tokenizer import TextTokenizer
+from pipelines.files import check_fetched
+from pipelines.tokenizer import TextTokenizer, has_tokenizer, read_tokenizer
 
+OTHER_JSON = ("generation_config.json",)  # that loading reads, too
+PEFT_ADAPTER = "adapter_config.json"
 SIZES = ("vocab_size", "num_hidden_layers", "max_position_embeddings", "hidden_size")
+
+
+def look_at_checkpoint(path: Path, shape: CheckpointShape | None = None) -> dict[str, Any]:
+    """The configuration of a LLaMA checkpoint directory that is whole: each tensor of its files has its place in the
+    model, each parameter of the model its tensor, of the same shape. Raises UserError, one line, for anything else."""
+    config = read_llama_config(path, shape)
+    if (path / PEFT_ADAPTER).exists():
+        raise UserError(
+            f"base.checkpoint {path} holds a PEFT adapter ({PEFT_ADAPTER}): merge it into the model, or remove it"
+        )
+    for name in OTHER_JSON:
+        if (path / name).exists():
+            _read_json(path / name)
+    headers = read_headers(path, config.get("transformers_weights"))
+    check_dtypes(path, headers)
+    _check_tensors(path, {name: header.shape for name, header in headers.items()})
+    return config
+
+
+def _check_tensors(path: Path, theirs: dict[str, tuple[int, ...]]) -> None:
+    """Raises UserError where the tensors there are not those of the model that the configuration makes."""
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from fot_model import FotLlamaConfig, FotLlamaForCausalLM
+    from fot_model.checkpoint import check_shapes, with_prefix
+
+    try:
+        config = FotLlamaConfig.from_pretrained(path)
+        rope = config.rope_parameters["rope_type"]
+        if rope not in ("default", *ROPE_INIT_FUNCTIONS):
+            known = ", ".join(sorted(ROPE_INIT_FUNCTIONS))
+            raise UserError(f"base.checkpoint {path}: its RoPE is of an unknown kind, {rope!r}: known are {known}")
+        with torch.device("meta"):
+            model = FotLlamaForCausalLM(config)
+    except UserError:
+        raise
+    except Exception as error:  # whatever transformers says of a configuration from outside
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"base.checkpoint {path}: no model can be made of its config.json ({type(error).__name__}: {said}): mend it"
+        ) from None
+    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    try:
+        check_shapes(path, with_prefix(theirs), ours, config.tie_word_embeddings)
+    except ValueError as error:
+        raise UserError(f"base.checkpoint {error}") from None
+
+
+def load_llama(path: Path, **how: Any) -> Any:
+    """`FotLlamaForCausalLM.from_pretrained`, but that it raises UserError for a checkpoint that is not that model."""
+    from fot_model import FotLlamaForCausalLM
+
+    try:
+        return FotLlamaForCausalLM.from_pretrained(path, **how)
+    except ValueError as error:
+        raise UserError(f"base.checkpoint {error}") from None
 
 
 def read_llama_config(path: Path, shape: CheckpointShape | None = None) -> dict[str, Any]:
@@ -30,13 +89,18 @@ def read_llama_config(path: Path, shape: CheckpointShape | None = None) -> dict[
 
 def read_config(path: Path) -> dict[str, Any]:
     """A checkpoint directory's config.json, of whatever model. Raises UserError where there is none."""
+    if not (path / "config.json").is_file():
+        raise UserError(f"base.checkpoint {path} is no Hugging Face checkpoint: it has no config.json")
+    return _read_json(path / "config.json")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    check_fetched(file)
     try:
-        config = json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        raise UserError(f"base.checkpoint {path} is no Hugging Face checkpoint: it has no config.json") from None
-    except ValueError:
-        raise UserError(f"base.checkpoint {path}: its config.json is not JSON") from None
-    return config if isinstance(config, dict) else {}
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"base.checkpoint {file.parent}: its {file.name} is not JSON") from None
+    return content if isinstance(content, dict) else {}
 
 
 def check_config(where: object, config: Mapping[str, Any], shape: CheckpointShape | None = None) -> None:
@@ -45,6 +109,13 @@ def check_config(where: object, config: Mapping[str, Any], shape: CheckpointShap
         raise UserError(f"base.checkpoint {where} is no LLaMA: its config.json says model_type {model_type!r}")
     if missing := [name for name in SIZES if not isinstance(config.get(name), int)]:
         raise UserError(f"base.checkpoint {where}: its config.json has no {missing[0]}")
+    if config.get("quantization_config"):
+        given = config["quantization_config"]
+        method = given.get("quant_method", "") if isinstance(given, Mapping) else ""
+        raise UserError(
+            f"base.checkpoint {where} is quantized ({method or 'quantization_config'}): give the model's weights as "
+            f"they were before, in float32, bfloat16 or float16"
+        )
     if shape is not None:
         _check_shape(where, config, shape)
 
@@ -74,14 +145,9 @@ def _shape_values(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: defaults.get(name) if value is None else value for name, value in given.items()}
 
 
-def check_llama(path: Path, config: Mapping[str, Any], training: Training, vocab_size: int) -> None:
-    """Raises UserError where weights, vocabulary, context or memory layers do not go with the recipe."""
-    _check_weights(path, config["num_hidden_layers"])
-    if vocab_size > config["vocab_size"]:
-        raise UserError(
-            f"the tokenizer has {vocab_size} tokens, the model in {path} only {config['vocab_size']}: set "
-            f"tokenizer.path to the model's own tokenizer"
-        )
+def check_llama(path: Path, config: Mapping[str, Any], training: Training, tokenizer: TextTokenizer) -> None:
+    """Raises UserError where vocabulary, context or memory layers do not go with the recipe."""
+    check_vocabulary(path, tokenizer)
     longest = config["max_position_embeddings"]
     if training.objective.context > longest:
         raise UserError(
@@ -97,32 +163,29 @@ def check_llama(path: Path, config: Mapping[str, Any], training: Training, vocab
         Backward.of(Shape.of(config), training)  # do its patterns match anything?
 
 
+def check_vocabulary(path: Path, tokenizer: TextTokenizer) -> None:
+    """Raises UserError where a document may hold a token that the model in `path` has no embedding for. Tokens that
+    none can hold may be more than the embeddings: a padding token, say, that was added to the tokenizer alone."""
+    size = read_config(path)["vocab_size"]
+    token, number = max(tokenizer.in_documents.items(), key=lambda item: item[1])
+    if number >= size:
+        raise UserError(
+            f"the tokenizer has {number + 1} tokens, the model in {path} only {size}: set tokenizer.path to the "
+            f"model's own tokenizer, or take {token!r} and what else is beyond out of it"
+        )
+
+
 def check_tokens(path: Path, tokenizer: TextTokenizer) -> None:
     """Raises UserError where the data's tokenizer has other tokens than the one beside the model, if there is one."""
-    own = path / "tokenizer.json"
-    if not own.exists():
+    if not has_tokenizer(path):
         return
-    theirs = Tokenizer.from_file(str(own)).get_vocab()
+    theirs = read_tokenizer(str(path)).tokenizer.get_vocab()
     ours = tokenizer.tokenizer.get_vocab()
     if other := next((token for token, number in ours.items() if theirs.get(token) != number), None):
         raise UserError(
             f"tokenizer.path: token {ours[other]} is {other!r} there, but not in the tokenizer of the model in {path}: "
             f"unset tokenizer.path, so that the data are made with the model's own"
         )
-
-
-def _check_weights(path: Path, layers: int) -> None:
-    names: set[str] = set()
-    files = sorted(path.glob("*.safetensors"))
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as weights:
-                names |= set(weights.keys())
-        except SafetensorError as error:
-            raise UserError(f"{file} is damaged ({error}): download or copy it again") from None
-    needed = ["model.embed_tokens.weight", *(f"model.layers.{n}.self_attn.q_proj.weight" for n in range(layers))]
-    if files and (missing := [name for name in needed if name not in names]):
-        raise UserError(f"base.checkpoint {path} is no LLaMA: its weights hold no {missing[0]}")
 
 
 def asked_mem_layers(training: Training) -> list[int] | None:

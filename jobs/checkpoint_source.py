@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from jobs.base import read_config, read_llama_config
+from jobs.base import look_at_checkpoint, read_config, read_llama_config
 from jobs.checkpoint_name import PACKAGE, kind_of
 from jobs.gguf_model import check_magic, convert_gguf, read_gguf_config
 from jobs.train.spec import MODEL
@@ -171,6 +171,7 @@ def _bring_from_hub(located: Located, target: Path) -> None:
     shards = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
     if missing := sorted(shards - {file.name for file in files}):
         raise UserError(f"base.checkpoint {located.named}: its {missing[0]} could not be had: run again with a network")
+    look_at_checkpoint(snapshot)
     target.mkdir(parents=True)
     for file in files:
         _link_or_copy(file.resolve(), target / file.name)

@@ -191,7 +191,8 @@ def export(checkpoint: str, directory: Path, dtype: str | None, adapter: bool, b
     from jobs.train.export import export
     from jobs.workspace import WorkDir
 
-    export(checkpoint, directory, dtype, adapter, base and WorkDir("export", work_dir).find_model(base))
+    where = None if base is None else WorkDir("export", work_dir).find_model(base)
+    export(checkpoint, directory, dtype, adapter, where)
     print(f"exported to {directory}")
 
 

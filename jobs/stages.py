@@ -2,7 +2,8 @@
 
 data stages (jobs/data/stages.py) -> base -> finetune -> evaluations (jobs/evaluate/stages.py) -> report
 
-with a probe (jobs/probe/stage.py) between base and finetune, where it is to choose the memory layers.
+with a probe (jobs/probe/stage.py) between base and finetune, where it is to choose the memory layers. A base that is
+given comes before the data: nothing is tokenized for one that cannot be used.
 """
 
 from dataclasses import replace
@@ -33,9 +34,12 @@ def recipe_stages(workspace: Workspace) -> list[Stage]:
         corpus = look_at_corpus(recipe, workspace.store, hashes)
         auto = auto_layers(recipe.finetune.objective) if start is None else None  # else they are as they were
         probes = [] if auto is None else [probe_stage(auto, hashes)]
-        training = [*base_stages(workspace, corpus, hashes, start), *probes, finetune_stage(workspace, start)]
-        readers = [*training, *_evaluations(recipe, hashes)]
-        stages = [*data_stages(recipe, corpus, start), *(_repairing(recipe, corpus, stage) for stage in readers)]
+        base = base_stages(workspace, corpus, hashes, start)
+        given = [stage for stage in base if SHARDS not in stage.inputs]
+        made = [stage for stage in base if SHARDS in stage.inputs]
+        readers = [*made, *probes, finetune_stage(workspace, start), *_evaluations(recipe, hashes)]
+        data = data_stages(recipe, corpus, start)[len(corpus.first) :]
+        stages = [*corpus.first, *given, *data, *(_repairing(recipe, corpus, stage) for stage in readers)]
     return [*stages, recipe_report(recipe, [stage.name for stage in stages])]
 
 

@@ -1,7 +1,8 @@
 """Tokenizers as directories of `tokenizer.json` and `tokenizer_config.json`, as Hugging Face lays them out.
 
-Trained here (byte-level BPE), or brought from a checkpoint, a SentencePiece model or the hub. Text never becomes a
-special token: a literal `</s>` in a document is tokenized as the characters it is made of.
+Trained here (byte-level BPE), or brought from a checkpoint, a SentencePiece model or the hub: whole, with the tokens
+added to it under the numbers they have there, and its chat template (in `tokenizer_config.json`, wherever it stood).
+Text never becomes a special token: a literal `</s>` in a document is tokenized as the characters it is made of.
 """
 
 import json
@@ -10,7 +11,9 @@ import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from pipelines import sentencepiece_model
 from pipelines.errors import UserError
+from pipelines.files import check_fetched
 from pipelines.hashing import hash_json
 from pipelines.long_text import encode_texts
 from pipelines.shards import token_dtype
@@ -25,7 +29,11 @@ from pipelines.shards import token_dtype
 BOS, EOS = "<s>", "</s>"
 JSON, CONFIG = "tokenizer.json", "tokenizer_config.json"
 TRAINED_HERE = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS}  # the config then
-HUB_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"]
+MODEL = "tokenizer.model"  # SentencePiece's
+# What belongs to a tokenizer beside its vocabulary and its configuration.
+BESIDE = ("added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
+TEMPLATES = "additional_chat_templates"  # a directory, where there are several
+HUB_FILES = ["tokenizer*", *BESIDE, f"{TEMPLATES}/*", "vocab.json", "merges.txt"]
 
 PROBES = (
     "",
@@ -59,6 +67,14 @@ class TextTokenizer:
     def vocab_size(self) -> int:
         """One more than the largest token id."""
         return int(max(self.tokenizer.get_vocab().values())) + 1
+
+    @cached_property
+    def in_documents(self) -> dict[str, int]:
+        """The tokens that a document may hold. Of those added as special, which no text becomes, bos and eos alone."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        ordinary = {token.content: number for number, token in added.items() if not token.special}
+        ends = {token.content: number for number, token in added.items() if number in (self.bos, self.eos)}
+        return self.tokenizer.get_vocab(with_added_tokens=False) | ordinary | ends
 
     @cached_property
     def fingerprint(self) -> str:
@@ -139,64 +155,123 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
     (directory / CONFIG).write_text(json.dumps(TRAINED_HERE, indent=1))
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a model's directory holds its tokenizer, too."""
+    return any((directory / name).exists() for name in (JSON, MODEL))
+
+
+def read_tokenizer(path: str) -> TextTokenizer:
+    """A tokenizer that is to be used where it lies. Raises UserError as `import_tokenizer` does."""
+    with TemporaryDirectory() as directory:
+        import_tokenizer(path, Path(directory))
+        return load_tokenizer(Path(directory))
+
+
 def import_tokenizer(path: str, directory: Path, revision: str | None = None) -> None:
     """Bring a tokenizer into the directory: a Hugging Face tokenizer directory, a SentencePiece model file, or a hub id
     (`organisation/name`, at a `revision`).
 
     A `tokenizer.json` is taken as it stands, and what was trained or brought in here gives the same bytes again. Raises
-    UserError where there is no tokenizer, and where it has no bos or eos token.
+    UserError where there is no tokenizer, where it cannot be read or does not give its added tokens the numbers that it
+    says they have, and where it has no bos or eos token.
     """
     origin = Path(path).expanduser()
     if not origin.exists():
         origin = _download(path, revision)
+    for file in [origin] if origin.is_file() else [origin / name for name in (JSON, MODEL, CONFIG, *BESIDE)]:
+        if file.is_file():
+            check_fetched(file)
     if _was_trained_here(origin):
         for name in (JSON, CONFIG):
             shutil.copyfile(origin / name, directory / name)
-        return
-    model = origin / "tokenizer.model" if origin.is_dir() else origin
-    has_json = (origin / "tokenizer.json").exists()
-    tokenizer = _convert(model) if model.is_file() and not has_json else _open(origin, path)
-    for name in ("bos_token", "eos_token"):
-        if getattr(tokenizer, name) is None:
-            raise UserError(f"the tokenizer in {path} has no {name}: add it to its tokenizer_config.json")
-    tokenizer.save_pretrained(directory)
-    config = json.loads((directory / "tokenizer_config.json").read_text())
+    else:
+        _bring(origin, path, directory)
+    try:
+        load_tokenizer(directory)
+    except Exception as error:  # of a bare kind, where the library does not know what a file says
+        raise _unreadable(path, error) from None
+
+
+def _bring(origin: Path, path: str, directory: Path) -> None:
+    with TemporaryDirectory() as temporary:
+        model = origin / MODEL if origin.is_dir() else origin
+        if model.is_file() and not (origin / JSON).exists():
+            origin = Path(temporary)
+            _convert(model, origin)
+        tokenizer = _open(origin, path)
+        for name in ("bos_token", "eos_token"):
+            if not getattr(tokenizer, name):
+                raise UserError(f"the tokenizer in {path} has no {name}: add it to its tokenizer_config.json")
+        vocabulary = tokenizer.get_vocab()
+        for token, number in _declared(origin, path).items():
+            if (made := vocabulary.get(token)) != number:
+                raise UserError(
+                    f"the tokenizer in {path} says that token {number} is {token!r}, and makes it {made}: bring its "
+                    f"vocabulary and its list of added tokens together, or give its tokenizer.json"
+                )
+    tokenizer.save_pretrained(directory, save_jinja_files=False)
+    config = json.loads((directory / CONFIG).read_text())
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # which takes the tokenizer.json as it stands
-    for where_from in ("is_local", "local_files_only"):
-        config.pop(where_from, None)
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    for of_the_origin in ("is_local", "local_files_only", "auto_map"):
+        config.pop(of_the_origin, None)
+    (directory / CONFIG).write_text(json.dumps(config, indent=1))
 
 
 def _was_trained_here(directory: Path) -> bool:
     try:
-        return bool(json.loads((directory / CONFIG).read_text()) == TRAINED_HERE) and (directory / JSON).exists()
+        trained_here = bool(json.loads((directory / CONFIG).read_text()) == TRAINED_HERE)
     except (OSError, ValueError):
         return False
+    return (
+        trained_here
+        and (directory / JSON).exists()
+        and not any((directory / name).exists() for name in (*BESIDE, TEMPLATES))
+    )
 
 
 def _open(origin: Path, path: str) -> Any:
     """The transformers tokenizer of a directory: its tokenizer.json as it stands, or what its other files make."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    kind = PreTrainedTokenizerFast if (origin / "tokenizer.json").exists() else AutoTokenizer
     try:
-        tokenizer = kind.from_pretrained(origin)
-    except (OSError, ValueError, KeyError) as error:
-        raise _no_tokenizer(path) from error
+        if (origin / JSON).exists():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(origin)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(origin, trust_remote_code=False)
+    except Exception as error:  # of a bare kind, where the library does not know what a file says
+        raise (_unreadable(path, error) if (origin / JSON).exists() else _no_tokenizer(path)) from None
     if not tokenizer.is_fast or tokenizer.vocab_size == 0:
         raise _no_tokenizer(path)
     return tokenizer
 
 
-def _convert(model: Path) -> Any:
-    """The transformers tokenizer of a SentencePiece model; the tokenizer_config.json beside it may name bos and eos."""
-    from transformers import PreTrainedTokenizerFast
+def _declared(origin: Path, path: str) -> dict[str, int]:
+    """The number of each token that a tokenizer's files say was added to its vocabulary."""
+    config, added = ((origin / name) for name in (CONFIG, BESIDE[0]))
+    try:
+        said = json.loads(config.read_text()).get("added_tokens_decoder") or {} if config.exists() else {}
+        declared = {_content(token): int(number) for number, token in said.items()}
+        return declared | (dict(json.loads(added.read_text())) if added.exists() else {})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _unreadable(path, error) from None
 
+
+def _convert(model: Path, directory: Path) -> None:
+    """A SentencePiece model as a tokenizer.json, with what lies beside it; that may name other special tokens."""
     tokenizer, names = sentencepiece_model.convert(model)
-    config = model.with_name("tokenizer_config.json")
-    given = json.loads(config.read_text()) if config.exists() else {}
-    names |= {name: _content(given[name]) for name in ("bos_token", "eos_token", "unk_token") if given.get(name)}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    tokenizer.save(str(directory / JSON))
+    for file in (model.with_name(name) for name in BESIDE):
+        if file.exists():
+            shutil.copyfile(file, directory / file.name)
+    if (templates := model.with_name(TEMPLATES)).is_dir():
+        shutil.copytree(templates, directory / TEMPLATES)
+    config = model.with_name(CONFIG)
+    try:
+        given = json.loads(config.read_text()) if config.exists() else {}
+        said = {name: value for name, value in given.items() if value or name not in names}
+    except (ValueError, AttributeError) as error:
+        raise _unreadable(str(config), error) from None
+    (directory / CONFIG).write_text(json.dumps(names | said))
 
 
 def _download(path: str, revision: str | None) -> Path:
@@ -213,4 +288,12 @@ def _no_tokenizer(path: str) -> UserError:
     return UserError(
         f"no tokenizer in {path}: set tokenizer.path to a directory with tokenizer.json or tokenizer.model, a "
         f"SentencePiece .model file, or the id of a hub repository that can be reached"
+    )
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(
+        f"the tokenizer in {path} cannot be read ({said}): download or copy it again; where a newer library wrote it, "
+        f"have it written for tokenizers {version('tokenizers')}"
     )

@@ -31,13 +31,14 @@ from pipelines.readers import read_unit
 from pipelines.shards import MANIFEST, Manifest
 from pipelines.store import Output, Stage, Store
 from pipelines.tokenize import Encoding, has_begun, recipe_part, tokenize
-from pipelines.tokenizer import import_tokenizer, train_tokenizer
+from pipelines.tokenizer import BESIDE, CONFIG, JSON, import_tokenizer, train_tokenizer
 from pipelines.workflow import finished_outputs
 
 Inputs = Mapping[str, Path]
 SHARDS, DOCUMENTS = "shards", "documents"
 SAMPLED_UNITS, SAMPLED_TEXTS = 20, 20
-TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "config")  # names begin so
+# Names begin so.
+TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges", "config")
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def _tokenizer_stage(
         def take(output: Path, inputs: Inputs) -> None:
             import_tokenizer(str(inputs[CHECKPOINT] / MODEL), output)
 
-        return Stage("tokenizer", take, {}, inputs=(CHECKPOINT,), version=2)
+        assert base is not None, "it was brought"
+        return Stage("tokenizer", take, {}, inputs=(CHECKPOINT,), version=3 if base.kind == "hub" else 2)
 
     given = recipe.tokenizer.path if base is None else str(base.path)
     if given is None:
@@ -148,10 +150,12 @@ def _tokenizer_stage(
     if path.is_dir():
         files = directory_files(path, hashes, lambda name: name.startswith(TOKENIZER_FILES))
     elif path.is_file():  # a SentencePiece model; its directory may say which tokens begin and end a text
-        files = directory_files(path.parent, hashes, lambda name: name in (path.name, "tokenizer_config.json"))
+        files = directory_files(path.parent, hashes, lambda name: name in (path.name, CONFIG, *BESIDE))
     else:
         files = {"hub": given, "revision": recipe.tokenizer.revision or "main"}
-    return Stage("tokenizer", bring, {"files": files}, version=2)
+    # Version 2 passed over the tokens added to a SentencePiece model.
+    may_add = "hub" in files or (JSON not in files and not {CONFIG, *BESIDE}.isdisjoint(files))
+    return Stage("tokenizer", bring, {"files": files}, version=3 if may_add else 2)
 
 
 def _training_texts(units: list[Unit], data: Data, progress: Progress) -> Iterator[str]:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jobs.base import read_llama_config
+from jobs.base import check_vocabulary, look_at_checkpoint
 from jobs.data.stages import Inputs, directory_files, documents_stage, look_at_corpus, shards_stage
 from jobs.evaluate.config import Evaluation
 from jobs.evaluate.stages import evaluation_stages, read_results
-from jobs.evaluate.subject import check_models
+from jobs.evaluate.subject import check_models, read_tokenizer
 from jobs.evaluate.tasks import MODULES, NEED_NO_TOKENIZER, READ_DOCUMENTS, check_installed
 from jobs.outcome import REPORT, make_outcome, report_stage
 from jobs.recipe import Name, Texts
@@ -30,6 +30,7 @@ from pipelines.files import write_atomically
 from pipelines.hashing import FileHashes, hash_json
 from pipelines.progress import console, say
 from pipelines.store import Stage, link
+from pipelines.tokenizer import has_tokenizer
 
 
 class Named(Part):
@@ -72,10 +73,10 @@ def evaluate_checkpoint(request: Request) -> None:
         models = {name: _find(checkpoint, work) for name, checkpoint in given.items()}
         if request.adapter is not None:
             models["model"] = _merged(models["model"], Path(request.adapter).expanduser().resolve(), work)
+        check_models(models, _local(request, evaluation, models["model"]))
         if set(evaluation.tasks) - NEED_NO_TOKENIZER:
             for name, path in models.items():
                 _check_tokenizer(given[name], path)
-        check_models(models, _local(request, evaluation, models["model"]))
         outputs, seconds = work.run(lambda: _stages(request, evaluation, models, work))
         made = {name: output.path for name, output in outputs.items()}
         tags = {
@@ -119,7 +120,7 @@ def _find(checkpoint: str, work: WorkDir) -> Path:
         raise UserError(
             f"{checkpoint} holds a training's checkpoints: `fot export {checkpoint} DIRECTORY` makes a model"
         )
-    read_llama_config(path)
+    look_at_checkpoint(path)
     return path.resolve()
 
 
@@ -136,9 +137,10 @@ def _merged(base: Path, adapter: Path, work: WorkDir) -> Path:
 
 
 def _check_tokenizer(checkpoint: str, path: Path) -> None:
-    """Raises UserError where there is none beside the weights."""
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    """Raises UserError where there is none beside the weights, or not the model's."""
+    if not has_tokenizer(path):
         raise UserError(f"{checkpoint} has no tokenizer: put its tokenizer.json or tokenizer.model beside the weights")
+    check_vocabulary(path, read_tokenizer(path))
 
 
 def _stages(request: Request, evaluation: Evaluation, models: dict[str, Path], work: WorkDir) -> list[Stage]:

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from jobs.base import load_llama
 from jobs.evaluate.config import Dtype, Memory
+from pipelines import tokenizer
 from pipelines.dataset import TokenDataset
 from pipelines.errors import UserError
-from pipelines.tokenizer import TextTokenizer, import_tokenizer, load_tokenizer
+from pipelines.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,9 +73,7 @@ def is_chained(model: Path) -> bool:
 @lru_cache(maxsize=2)
 def read_tokenizer(model: Path) -> TextTokenizer:
     """The tokenizer beside a model. Raises UserError where there is none."""
-    with TemporaryDirectory() as directory:
-        import_tokenizer(str(model), Path(directory))
-        return load_tokenizer(Path(directory))
+    return tokenizer.read_tokenizer(str(model))
 
 
 def open_documents(subject: Subject) -> TokenDataset:
@@ -124,11 +123,11 @@ def load_model(path: Path, like: Path, dtype: Dtype | None = None) -> "FotLlamaF
 def _load(path: Path, like: Path, dtype: Dtype | None) -> "FotLlamaForCausalLM":
     import torch
 
-    from fot_model import FotLlamaConfig, FotLlamaForCausalLM
+    from fot_model import FotLlamaConfig
 
     config = FotLlamaConfig.from_pretrained(like)
     settings = {name: getattr(config, name) for name in ("mem_layers", "mem_positionals", "mem_dtype")}
-    model = FotLlamaForCausalLM.from_pretrained(path, dtype=dtype or "auto", local_context=config.window, **settings)
+    model: FotLlamaForCausalLM = load_llama(path, dtype=dtype or "auto", local_context=config.window, **settings)
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.base import read_llama_config
+from jobs.base import check_vocabulary, look_at_checkpoint
 from jobs.data.stages import Inputs, directory_files
 from jobs.evaluate.result import Result
 from jobs.evaluate.subject import read_tokenizer
@@ -35,8 +35,9 @@ def probe_model(request: Request) -> None:
     settings = validated(Probe, given, "fot probe")
     work = WorkDir(TASK, request.work_dir)
     model = work.find_model(request.model)
-    read_llama_config(model)
+    look_at_checkpoint(model)
     tokenizer = read_tokenizer(model)
+    check_vocabulary(model, tokenizer)
 
     def stages() -> list[Stage]:
         with work.hashes() as hashes:

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from fot_model import FotLlamaForCausalLM, key_mass
 from fot_model.ablation import near_mask, one_changed
+from jobs.base import load_llama
 from jobs.probe.prompts import Prompt
 
 _loaded: dict[Path, FotLlamaForCausalLM] = {}  # of this worker, one at most
@@ -60,6 +61,6 @@ def _load(path: Path) -> FotLlamaForCausalLM:
     """The model, with what memory layers it may have as a part of full attention: nothing goes to a memory."""
     if path not in _loaded:
         _loaded.clear()
-        model = FotLlamaForCausalLM.from_pretrained(path, dtype="auto")
+        model = load_llama(path, dtype="auto")
         _loaded[path] = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     return _loaded[path]

@@ -316,7 +316,8 @@ def _model_files(model: Any, tokenizer: Path, frozen: Frozen | None) -> dict[str
     """What makes a Hugging Face directory of weights, by name."""
     configurations = {"config.json": model.config, "generation_config.json": model.generation_config}
     files = {name: config.to_json_string().encode() for name, config in configurations.items()}
-    files |= {file.name: file.read_bytes() for file in tokenizer.glob("*.json") if file.name != RECORD}
+    beside = [file for kind in ("*.json", "*.jinja") for file in tokenizer.glob(kind) if file.name != RECORD]
+    files |= {file.name: file.read_bytes() for file in beside}
     if frozen is not None:
         with tempfile.TemporaryDirectory() as directory:
             frozen.adapter.save(directory)

@@ -2,6 +2,9 @@
 
 The weights are put together from what the ranks wrote: under ZeRO from their parts of the float32 weights that the
 optimizer holds, mapped from the files. In memory there are, at the most, these weights once and once more as exported.
+What was written is loaded again, and must hold what was trained and give its logits, to the bit, before it is visible.
+
+Shapes: L tokens, V vocabulary.
 """
 
 import io
@@ -22,13 +25,15 @@ from jobs.train.layers import memory_layer_numbers
 from pipelines.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fot_model import Adapter, FotLlamaForCausalLM
 
 DTYPES = ("float32", "bfloat16", "float16")
 WEIGHTS = "mp_rank_00_model_states.pt"  # DeepSpeed's file with all weights, where ZeRO does not divide them
 PEFT = ".default"  # what peft calls the only LoRA of a module
 TOKENIZER = r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\..*|merges\.txt|chat_template.*"
-OUTPUT_LAYER = "lm_head.weight"
+READ_BACK = 32  # tokens that what was exported is compared on
 ADAPTER_FILES = ("adapter.json", "adapter.safetensors")
 CONFIGURATIONS = ("config.json", "generation_config.json")  # what transformers writes itself
 
@@ -155,8 +160,10 @@ def _choose(store: CheckpointStore, step: int | None) -> Checkpoint:
 def _write_model(checkpoint: Path, record: Record, target: Path, dtype: str, base: Path | None) -> None:
     import torch
     from transformers import GenerationConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     from fot_model import FotLlamaConfig, FotLlamaForCausalLM
+    from fot_model.checkpoint import own_output_layer
 
     files = checkpoint / MODEL_FILES
     if record.base is not None:
@@ -165,8 +172,11 @@ def _write_model(checkpoint: Path, record: Record, target: Path, dtype: str, bas
         state = _weights(checkpoint)
         for name in state:  # a tensor at a time
             state[name] = state[name].contiguous().to(getattr(torch, dtype))
+        config = FotLlamaConfig.from_pretrained(files)
+        config.tie_word_embeddings &= not own_output_layer(state)
         with torch.device("meta"):
-            model = FotLlamaForCausalLM(FotLlamaConfig.from_pretrained(files))
+            model = FotLlamaForCausalLM(config)
+        model.model.rotary_emb = LlamaRotaryEmbedding(config)  # which holds nothing that is loaded
         model.load_state_dict(state, assign=True)
         model.tie_weights()
     model.generation_config = GenerationConfig.from_pretrained(files)
@@ -174,13 +184,40 @@ def _write_model(checkpoint: Path, record: Record, target: Path, dtype: str, bas
 
 
 def _save(model: "FotLlamaForCausalLM", files: Iterable[Path], target: Path) -> None:
-    """The model, and files beside it."""
+    """The model, and files beside it. Raises AssertionError where what was written is not the model."""
+    expected = _logits(model)
     model.save_pretrained(target)
+    _check_written(target, model, expected)
     for file in files:
         (target / file.name).write_bytes(file.read_bytes())
     mode = stat.S_IMODE((target / CONFIGURATIONS[0]).stat().st_mode)
     for file in target.glob("*.safetensors"):
         file.chmod(mode)  # safetensors lets no one else read it
+
+
+def _logits(model: "FotLlamaForCausalLM") -> "Tensor":
+    """[1, L, V] of tokens from everywhere in the vocabulary."""
+    import torch
+
+    V, L = model.config.vocab_size, min(READ_BACK, model.config.window)
+    ids_1L = torch.arange(L)[None] * (V // L + 1) % V
+    with torch.inference_mode():
+        return model.eval()(ids_1L, attention_mask=torch.ones_like(ids_1L), use_cache=False).logits
+
+
+def _check_written(target: Path, model: "FotLlamaForCausalLM", expected_1LV: "Tensor") -> None:
+    import torch
+
+    from fot_model import FotLlamaForCausalLM
+
+    def bits(tensor: "Tensor") -> "Tensor":  # no number equals itself that is none
+        return tensor.contiguous().view(torch.uint8)
+
+    written = FotLlamaForCausalLM.from_pretrained(target, dtype="auto")
+    there = written.state_dict()
+    other = [name for name, tensor in model.state_dict().items() if not torch.equal(bits(there[name]), bits(tensor))]
+    if other or not torch.equal(bits(_logits(written)), bits(expected_1LV)):
+        raise AssertionError(f"what was written is not what was trained ({other or 'logits'}): nothing is exported")
 
 
 def _write_adapter(checkpoint: Path, record: Record, target: Path, dtype: str) -> None:
@@ -194,10 +231,12 @@ def _write_adapter(checkpoint: Path, record: Record, target: Path, dtype: str) -
 def _adapter(checkpoint: Path, record: Record) -> "Adapter":
     """What the checkpoint holds, with what its training took over from an earlier adapter."""
     from fot_model import Adapter, FotLlamaConfig
+    from fot_model.checkpoint import EMBEDDINGS, OUTPUT_LAYER, own_output_layer
 
-    kept = Adapter.load(checkpoint / MODEL_FILES)
-    tied = FotLlamaConfig.from_pretrained(checkpoint / MODEL_FILES).tie_word_embeddings  # then it is the embeddings
-    weights = {name: tensor for name, tensor in _weights(checkpoint).items() if not (tied and name == OUTPUT_LAYER)}
+    kept, weights = Adapter.load(checkpoint / MODEL_FILES), _weights(checkpoint)
+    ends = {name: weights[name].contiguous() for name in (OUTPUT_LAYER, EMBEDDINGS) if name in weights}
+    if FotLlamaConfig.from_pretrained(checkpoint / MODEL_FILES).tie_word_embeddings and not own_output_layer(ends):
+        weights.pop(OUTPUT_LAYER, None)  # it is the embeddings
     trained = {name.replace(PEFT, ""): tensor.contiguous() for name, tensor in weights.items()}
     return replace(kept, tensors={**kept.tensors, **trained}, training={**kept.training, "step": record.step})
 

@@ -4,6 +4,7 @@ import pickle
 import secrets
 import shutil
 import threading
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,13 +20,18 @@ from jobs.train.checkpoint_store import check_identity
 from jobs.train.metrics import last_metrics
 from jobs.train.spec import METRICS, MODEL, TrainSpec
 from pipelines.cluster import WantedWorkers
-from pipelines.dataset import DamagedShardError
 from pipelines.errors import UserError
 from pipelines.files import write_atomically
 from pipelines.progress import Progress, human
 
 RAY_DIRECTORY = "ray"
 POLL = 1.0  # seconds between looks at the metrics
+# What would come again on another start: mistakes in the settings, the data or the code. What else is raised may come
+# of a node or rank that was lost, of storage that did not answer or of memory that others took.
+LASTING = (
+    UserError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError,
+    NotImplementedError, TypeError, ValueError,
+)  # fmt: skip
 PATIENCE = 7200  # seconds that ranks wait for one that writes or converts a checkpoint; a dead one is seen at once
 
 
@@ -87,8 +93,8 @@ def train(spec: TrainSpec, on_metrics: Callable[[Path], None] = lambda path: Non
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """What Ray Train runs, and starts again after any error. One that comes of the data or the settings would come
-    again: it is left for the driver, and a worker that finds one returns at once."""
+    """What Ray Train runs, and starts again after any error. One that would come again is left for the driver, and a
+    worker that finds one returns at once."""
     from jobs.train.loop import train_loop  # DeepSpeed: seconds and hundreds of megabytes the driver can do without
 
     failure: Path = config["failure"]
@@ -96,9 +102,24 @@ def _worker(config: dict[str, Any]) -> None:
         return
     try:
         train_loop(config["spec"])
-    except (UserError, DamagedShardError) as error:
-        write_atomically(failure, pickle.dumps(error))
+    except LASTING as error:
+        write_atomically(failure, _pickled(error))
         raise
+
+
+def _pickled(error: Exception) -> bytes:
+    """The error; of a bug also where it came from, as a note that the driver's traceback shows."""
+    if isinstance(error, UserError):
+        return pickle.dumps(error)
+    where = "in a worker:\n" + "".join(traceback.format_exception(error))
+    error.add_note(where)
+    try:
+        pickle.loads(content := pickle.dumps(error))
+        return content
+    except Exception:  # some kinds cannot be pickled, or not be made again
+        told = RuntimeError(f"{type(error).__name__}: {error}")
+        told.add_note(where)
+        return pickle.dumps(told)
 
 
 def _cause(error: Exception) -> Exception:

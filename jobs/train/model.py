@@ -8,6 +8,7 @@ import torch
 
 from fot_model import Adapter, FotLlamaConfig, FotLlamaForCausalLM, Lora, default_mem_layers, fingerprint
 from fot_model.adapter import settings_of
+from jobs.base import load_llama
 from jobs.recipe import ModelShape
 from jobs.train.config import (
     FotObjective,
@@ -43,7 +44,7 @@ def build_model(spec: TrainSpec) -> tuple[FotLlamaForCausalLM, Adapter | None]:
         model = FotLlamaForCausalLM(_new_config(spec.base, spec.tokenizer, spec.training.objective.context)).to(dtype)
     elif spec.training.whole and spec.adapter is None:
         config = _base_config(spec.base, spec.training.objective)
-        model = FotLlamaForCausalLM.from_pretrained(spec.base, config=config, dtype=dtype)
+        model = load_llama(spec.base, config=config, dtype=dtype)
     else:
         model, adapter = _with_adapter(spec, spec.base, dtype)
     if settings.activation_checkpointing:
@@ -61,7 +62,7 @@ def checkpoint_activations(model: FotLlamaForCausalLM) -> None:
 def _with_adapter(spec: TrainSpec, base: Path, dtype: torch.dtype) -> tuple[FotLlamaForCausalLM, Adapter | None]:
     """A model that is trained in part, or begins with an adapter."""
     config, training = _base_config(base, spec.training.objective), spec.training
-    model, info = FotLlamaForCausalLM.from_pretrained(base, config=config, dtype="auto", output_loading_info=True)
+    model, info = load_llama(base, config=config, dtype="auto", output_loading_info=True)
     own, model = fingerprint(model, info["missing_keys"]), model.to(dtype)  # of the numbers as the files have them
     names = [name for name, _ in model.named_parameters()]
     scope = trained_names(training, names, config.mem_layers or ())

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from fot_model import default_mem_layers
-from jobs.base import asked_mem_layers, check_config, check_llama, check_tokens, read_config, read_llama_config
+from jobs.base import (
+    asked_mem_layers,
+    check_config,
+    check_llama,
+    check_tokens,
+    look_at_checkpoint,
+    read_config,
+    read_llama_config,
+)
 from jobs.checkpoint_source import CHECKPOINT, Located, checkpoint_stage, locate, read_source_config
 from jobs.data.batches import last_step, make_sampler
 from jobs.data.stages import DOCUMENTS, SHARDS, Corpus, Inputs, directory_files
@@ -70,7 +78,7 @@ def base_stages(workspace: Workspace, corpus: Corpus, hashes: FileHashes, start:
         located = corpus.base or locate(checkpoint, recipe.base.revision)
     brought = checkpoint_stage(located, hashes)
     if brought is None:
-        read_llama_config(located.path, recipe.base.shape)
+        look_at_checkpoint(located.path, recipe.base.shape)
         named = {"path": str(located.path), "files": directory_files(located.path, hashes)}
     else:
         if recipe.base.shape is not None or located.kind == "hub":
@@ -83,7 +91,7 @@ def base_stages(workspace: Workspace, corpus: Corpus, hashes: FileHashes, start:
         path = located.path if brought is None else inputs[CHECKPOINT] / MODEL
         tokenizer = load_tokenizer(inputs["tokenizer"])
         config = read_llama_config(path, recipe.base.shape)
-        check_llama(path, config, recipe.finetune, tokenizer.vocab_size)
+        check_llama(path, config, recipe.finetune, tokenizer)
         if recipe.tokenizer.path is not None:
             check_tokens(path, tokenizer)
         write_atomically(output / "base.json", json.dumps(named["files"], indent=1).encode())

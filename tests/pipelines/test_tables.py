@@ -219,3 +219,15 @@ def test_a_damaged_byte_gives_rows_or_a_mistake(fresh, kind, at, bits):
             assert identity is None or isinstance(identity, pa.Scalar)
     except UserError as error:
         assert str(error).startswith(str(path))  # noqa: PT017 (rows are fine, too)
+
+
+@kinds
+def test_two_columns_of_one_name_are_a_mistake(tmp_path, kind):
+    path = tmp_path / f"a{suffix(kind)}"
+    texts = pa.array(["a"])
+    for names, read in ((["text", "text"], "text"), (["id", "text", "id"], "id")):
+        write(path, pa.Table.from_arrays([texts] * len(names), names), kind)
+        with pytest.raises(UserError, match=rf"has 2 columns '{read}': give them different names"):
+            rows_of(path)
+    write(path, pa.Table.from_arrays([texts] * 3, ["text", "other", "other"]), kind)
+    assert rows_of(path) == [(0, "a", None)]

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 from pipelines.errors import UserError
-from pipelines.tokenizer import import_tokenizer, load_tokenizer, train_tokenizer
+from pipelines.tokenizer import has_tokenizer, import_tokenizer, load_tokenizer, read_tokenizer, train_tokenizer
 
 hostile_text = st.lists(
     st.one_of(
@@ -314,3 +314,171 @@ def test_a_tokenizer_without_eos_is_a_mistake(tokenizer_directory, tmp_path, fre
     config.write_text(json.dumps({key: v for key, v in json.loads(config.read_text()).items() if key != "eos_token"}))
     with pytest.raises(UserError, match="has no eos_token"):
         import_tokenizer(str(tmp_path / "tokenizer"), fresh())
+
+
+def edit(file, **changes):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+ADDED = ["<pad>", "<|im_start|>", "<|im_end|>"]
+NAMED = {"bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>", "pad_token": "<pad>"}
+FLAGS = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+PLACES = ("added_tokens_decoder", "added_tokens.json", "special_tokens_map.json")
+
+
+def write_added(directory, first, places, numbers=None):
+    """ChatML's tokens behind a vocabulary of `first`, said in some of the places where a tokenizer's files say it."""
+    numbers = numbers or range(first, first + len(ADDED))
+    config = {"tokenizer_class": "LlamaTokenizer", **NAMED}
+    if "added_tokens_decoder" in places:
+        named = zip(numbers, ADDED, strict=True)
+        config["added_tokens_decoder"] = {str(number): {"content": token, **FLAGS} for number, token in named}
+    if "added_tokens.json" in places:
+        (directory / "added_tokens.json").write_text(json.dumps(dict(zip(ADDED, numbers, strict=True))))
+    if "special_tokens_map.json" in places:
+        (directory / "special_tokens_map.json").write_text(json.dumps(NAMED))
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("places", [PLACES, PLACES[:1], PLACES[:2], PLACES[1:]], ids=str)
+def test_tokens_added_to_a_sentencepiece_model_keep_their_numbers(sentencepiece_model, llama_directory, fresh, places):
+    origin, directory = fresh(), fresh()
+    size = load_tokenizer(llama_directory).vocab_size
+    shutil.copy(sentencepiece_model, origin / "tokenizer.model")
+    write_added(origin, size, places)
+    import_tokenizer(str(origin), directory)
+    opened, made = AutoTokenizer.from_pretrained(directory), load_tokenizer(directory)
+    assert opened.convert_tokens_to_ids(ADDED) == [size, size + 1, size + 2]
+    assert {name: getattr(opened, name) for name in NAMED} == NAMED
+    assert len(opened) == made.vocab_size == size + 3
+    assert (made.bos, made.eos) == (opened.bos_token_id, size + 2)
+    text = "the cat <|im_start|> sat <pad>"
+    assert made.encode("the cat") == load_tokenizer(llama_directory).encode("the cat")
+    assert not {size, size + 1, size + 2} & set(made.encode(text))
+    assert max(made.in_documents.values()) == size + 2  # it ends with one of them
+    assert {"<pad>", "<|im_start|>"}.isdisjoint(made.in_documents)
+
+
+@pytest.mark.parametrize("place", PLACES[:2])
+def test_added_tokens_whose_numbers_cannot_be_kept_are_a_mistake(sentencepiece_model, llama_directory, fresh, place):
+    origin = fresh()
+    size = load_tokenizer(llama_directory).vocab_size
+    shutil.copy(sentencepiece_model, origin / "tokenizer.model")
+    write_added(origin, size, [place], [size + 7, size + 8, size + 9])
+    with pytest.raises(UserError, match=rf"says that token {size + 7} is '<pad>', and makes it {size}: bring its"):
+        import_tokenizer(str(origin), fresh())
+
+
+def test_a_tokenizer_json_that_other_files_contradict_is_a_mistake(tokenizer_directory, fresh):
+    origin = fresh()
+    shutil.copytree(tokenizer_directory, origin, dirs_exist_ok=True)
+    (origin / "added_tokens.json").write_text(json.dumps({"<pad>": 7}))
+    with pytest.raises(UserError, match="says that token 7 is '<pad>', and makes it "):
+        import_tokenizer(str(origin), fresh())
+
+
+TEMPLATE = "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "llama"])
+@pytest.mark.parametrize("place", ["config", "jinja", "several", "directory"])
+def test_the_chat_template_comes_with_the_tokenizer_wherever_it_stands(
+    tokenizer_directory, sentencepiece_model, fresh, contents, kind, place
+):
+    origin, directory, again = fresh(), fresh(), fresh()
+    if kind == "tokenizer":
+        shutil.copytree(tokenizer_directory, origin, dirs_exist_ok=True)
+    else:
+        shutil.copy(sentencepiece_model, origin / "tokenizer.model")
+        (origin / "tokenizer_config.json").write_text("{}")
+    expected = TEMPLATE if place in ("config", "jinja") else {"default": TEMPLATE, "tool_use": "{{ tools }}"}
+    if place in ("config", "several"):
+        named = (
+            [{"name": name, "template": template} for name, template in expected.items()]
+            if place == "several"
+            else None
+        )
+        edit(origin / "tokenizer_config.json", chat_template=named or TEMPLATE)
+    else:
+        (origin / "chat_template.jinja").write_text(TEMPLATE)
+    if place == "directory":
+        (origin / "additional_chat_templates").mkdir()
+        (origin / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    import_tokenizer(str(origin), directory)
+    assert {file.suffix for file in directory.iterdir()} == {".json"}
+    assert AutoTokenizer.from_pretrained(directory).chat_template == expected
+    import_tokenizer(str(directory), again)
+    assert contents(again) == contents(directory)
+
+
+def test_the_settings_of_a_tokenizer_come_with_it(tokenizer_directory, fresh):
+    origin, directory = fresh(), fresh()
+    shutil.copytree(tokenizer_directory, origin, dirs_exist_ok=True)
+    said = {"model_max_length": 77, "padding_side": "left", "pad_token": "<pad>", "clean_up_tokenization_spaces": True}
+    auto_map = {"AutoTokenizer": ["tokenization_own.Own", None]}
+    edit(origin / "tokenizer_config.json", **said, add_bos_token=True, add_eos_token=True, auto_map=auto_map)
+    import_tokenizer(str(origin), directory)
+    opened = AutoTokenizer.from_pretrained(directory)
+    assert {name: getattr(opened, name) for name in said} == said
+    ids = opened.encode("the cat")
+    assert (ids[0], ids[-1]) == (opened.bos_token_id, opened.eos_token_id)
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
+def test_an_empty_name_is_no_token(tokenizer_directory, fresh, name):
+    origin = fresh()
+    shutil.copytree(tokenizer_directory, origin, dirs_exist_ok=True)
+    edit(origin / "tokenizer_config.json", **{name: ""})
+    with pytest.raises(UserError, match=f"has no {name}: add it"):
+        import_tokenizer(str(origin), fresh())
+
+
+DAMAGES = {
+    "a later kind": lambda path: edit(path / "tokenizer.json", pre_tokenizer={"type": "OfALaterVersion"}),
+    "cut off": lambda path: (path / "tokenizer.json").write_text((path / "tokenizer.json").read_text()[:-9]),
+    "no vocabulary": lambda path: (path / "tokenizer.json").write_text("{}"),
+    "no configuration": lambda path: (path / "tokenizer_config.json").write_text("{"),
+    "a list": lambda path: (path / "tokenizer_config.json").write_text("[]"),
+    "a number for a token": lambda path: edit(path / "tokenizer_config.json", bos_token=7),
+    "added tokens": lambda path: (path / "added_tokens.json").write_text("["),
+}
+
+
+@pytest.mark.parametrize("trained_here", [True, False])
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_tokenizer_that_cannot_be_read_is_one_line(tokenizer_directory, fresh, damage, trained_here):
+    origin = fresh()
+    shutil.copytree(tokenizer_directory, origin, dirs_exist_ok=True)
+    if not trained_here:
+        edit(origin / "tokenizer_config.json", pad_token="<pad>")
+    damage(origin)
+    with pytest.raises(
+        UserError, match=r"^the tokenizer in \S+ cannot be read \(.*\): download or copy it again"
+    ) as caught:
+        import_tokenizer(str(origin), fresh())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"])
+def test_what_git_lfs_did_not_fetch_is_named(tokenizer_directory, fresh, name):
+    origin = fresh()
+    if name != "tokenizer.model":
+        shutil.copytree(tokenizer_directory, origin, dirs_exist_ok=True)
+    (origin / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match=rf"{name} is a git-lfs pointer, not the file itself: run"):
+        import_tokenizer(str(origin), fresh())
+
+
+def test_a_tokenizer_is_read_where_it_lies(tokenizer, tokenizer_directory, sentencepiece_model, fresh):
+    assert read_tokenizer(str(tokenizer_directory)).fingerprint == tokenizer.fingerprint
+    alone = fresh()
+    assert not has_tokenizer(alone)
+    shutil.copy(sentencepiece_model, alone / "tokenizer.model")
+    assert has_tokenizer(alone)
+    assert has_tokenizer(tokenizer_directory)
+
+
+@given(text=hostile_text)
+def test_a_document_holds_no_other_tokens_than_it_may(any_tokenizer, text):
+    (tokens,) = any_tokenizer.encode_documents([text])
+    assert {*tokens.tolist()} <= {*any_tokenizer.in_documents.values()}

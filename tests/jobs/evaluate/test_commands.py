@@ -1,10 +1,12 @@
 """`fot evaluate` on a checkpoint made on the spot."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fot_model import Adapter, FotLlamaConfig, FotLlamaForCausalLM, fingerprint
 from jobs.evaluate.commands import _merged
@@ -177,9 +179,20 @@ def test_a_mistake_is_one_line(fot_here, checkpoint: Path, arguments: list[str],
 
 def test_what_is_no_model_to_evaluate_is_one_line(fot_here, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "training" / "step-00000100").mkdir(parents=True)
+    for name in ("part", "narrow", "unread"):
+        shutil.copytree(checkpoint, tmp_path / name)
+    weights = load_file(tmp_path / "part" / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "norm" not in name}
+    save_file(kept, tmp_path / "part" / "model.safetensors")
+    narrow = FotLlamaConfig.from_pretrained(checkpoint, vocab_size=9)
+    FotLlamaForCausalLM(narrow).save_pretrained(tmp_path / "narrow")
+    (tmp_path / "unread" / "tokenizer.json").write_text("{")
     (checkpoint / "tokenizer.json").rename(tmp_path / "tokenizer.json")
     for path, message in (
         (checkpoint, "has no tokenizer: put its tokenizer.json"),
+        (tmp_path / "part", "part lacks model.layers.0.input_layernorm.weight, "),
+        (tmp_path / "narrow", "narrow only 9: set tokenizer.path"),
+        (tmp_path / "unread", "unread cannot be read ("),
         (tmp_path / "training", "holds a training's checkpoints: `fot export"),
         (tmp_path / "none", "is no directory"),
         ("models:/fot/none@champion", "models:/fot/none"),

@@ -15,15 +15,16 @@ import pytest
 import s3fs
 import torch
 from moto.server import ThreadedMotoServer
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
-from fot_model import Adapter, FotLlamaForCausalLM
+from fot_model import Adapter, FotLlamaConfig, FotLlamaForCausalLM
 from jobs.train.checkpoint_store import CheckpointStore
-from jobs.train.checkpoints import cpu_copy
+from jobs.train.checkpoints import _model_files, cpu_copy
 from jobs.train.config import Training
 from jobs.train.estimate import checkpoint_bytes
 from jobs.train.export import export_adapter, export_checkpoint
 from jobs.train.shape import Shape
+from pipelines.tokenizer import train_tokenizer
 
 CASES = {
     "zero0": {"stage": 0},
@@ -467,3 +468,21 @@ def test_a_copy_keeps_what_a_modules_state_knows_and_does_not_change_with_it():
     assert made["settings"] == {"list": [1]}
     assert made["scaler"].scale == 1.0
     assert not torch.equal(made["module"]["weight"], module.weight)
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_chat_template_lies_beside_the_weights(tmp_path, place):
+    (tmp_path / "tokenizer").mkdir()
+    train_tokenizer(["the cat sat on the mat"] * 9, 270, tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer" / place
+    if file.suffix == ".json":
+        file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": "{{ messages }}"}))
+    else:
+        file.write_text("{{ messages }}")
+    config = FotLlamaConfig(
+        vocab_size=270, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    for name, content in _model_files(FotLlamaForCausalLM(config), tmp_path / "tokenizer", None).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == "{{ messages }}"

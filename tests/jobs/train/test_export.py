@@ -29,7 +29,9 @@ def tokenizer(tmp_path_factory) -> Path:
 def save(tmp_path, tokenizer):
     """Write the checkpoint that one rank without ZeRO writes. Returns its model."""
 
-    def write(step: int = 1, dtype: str = "float32", ranks=(0,), world: int = 1) -> FotLlamaForCausalLM:
+    def write(
+        step: int = 1, dtype: str = "float32", ranks=(0,), world: int = 1, says_tied: bool | None = None
+    ) -> FotLlamaForCausalLM:
         torch.manual_seed(step)
         config = FotLlamaConfig(
             vocab_size=270, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
@@ -40,7 +42,8 @@ def save(tmp_path, tokenizer):
         model.generation_config.max_new_tokens = 7
         store = CheckpointStore(str(tmp_path / "checkpoints"))
         contents = {file.name: file.read_bytes() for file in tokenizer.iterdir()}
-        contents["config.json"] = model.config.to_json_string().encode()
+        said = {} if says_tied is None else {"tie_word_embeddings": says_tied}
+        contents["config.json"] = json.dumps({**model.config.to_dict(), **said}).encode()
         contents["generation_config.json"] = model.generation_config.to_json_string().encode()
         files = {}
         for name, content in contents.items():
@@ -227,3 +230,48 @@ def test_an_adapter_is_put_on_a_base_that_is_no_directory(write_gguf, tmp_path, 
     assert made.config.mem_layers == [1]
     assert torch.equal(made.get_parameter(name), adapter.tensors[name])
     assert torch.equal(made.model.embed_tokens.weight, base.model.embed_tokens.weight)
+
+
+def test_an_output_layer_of_its_own_is_exported_whatever_the_configuration_says(save, checkpoints, tmp_path):
+    model = save(says_tied=True)
+    export_checkpoint(str(checkpoints), tmp_path / "model")
+    assert equal(tmp_path / "model", model)
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(plain.lm_head.weight, model.lm_head.weight)
+    assert not torch.equal(plain.lm_head.weight, plain.model.embed_tokens.weight)
+
+
+def test_an_output_layer_that_a_part_trained_is_exported(part, save, checkpoints, tmp_path):
+    model = save(says_tied=True)
+    store = CheckpointStore(str(checkpoints))
+    record, own = store.all()[0].records[0], torch.randn(270, 16)
+    model.save_pretrained(tmp_path / "other")
+    adapter = Adapter(fingerprint(model), {"mem_layers": [1], "mem_gate": True})
+    adapter.save(tmp_path / "none")
+    files = {**record.files}
+    for file in (tmp_path / "none").iterdir():
+        files[f"model/{file.name}"] = store.write(
+            1, f"model/{file.name}", lambda stream, f=file: stream.write(f.read_bytes())
+        )
+    files[WEIGHTS] = store.write(1, WEIGHTS, partial(torch.save, {"module": {"lm_head.weight": own}}))
+    base = {"path": str(tmp_path / "other"), "fingerprint": adapter.base}
+    store.write_record(replace(record, files=files, base=base))
+    export_checkpoint(str(checkpoints), tmp_path / "model")
+    exported = FotLlamaForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(exported.lm_head.weight, own)
+    assert torch.equal(exported.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_what_was_written_is_compared_with_what_was_trained(save, checkpoints, tmp_path, monkeypatch):
+    save()
+    whole = FotLlamaForCausalLM.save_pretrained
+
+    def wrong(model, *arguments, **how):
+        with torch.no_grad():
+            model.get_parameter(QUERY)[3, 3] += 1e-2
+        whole(model, *arguments, **how)
+
+    monkeypatch.setattr(FotLlamaForCausalLM, "save_pretrained", wrong)
+    with pytest.raises(AssertionError, match="is not what was trained"):
+        export_checkpoint(str(checkpoints), tmp_path / "model")
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints"]

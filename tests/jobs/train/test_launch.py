@@ -2,11 +2,14 @@
 
 import errno
 import os
+import pickle
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pyarrow as pa
@@ -16,11 +19,12 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from fot_model import FotLlamaForCausalLM
-from jobs.train.launch import train
+from jobs.train.launch import _worker, train
 from jobs.train.metrics import last_metrics
 from jobs.train.spec import CHECKPOINTS, METRICS, MODEL, TrainSpec
 from pipelines.dataset import DamagedShardError
 from pipelines.documents import BATCHES
+from pipelines.errors import UserError
 
 
 def test_zero_on_two_workers_equals_plain_torch_and_a_killed_worker_changes_nothing(
@@ -92,3 +96,48 @@ def test_a_shard_that_is_damaged_stops_the_training_and_is_named(spec: TrainSpec
     shard.write_bytes(content)
     train(spec)
     assert len(losses(spec.output)) == spec.training.steps
+
+
+class UnpicklableError(ValueError):
+    """One that pickle cannot make again."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(one)
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (UserError("mend it"), UserError),
+        (ValueError("of the code"), ValueError),
+        (KeyError("q"), KeyError),
+        (NotImplementedError("not yet"), NotImplementedError),
+        (UnpicklableError("a", "b"), RuntimeError),
+        (RuntimeError("connection closed by peer"), None),
+        (OSError("stale file handle"), None),
+    ],
+    ids=repr,
+)
+def test_what_would_come_again_is_left_for_the_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception, told: type[Exception] | None
+) -> None:
+    started = []
+
+    def train_loop(spec: object) -> None:
+        started.append(spec)
+        raise raised
+
+    monkeypatch.setitem(sys.modules, "jobs.train.loop", SimpleNamespace(train_loop=train_loop))
+    failure = tmp_path / "failure"
+    with pytest.raises(type(raised)):
+        _worker({"spec": 1, "failure": failure})
+    assert failure.exists() is (told is not None)
+    if told is None:
+        return
+    _worker({"spec": 1, "failure": failure})
+    assert len(started) == 1  # not started again
+    left = pickle.loads(failure.read_bytes())
+    assert type(left) is told
+    assert str(raised) in str(left)
+    notes = "".join(getattr(left, "__notes__", []))
+    assert ("train_loop" in notes) is (told is not UserError)
