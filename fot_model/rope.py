@@ -1,4 +1,4 @@
-"""Rotary positions (RoPE) turned back: a key moves to an earlier position without its hidden state.
+"""Rotary positions (RoPE), and their turning back: a key moves to an earlier position without its hidden state.
 
 Shapes: B batch, Hk key/value heads, L tokens, D head size.
 """
@@ -17,6 +17,11 @@ def rotation(rope: LlamaRotaryEmbedding, by_BL: Tensor, window: int) -> tuple[Te
     angles_BLF = by_BL[..., None].float() * rope.inv_freq.to(by_BL.device, torch.float32)
     angles_BLD = torch.cat([angles_BLF, angles_BLF], dim=-1)
     return angles_BLD.cos(), angles_BLD.sin()
+
+
+def turn(x_BHLD: Tensor, cos_BLD: Tensor, sin_BLD: Tensor) -> Tensor:
+    """Queries or keys rotated by these angles, as transformers rotates them."""
+    return x_BHLD * cos_BLD[:, None] + rotate_half(x_BHLD) * sin_BLD[:, None]
 
 
 def turn_back(keys_BHkLD: Tensor, cos_BLD: Tensor, sin_BLD: Tensor) -> Tensor:
