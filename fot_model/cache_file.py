@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from fot_model.config import FotLlamaConfig
@@ -39,9 +38,11 @@ def write(path: str | os.PathLike[str], model: PreTrainedModel, tensors: Mapping
     metadata = {"format": FORMAT, "model": fingerprint(model), "left": json.dumps(left)}
     heads = HeadShards(model)
     whole = {key: heads.gathered(key, tensor).contiguous() for key, tensor in tensors.items()}
-    if heads.rank == 0:
-        _write(path, whole, {**metadata, "digest": contents_digest(metadata, whole)})
-    heads.wait()
+    try:
+        if heads.rank == 0:
+            _write(path, whole, {**metadata, "digest": contents_digest(metadata, whole)})
+    finally:
+        heads.wait()
 
 
 def _write(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -77,7 +78,9 @@ def read(path: str | os.PathLike[str], model: PreTrainedModel) -> tuple[dict[str
     if wrong is not None:
         raise ValueError(f"{path} is a damaged memory file ({wrong}): save it again")
     heads = HeadShards(model)
-    device = torch.device("cpu") if model.device.type == "meta" else model.device  # offloaded: its layers move it
+    device: Any = model.device
+    if device.type == "meta":  # offloaded by accelerate
+        device = getattr(getattr(model, "_hf_hook", None), "execution_device", None) or "cpu"
     return {key: heads.own(key, tensor).to(device) for key, tensor in tensors.items()}, int(left)
 
 
@@ -143,8 +146,9 @@ def contents_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) 
 
 
 def _digest(tensor: Tensor) -> str:
-    flat = tensor.detach().to("cpu").contiguous().flatten()
-    return hashlib.blake2b(flat.view(torch.uint8).numpy(), digest_size=32).hexdigest()
+    digest = hashlib.blake2b(digest_size=32)
+    digest.update(tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -184,10 +188,11 @@ def _parameters(module: nn.Module, prefix: str, known: dict[int, nn.Parameter]) 
     with _brought(module):
         for name in own:
             yield prefix + name, _whole(getattr(module, name))
-    for name, child in module.named_children():
+    children: Iterator[tuple[str, Any]] = module.named_children()
+    for name, child in children:
         if hasattr(child, "base_layer") and hasattr(child, "get_delta_weight"):  # a layer of LoRA or its like
-            for own, parameter in _parameters(child.base_layer, f"{prefix}{name}.", known):
-                yield own, _adapted(child, parameter) if own == f"{prefix}{name}.weight" else parameter
+            for each, parameter in _parameters(child.base_layer, f"{prefix}{name}.", known):
+                yield each, _adapted(child, parameter) if each == f"{prefix}{name}.weight" else parameter
         elif hasattr(child, "original_module") and hasattr(child, "modules_to_save"):
             on = [] if child.disable_adapters else child.active_adapters
             counts = [child.modules_to_save[each] for each in on if each in child.modules_to_save]
@@ -201,18 +206,26 @@ def _brought(module: nn.Module) -> Any:
     has partitioned them."""
     own = list(module.parameters(recurse=False))
     if any(hasattr(parameter, "ds_id") for parameter in own):
-        from deepspeed.zero import GatheredParameters  # what partitioned it is installed
-
-        return GatheredParameters(own)
+        return _gathered(own)
     if not any(parameter.is_meta for parameter in own):
         return nullcontext()
-    from accelerate.utils import align_module_device  # what offloaded it is installed
+    from accelerate.utils import align_module_device  # type: ignore[import-untyped]  # what offloaded it is installed
 
     return align_module_device(module)
 
 
+@contextmanager
+def _gathered(partitioned: list[Any]) -> Iterator[None]:
+    """By the methods that DeepSpeed gives its parameters."""
+    partitioned[0].all_gather(param_list=partitioned)
+    try:
+        yield
+    finally:
+        partitioned[0].partition(param_list=partitioned, has_been_updated=False)
+
+
 def _whole(parameter: Tensor) -> Tensor:
-    if isinstance(parameter, DTensor):
+    if hasattr(parameter, "full_tensor"):  # a DTensor
         parameter = parameter.full_tensor()
     if type(parameter) not in (Tensor, nn.Parameter) and hasattr(type(parameter), "__torch_dispatch__"):
         parameter = parameter.dequantize()  # a kind of tensor that torchao makes
@@ -233,9 +246,9 @@ class HeadShards:
     """How key/value heads are spread over the ranks of tensor parallelism; not at all without it."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        weight = llama_of(model).get_submodule("model.layers.0.self_attn.k_proj").weight
+        weight: Any = llama_of(model).get_submodule("model.layers.0.self_attn.k_proj").weight
         self._group = None
-        if isinstance(weight, DTensor) and (getattr(model, "tp_size", None) or 1) > 1:
+        if hasattr(weight, "device_mesh") and (getattr(model, "tp_size", None) or 1) > 1:
             self._group = weight.device_mesh.get_group(weight.device_mesh.ndim - 1)
         self.rank, self._size = (0, 1) if self._group is None else (self._group.rank(), self._group.size())
 

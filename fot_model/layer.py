@@ -118,7 +118,8 @@ class FotAttention(LlamaAttention):
         """Of the query heads that this rank has: all, but under tensor parallelism."""
         if heads == len(of_heads_H):
             return of_heads_H
-        mesh = self.q_proj.weight.device_mesh
+        weight: Any = self.q_proj.weight  # a DTensor
+        mesh = weight.device_mesh
         return of_heads_H.chunk(len(of_heads_H) // heads)[mesh.get_local_rank(mesh.ndim - 1)]
 
     def _plain(
@@ -159,7 +160,8 @@ class FotAttention(LlamaAttention):
         return self._attend_plan((q_RHLD, k_RHkLD, v_RHkLD, far_k, far_v), cross_batch)
 
     @torch.compiler.disable  # a graph would be made anew for plans and documents of other shapes
-    def _attend_plan(self, tensors: tuple[Tensor, ...], cross_batch: CrossBatch) -> Tensor:
+    def _attend_plan(self, tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], cross_batch: CrossBatch) -> Tensor:
+        """CrossBatch attention of queries, keys, values, far keys and far values."""
         plan_Rd, ranks = cross_batch.plan, cross_batch.ranks
         documents_RL, differentiable = cross_batch.document_ids, cross_batch.objective == "fot"
         if self.mem_gate is None or cross_batch.objective != "memorizing":

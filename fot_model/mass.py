@@ -199,7 +199,8 @@ def _memory_mass(
         raise ValueError("memory_mass with padding: read rows of equal length")
     unturned_q, unturned_k, v_BHkLD = attention.project(hidden_BLC)
     turned = apply_rotary_pos_emb(unturned_q, unturned_k, *attention.angles(position_embeddings))
-    q_BHLD, k_BHkLD = near_q_BHLD, _ = tuple(x.to(v_BHkLD.dtype) for x in turned)
+    q_BHLD, k_BHkLD = (x.to(v_BHkLD.dtype) for x in turned)
+    near_q_BHLD = q_BHLD
     if cache.angles is not None:  # queries and keys of the local context are ahead of those of the memory
         cos, sin = position_embeddings
         ahead = attention.angles((cache.angles[0].to(cos), cache.angles[1].to(sin)))

@@ -13,7 +13,8 @@ from fot_model.attention import wide_dtype
 def rotation(rope: LlamaRotaryEmbedding, by_BL: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines [B, L, D] in float32 of RoPE's rotation by so many positions, without the scale that some kinds
     of RoPE give them. `window`: positions in use, on which some kinds' frequencies depend."""
-    rope(torch.empty(0, device=by_BL.device), by_BL.new_full((1, 1), window - 1))  # sets the frequencies
+    if "dynamic" in rope.rope_type or rope.rope_type == "longrope":
+        rope(torch.empty(0, device=by_BL.device), by_BL.new_full((1, 1), window - 1))  # sets the frequencies
     angles_BLF = by_BL[..., None].float() * rope.inv_freq.to(by_BL.device, torch.float32)
     angles_BLD = torch.cat([angles_BLF, angles_BLF], dim=-1)
     return angles_BLD.cos(), angles_BLD.sin()

@@ -458,7 +458,8 @@ def test_compiled_the_model_trains_and_reads_the_same_whatever_the_shapes(monkey
         graphs.append(backend.frame_count)
     assert graphs[0] > 0
     assert graphs[len(STEPS) :] == graphs[-1:] * len(LATER), "what comes later is computed by the graphs that are there"
-    model.eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model.eval(), backend=backend)
     caches: list[FotCache | None] = [None, None]
     with torch.no_grad():
         for part_BL in tokens(2, 40).split([20, 3, 1, 1, 1, 9, 5], dim=1):

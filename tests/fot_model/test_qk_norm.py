@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from fot_model import DenseMemory, FotCache, FotLlamaConfig, FotLlamaForCausalLM, TopKMemory, attention_mass
-from fot_model.cache import SHAPE, fingerprint
+from fot_model.cache_file import SHAPE, fingerprint
 from fot_model.layer import TEMPERATURE, unit
 from fot_model.plan import pad_plan
 
