@@ -147,7 +147,7 @@ def contents_digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) 
 
 def _digest(tensor: Tensor) -> str:
     digest = hashlib.blake2b(digest_size=32)
-    digest.update(tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -247,10 +247,11 @@ class HeadShards:
 
     def __init__(self, model: PreTrainedModel) -> None:
         weight: Any = llama_of(model).get_submodule("model.layers.0.self_attn.k_proj").weight
-        self._group = None
+        self._group: Any = None
         if hasattr(weight, "device_mesh") and (getattr(model, "tp_size", None) or 1) > 1:
             self._group = weight.device_mesh.get_group(weight.device_mesh.ndim - 1)
-        self.rank, self._size = (0, 1) if self._group is None else (self._group.rank(), self._group.size())
+        self.rank: int = 0 if self._group is None else self._group.rank()
+        self._size: int = 1 if self._group is None else self._group.size()
 
     def gathered(self, key: str, tensor: Tensor) -> Tensor:
         """The heads of all ranks [B, Hk, L, D]."""

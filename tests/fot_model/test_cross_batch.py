@@ -215,8 +215,7 @@ def test_flex_attention_over_several_blocks_gives_what_the_parts_give() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("local", [True, False])
-@pytest.mark.parametrize("joined", [True, False])
+@pytest.mark.parametrize(("local", "joined"), [(True, True), (False, False)])
 def test_flex_attention_gives_the_gradients_that_the_parts_give(
     local: bool, joined: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

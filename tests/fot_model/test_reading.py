@@ -264,6 +264,16 @@ def test_positions_and_attention_pass_over_padding_in_every_window(
     assert_same(logits[seen_BL], naive_logits(model, ids_BL, seen_BL, last_context)[seen_BL])
 
 
+@pytest.mark.parametrize("changes", [each for each in KINDS.values() if each.get("local_context", WINDOW) % 2 == 0])
+def test_padding_of_whole_half_windows_leaves_a_row_what_it_is_alone(changes: dict[str, Any]) -> None:
+    model = focused(**changes)
+    half = model.config.window // 2
+    ids_BL, mask_BL = padded([45, 45 - half, 45 - 2 * half], 45)
+    logits = model(ids_BL, attention_mask=mask_BL).logits
+    for row in range(3):
+        assert_same(logits[row, row * half :], model(ids_BL[row : row + 1, row * half :]).logits[0])
+
+
 @pytest.mark.parametrize("mem_layers", [[1], [0, 2]])
 @pytest.mark.parametrize("rope", ROPES)
 def test_what_is_remembered_is_the_key_at_position_zero_under_any_rope(rope: str, mem_layers: list[int]) -> None:
