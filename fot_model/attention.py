@@ -24,6 +24,7 @@ def attend(
 ) -> Partial:
     """Attention to these keys alone. `causal`: query i sees keys 0 to i (L = M). `seen`: bool of four dimensions,
     broadcast to [B, H, L, M], False hides a key; a query from which all are hidden gets a log-sum-exp near `MASKED`."""
+    _check(q_BHLD, k_BHkMD, v_BHkMD, causal, seen)
     bias = _bias(q_BHLD, k_BHkMD.shape[2], causal, seen)
     if is_fused(q_BHLD, k_BHkMD, v_BHkMD):
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -51,6 +52,9 @@ def attend_backward(
     seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys, values of a part, given output and log-sum-exp of the union it belongs to."""
+    _check(q_BHLD, k_BHkMD, v_BHkMD, causal, seen)
+    assert grad_BHLD.shape == out_BHLD.shape == q_BHLD.shape, (grad_BHLD.shape, out_BHLD.shape, q_BHLD.shape)
+    assert lse_BHL.shape == q_BHLD.shape[:3], (lse_BHL.shape, q_BHLD.shape)
     bias = _bias(q_BHLD, k_BHkMD.shape[2], causal, seen)
     if _fused(q_BHLD):
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -89,6 +93,19 @@ def is_fused(q_BHLD: Tensor, *others: Tensor) -> bool:
     """Whether torch's CPU kernel attends with these queries, keys and values: no score matrix is made."""
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BHLD, *others))
     return _fused(q_BHLD) and not differentiated
+
+
+def _check(q_BHLD: Tensor, k_BHkMD: Tensor, v_BHkMD: Tensor, causal: bool, seen: Tensor | None) -> None:
+    """The kernel takes shapes on trust, and reads past the end of tensors that are too short."""
+    (B, H, L, D), (_, Hk, M, _) = q_BHLD.shape, k_BHkMD.shape
+    shapes = (tuple(q_BHLD.shape), tuple(k_BHkMD.shape), tuple(v_BHkMD.shape))
+    assert shapes[1] == shapes[2] == (B, Hk, M, D), shapes
+    assert H % Hk == 0, shapes
+    assert L == M or not causal, shapes
+    assert q_BHLD.dtype == k_BHkMD.dtype == v_BHkMD.dtype, (q_BHLD.dtype, k_BHkMD.dtype, v_BHkMD.dtype)
+    if seen is not None:
+        fits = zip(seen.shape, (B, H, L, M), strict=True)
+        assert all(size in (1, whole) for size, whole in fits), (tuple(seen.shape), *shapes)
 
 
 def _fused(q_BHLD: Tensor) -> bool:

@@ -5,34 +5,29 @@ memory layers, for everything before). Tokens enter at the end of the local cont
 block, into the memory: memory layers hand theirs over turned back to position 0, the other layers forget theirs, and
 what stays moves down to the first positions.
 
-Shapes: B batch, Hk key/value heads, L tokens, D head size.
+Moving down turns no key: RoPE tells distances only, so queries and keys that come later are turned by as much more (the
+lead) as those before have moved down. Not before the lead exceeds a window are keys turned back by it, so that a key is
+rounded three times at most, when it enters, once between and when it leaves, however many times something left.
+
+Shapes: B batch, Hk key/value heads, L tokens, P tokens read, D head size.
 """
 
 import copy
-import hashlib
-import json
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from fot_model import cache_file
 from fot_model.config import FotLlamaConfig
 from fot_model.memory import DenseMemory, GrowingBuffer, Memory
 from fot_model.rope import rotation, turn_back
-
-FORMAT = "fot-cache-1"
-# What, beside the parameters, decides on keys and values.
-SHAPE = (
-    "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act", "rope_parameters",
-    "mem_layers", "mem_positionals", "mem_gate", "mem_qk_norm",
-)  # fmt: skip
 
 
 class FotCache(DynamicCache):
@@ -47,16 +42,26 @@ class FotCache(DynamicCache):
         super().__init__(config=config)
         self.memory: Memory = DenseMemory(config.memory_dtype) if memory is None else memory
         self.seen_BL: Tensor | None = None  # bool, False for padding, of the local context; None without padding
+        self.angles: tuple[Tensor, Tensor] | None = None  # of new tokens, lead included [B or 1, L, D]; None without
+        self._lead_B1: Tensor | None = None  # by how many positions more than their own keys are turned; None for 0
+        self._window = config.window
         self._mem_layers = frozenset(config.mem_layers or [])
         self._turns_memory_layers = config.mem_positionals
         self._rope = LlamaRotaryEmbedding(config)
         self._left = len(self.memory)  # tokens that left the local context
         self._reach = 0  # positions used while the local context's keys were rotated
         self._tail = Tail()
+        self._undo: Undo | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """All tokens read."""
         return self._left + self.local_length
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As transformers does, in the number type that is computed in: under autocast RoPE leaves keys in float32."""
+        return super().update(key_states.to(value_states.dtype), value_states, layer_idx, *args, **kwargs)
 
     @property
     def local_length(self) -> int:
@@ -77,14 +82,44 @@ class FotCache(DynamicCache):
 
     def enter(self, seen_BL: Tensor | None, length: int, rows: int, device: torch.device) -> Tensor:
         """Make room for `length` new tokens; `seen_BL` is False where they are padding. Returns their positions
-        [B or 1, length]: in the local context, padding not counted."""
+        [B or 1, length]: in the local context, padding not counted. `angles` are theirs until the next ones."""
         start = self.local_length
         self._reach = max(self._reach if start else 0, start + length)
         if seen_BL is not None or self.seen_BL is not None:
             all_seen = torch.ones(rows, start + length, dtype=torch.bool, device=device)
             past = all_seen[:, :start] if self.seen_BL is None else self.seen_BL
             self.seen_BL = torch.cat([past, all_seen[:, start:] if seen_BL is None else seen_BL], dim=1)
-        return self._positions(start + length, device)[:, start:]
+        positions = self._positions(start + length, device)[:, start:]
+        self.angles = None
+        if self._lead_B1 is not None:
+            cos, sin = rotation(self._rope, positions + self._lead_B1.to(device), self._reach)
+            self.angles = cos * self._rope.attention_scaling, sin * self._rope.attention_scaling
+        return positions
+
+    def hide(self, seen_BP: Tensor) -> None:
+        """Hide what was read already, where `seen_BP` is False: those that come next neither see nor count it. Raises
+        ValueError for a token that was padding when it was read and is to be seen now."""
+        known_BP = self._known(seen_BP)
+        if known_BP is None and seen_BP.all():
+            return
+        known_BP = torch.ones_like(seen_BP) if known_BP is None else known_BP
+        if (seen_BP & ~known_BP).any():
+            raise ValueError(
+                "attention_mask shows tokens that were padding when they were read: give the mask that they were read "
+                "with, or that of the new tokens alone"
+            )
+        if not (known_BP & ~seen_BP).any():
+            return
+        if self._left and len(self.memory):
+            self.memory.hide(seen_BP[:, : self._left])
+        length = self.local_length
+        if length:
+            before = self._positions(length, seen_BP.device)
+            self.seen_BL = seen_BP[:, self._left :]
+            back = before - self._positions(length, seen_BP.device)
+            if back.any():  # what follows a hidden token moves down
+                self._turn_back(rotation(self._rope, back, self._reach))
+        self._tail.hide(seen_BP[:, seen_BP.shape[1] - len(self._tail) :])
 
     def evict(self, count: int) -> None:
         """Move the first `count` tokens of the local context to the memory."""
@@ -92,30 +127,32 @@ class FotCache(DynamicCache):
         assert 0 <= count <= length, (count, length)
         if count == 0:
             return
+        self._keep_local()
         device = self.layers[0].keys.device
         positions = self._positions(length, device)
         gone_BL = None if self.seen_BL is None else self.seen_BL[:, :count]
-        moved_B1 = positions.new_full((1, 1), count) if gone_BL is None else gone_BL.sum(1, keepdim=True)
-        back_to_start = rotation(self._rope, positions[:, :count], self._reach)
-        back_by_moved = rotation(self._rope, moved_B1, self._reach)
+        lead_B1 = positions.new_zeros((1, 1)) if self._lead_B1 is None else self._lead_B1.to(device)
+        back_to_start = rotation(self._rope, positions[:, :count] + lead_B1, self._reach)
         for number, layer in enumerate(self.layers):
-            remembers = number in self._mem_layers
-            turns = self._turns_memory_layers or not remembers
             keys, values = layer.keys, layer.values
-            if remembers:
+            if number in self._mem_layers:
                 gone = keys[:, :, :count]
-                gone = turn_back(gone, *back_to_start) if turns else gone
+                gone = turn_back(gone, *back_to_start) if self._turns(number) else gone
                 self.memory.append(number, gone, values[:, :, :count], gone_BL)
             if count == length:
                 layer.reset()
             else:
-                kept = keys[:, :, count:]
-                layer.keys = turn_back(kept, *back_by_moved) if turns else kept.clone()
-                layer.values = values[:, :, count:].clone()
+                layer.keys, layer.values = keys[:, :, count:].clone(), values[:, :, count:].clone()
         if self.seen_BL is not None:
             stays_BL = self.seen_BL[:, count:]
             self.seen_BL = None if stays_BL.all() else stays_BL
         self._left += count
+        self._lead_B1 = None
+        if count < length:
+            self._lead_B1 = lead_B1 + (count if gone_BL is None else gone_BL.sum(1, keepdim=True))
+            if self._lead_B1.max() > self._window:
+                self._turn_back(rotation(self._rope, self._lead_B1, self._reach))
+                self._lead_B1 = None
 
     def flush(self) -> None:
         """Move the whole local context to the memory: the next tokens start a new one (the next document)."""
@@ -147,13 +184,16 @@ class FotCache(DynamicCache):
         empty afterwards."""
         if not 0 <= length <= self.get_seq_length():
             raise ValueError(f"truncate to {length} tokens: {self.get_seq_length()} were read")
+        self._keep_local()
         self._tail = self._tail.before(len(self._tail) - (self.get_seq_length() - length))
         if length > self._left:
             super().crop(length - self.get_seq_length())
             self.seen_BL = None if self.seen_BL is None else self.seen_BL[:, : self.local_length]
             return
+        if self._undo is not None and length < self._left and not self._undo.memory:
+            self._undo.keep_memory(self.memory, length)
         super().reset()
-        self.seen_BL = None
+        self.seen_BL = self._lead_B1 = None
         self.memory.truncate(length)
         self._left = length
 
@@ -177,6 +217,8 @@ class FotCache(DynamicCache):
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self.seen_BL = None if self.seen_BL is None else self.seen_BL[indices]
+        if self._lead_B1 is not None and self._lead_B1.shape[0] > 1:
+            self._lead_B1 = self._lead_B1[indices]
         self.memory.select(indices)
         self._tail.select(indices)
 
@@ -198,59 +240,125 @@ class FotCache(DynamicCache):
         return made
 
     def save(self, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
-        """Write everything to a safetensors file, which says what model it belongs to."""
+        """Write everything to a safetensors file, which says what model it belongs to. With sharded models all ranks
+        call it; under tensor parallelism the first writes the heads of all."""
         tensors = {f"memory.{key}": tensor for key, tensor in self.memory.state_dict().items()}
         for number, layer in enumerate(self.layers):
             if layer.is_initialized:
                 tensors |= {f"local.{number}.keys": layer.keys, f"local.{number}.values": layer.values}
         if self.seen_BL is not None:
             tensors["seen"] = self.seen_BL
+        if self._lead_B1 is not None:
+            tensors["lead"] = self._lead_B1
         if len(self._tail):
             tensors["tail.embeddings"], tensors["tail.seen"] = self._tail.inputs()
-        metadata = {"format": FORMAT, "model": fingerprint(model), "left": json.dumps(self._left)}
-        unfinished = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
-        try:
-            unfinished.touch()
-            mode = unfinished.stat().st_mode
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, unfinished, metadata)
-            unfinished.chmod(mode)  # safetensors lets no one else read it
-            os.replace(unfinished, path)
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from None
-        finally:
-            unfinished.unlink(missing_ok=True)
+        cache_file.write(path, model, tensors, self._left)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: PreTrainedModel, memory: Memory | None = None) -> "FotCache":
         """Read what `save` wrote, onto the model's device; `memory` takes the memory's part (by default a
-        `DenseMemory`). Raises ValueError for a file of another model or of another kind."""
+        `DenseMemory`). Raises ValueError for a file of another model or of another kind, and for a damaged one: what a
+        file holds is told by its digest, and must fit together."""
         cache = cls(model.config, memory)
-        if not os.path.isfile(path):
-            raise ValueError(f"{path} is no memory file: there is no such file")
-        try:
-            with safe_open(os.fspath(path), framework="pt", device=str(model.device)) as file:
-                metadata = file.metadata() or {}
-                check_origin(path, metadata, model)
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no memory file, or damaged ({error}): save it again") from None
+        tensors, cache._left = cache_file.read(path, model)
         cache.memory.load_state_dict(
             {key.removeprefix("memory."): tensor for key, tensor in tensors.items() if key.startswith("memory.")}
         )
         for number, layer in enumerate(cache.layers):
             if f"local.{number}.keys" in tensors:
                 layer.update(*(tensors[f"local.{number}.{name}"].to(model.dtype) for name in ("keys", "values")))
-        cache.seen_BL = tensors.get("seen")
+        cache.seen_BL, cache._lead_B1 = tensors.get("seen"), tensors.get("lead")
         if "tail.embeddings" in tensors:
             cache.note(tensors["tail.embeddings"].to(model.dtype), tensors["tail.seen"])
-        cache._left, cache._reach = json.loads(metadata["left"]), cache.local_length
+        cache._reach = cache.local_length
         return cache
+
+    @contextmanager
+    def undone_on_failure(self) -> Iterator[None]:
+        """What is read inside is not there where it fails: the cache is as it was before. Costs nothing but, where
+        something leaves the local context, that this is held a second time until the end."""
+        names = ("seen_BL", "angles", "_lead_B1", "_left", "_reach", "_tail")
+        before, tail = {name: getattr(self, name) for name in names}, len(self._tail)
+        self._undo = undo = Undo(self.local_length)
+        try:
+            yield
+        except BaseException:
+            self._keep_local()
+            for layer, (keys, values) in zip(self.layers, undo.local or [], strict=True):
+                layer.reset()
+                if undo.length:
+                    layer.lazy_initialization(keys, values)
+                    layer.keys, layer.values = keys, values
+            if len(self.memory):
+                self.memory.truncate(min(undo.remembered, before["_left"]) if undo.memory else before["_left"])
+            for number, (keys, values, seen_BL) in undo.memory.items():
+                self.memory.append(number, keys, values, seen_BL)
+            for name, value in before.items():
+                setattr(self, name, value)
+            self._tail = self._tail.before(tail)
+            raise
+        finally:
+            self._undo = None
+
+    def _keep_local(self) -> None:
+        """Hold what `undone_on_failure` is to bring back, before it changes in place of being appended to."""
+        if self._undo is not None and self._undo.local is None:
+            length = self._undo.length
+            self._undo.local = [
+                (layer.keys[:, :, :length], layer.values[:, :, :length]) if length else (None, None)
+                for layer in self.layers
+            ]
+
+    def _turns(self, number: int) -> bool:
+        """Whether the layer has positions."""
+        return self._turns_memory_layers or number not in self._mem_layers
+
+    def _turn_back(self, by: tuple[Tensor, Tensor]) -> None:
+        """Turn all keys of the local context."""
+        for number, layer in enumerate(self.layers):
+            if self._turns(number):
+                layer.keys = turn_back(layer.keys, *by)
+
+    def _known(self, like_BP: Tensor) -> Tensor | None:
+        """What of all tokens read is no padding, as far as it is known; None where nothing is."""
+        held = [tensor for name, tensor in self.memory.state_dict().items() if name.endswith(".seen")]
+        if not held and self.seen_BL is None:
+            return None
+        known_BP = torch.ones_like(like_BP)
+        if held:
+            known_BP[:, : self._left] = held[0][:, 0, :, 0].to(known_BP.device)
+        if self.seen_BL is not None:
+            known_BP[:, self._left :] = self.seen_BL.to(known_BP.device)
+        return known_BP
 
     def _positions(self, length: int, device: torch.device) -> Tensor:
         """Positions [B or 1, length] of the local context's first tokens, padding not counted."""
         if self.seen_BL is None:
             return torch.arange(length, device=device)[None]
         return (self.seen_BL[:, :length].long().cumsum(1) - 1).clamp(min=0)
+
+
+@dataclass
+class Undo:
+    """What a failure is to bring back: the first `length` tokens of the local context [(keys, values) a layer], and
+    what was taken from the memory: the tokens after `remembered`, by layer."""
+
+    length: int
+    local: list[Any] | None = None
+    remembered: int = 0
+    memory: dict[int, tuple[Tensor, Tensor, Tensor | None]] = field(default_factory=dict)
+
+    def keep_memory(self, memory: Memory, length: int) -> None:
+        """Copy what is about to be forgotten, and written over."""
+        held = {name: tensor[:, :, length:].clone() for name, tensor in memory.state_dict().items()}
+        self.remembered = length
+        for name, keys in held.items():
+            if name.endswith(".keys"):
+                number = name.removesuffix(".keys")
+                seen = held.get(f"{number}.seen")
+                self.memory[int(number)] = (
+                    keys, held[f"{number}.values"], None if seen is None else seen[:, 0, :, 0],
+                )  # fmt: skip
 
 
 class Tail:
@@ -281,30 +389,7 @@ class Tail:
         self._embeddings.select(rows)
         self._seen.select(rows)
 
-
-def check_origin(path: str | os.PathLike[str], metadata: Mapping[str, str], model: PreTrainedModel) -> None:
-    """Raises ValueError for a file of another kind, or of another model."""
-    if metadata.get("format") != FORMAT or "model" not in metadata:
-        raise ValueError(f"{path} is no memory file: FotCache.save writes one")
-    if (theirs := metadata["model"]) != (ours := fingerprint(model)):
-        raise ValueError(
-            f"{path} is the memory of another model (fingerprint {theirs[:12]}, this model's is {ours[:12]}): load "
-            f"that model, or read the text again with this one"
-        )
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """Names a model by its shape and a sample of every parameter, in bfloat16 so that it does not matter
-    whether it was loaded in float32 or bfloat16."""
-    digest = hashlib.sha256()
-    config = model.config
-    shape = {name: getattr(config, name) for name in SHAPE}
-    if not shape["mem_qk_norm"]:
-        del shape["mem_qk_norm"]  # so that files saved before there was such a thing are still read
-    digest.update(json.dumps(shape, sort_keys=True).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.bfloat16).contiguous()
-        digest.update(f"{name}{list(parameter.shape)}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    def hide(self, seen_BL: Tensor) -> None:
+        if len(self):
+            self._seen = GrowingBuffer()
+            self._seen.append(seen_BL[:, None, :, None])

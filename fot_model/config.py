@@ -152,6 +152,11 @@ class LongLlamaConfig(FotLlamaConfig):
         for name, (value, only) in said.items():
             if value != only:
                 raise ValueError(f"the longllama layout has no {name} {value!r} (only {only!r}): save it as fot_llama")
+        if self.last_context_length is None:
+            raise ValueError(
+                f"the longllama layout has no last_context_length None, windows that keep half: set a number "
+                f"({max(1, self.window // 2)}, say), with which it reads here as there, or save it as fot_llama"
+            )
         super().check()
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,5 +169,5 @@ class LongLlamaConfig(FotLlamaConfig):
             "max_position_embeddings": self.window,
             "rope_theta": rope.get("rope_theta", 10000.0),
             "mem_dtype": self.mem_dtype or str(self.dtype or torch.float32).removeprefix("torch."),
-            "last_context_length": self.last_context_length or max(1, self.window // 2),
+            "last_context_length": self.last_context_length,
         }

@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import (
 from fot_model.attention import MASKED, Partial, attend, merge
 from fot_model.cache import FotCache
 from fot_model.cross_batch import cross_batch_attention
-from fot_model.rope import turn_back
+from fot_model.rope import turn, turn_back
 
 TEMPERATURE = 10.0  # what a head's starts with
 
@@ -81,11 +81,14 @@ class FotAttention(LlamaAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         assert position_embeddings is not None, "LlamaModel always gives them"
-        cos, sin = self.angles(position_embeddings)
+        cache = past_key_values if isinstance(past_key_values, FotCache) else None
+        cos, sin = in_window = self.angles(position_embeddings)
+        if cache is not None and cache.angles is not None:
+            cos, sin = self.angles((cache.angles[0].to(cos), cache.angles[1].to(sin)))
         if cross_batch is not None and (self.is_memory_layer or cross_batch.objective == "transformer_xl"):
             out_BHLD = self._train(hidden_states, cos, sin, cross_batch)
-        elif self.is_memory_layer and isinstance(past_key_values, FotCache) and len(past_key_values.memory):
-            out_BHLD = self._read(hidden_states, cos, sin, past_key_values)
+        elif self.is_memory_layer and cache is not None and len(cache.memory):
+            out_BHLD = self._read(hidden_states, cos, sin, in_window, cache)
         elif self.mem_temperature is not None:
             return self._plain(hidden_states, cos, sin, attention_mask, past_key_values, **kwargs)
         else:
@@ -107,9 +110,17 @@ class FotAttention(LlamaAttention):
             proj(hidden_BLC).reshape(B, L, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.mem_temperature is not None:
-            length_H1 = (self.mem_temperature / self.scaling)[:, None].to(q.dtype)
+            length_H1 = (self._own(self.mem_temperature, q.shape[2]) / self.scaling)[:, None].to(q.dtype)
             q, k = unit(q) * length_H1, unit(k)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _own(self, of_heads_H: Tensor, heads: int) -> Tensor:
+        """Of the query heads that this rank has: all, but under tensor parallelism."""
+        if heads == len(of_heads_H):
+            return of_heads_H
+        weight: Any = self.q_proj.weight  # a DTensor
+        mesh = weight.device_mesh
+        return of_heads_H.chunk(len(of_heads_H) // heads)[mesh.get_local_rank(mesh.ndim - 1)]
 
     def _plain(
         self,
@@ -146,7 +157,12 @@ class FotAttention(LlamaAttention):
             turns = self.config.mem_positionals or not self.is_memory_layer
             assert cross_batch.one_context is not None
             far_k = turn_back(k_RHkLD, *cross_batch.one_context) if turns else k_RHkLD
-        tensors, plan_Rd, ranks = (q_RHLD, k_RHkLD, v_RHkLD, far_k, far_v), cross_batch.plan, cross_batch.ranks
+        return self._attend_plan((q_RHLD, k_RHkLD, v_RHkLD, far_k, far_v), cross_batch)
+
+    @torch.compiler.disable  # a graph would be made anew for plans and documents of other shapes
+    def _attend_plan(self, tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], cross_batch: CrossBatch) -> Tensor:
+        """CrossBatch attention of queries, keys, values, far keys and far values."""
+        plan_Rd, ranks = cross_batch.plan, cross_batch.ranks
         documents_RL, differentiable = cross_batch.document_ids, cross_batch.objective == "fot"
         if self.mem_gate is None or cross_batch.objective != "memorizing":
             return cross_batch_attention(
@@ -160,15 +176,20 @@ class FotAttention(LlamaAttention):
         has_memory_R = (plan_Rd >= 0).any(1).to(local_RHLD.device)
         return self._gated(local_RHLD, far_RHLD, has_memory_R[:, None, None, None])
 
-    def _read(self, hidden_BLC: Tensor, cos: Tensor, sin: Tensor, cache: FotCache) -> Tensor:
-        """Attention [B, H, L, D] to the local context and to memory."""
-        q_BHLD, k_BHkLD, v_BHkLD = self.project(hidden_BLC)
-        q_BHLD, k_BHkLD = apply_rotary_pos_emb(q_BHLD, k_BHkLD, cos, sin)
+    def _read(
+        self, hidden_BLC: Tensor, cos: Tensor, sin: Tensor, in_window: tuple[Tensor, Tensor], cache: FotCache
+    ) -> Tensor:
+        """Attention [B, H, L, D] to the local context and to memory, which lies at position 0 of the window whatever
+        the cache's lead."""
+        unturned_q, unturned_k, v_BHkLD = self.project(hidden_BLC)
+        q_BHLD, k_BHkLD = apply_rotary_pos_emb(unturned_q, unturned_k, cos, sin)
+        far_q_BHLD = q_BHLD if cache.angles is None else turn(unturned_q, *in_window)
         keys, values = cache.update(k_BHkLD, v_BHkLD, self.layer_idx)
-        q_BHLD, keys, values = (x.to(v_BHkLD.dtype) for x in (q_BHLD, keys, values))  # RoPE's float32 under autocast
+        # RoPE leaves float32 under autocast.
+        q_BHLD, far_q_BHLD, keys, values = (x.to(v_BHkLD.dtype) for x in (q_BHLD, far_q_BHLD, keys, values))
         seen_B11M = None if cache.seen_BL is None else cache.seen_BL[:, None, None, :].to(q_BHLD.device)
         local = self._attend_local(q_BHLD, keys, values, seen_B11M)
-        remembered = cache.memory.attend(self.layer_idx, q_BHLD, self.scaling)
+        remembered = cache.memory.attend(self.layer_idx, far_q_BHLD, self.scaling)
         assert remembered is not None, "the memory is not empty"
         if self.mem_gate is None:
             return merge(local, remembered)[0].to(q_BHLD.dtype)
@@ -189,7 +210,8 @@ class FotAttention(LlamaAttention):
         """The Memorizing Transformer's v = g v_mem + (1 - g) v_local, g = sigmoid(b) a head; local alone where there
         is no memory."""
         assert self.mem_gate is not None
-        gate = (self.mem_gate.float().sigmoid()[:, None, None] * has_memory).to(local_BHLD.dtype)
+        gate_H = self._own(self.mem_gate, local_BHLD.shape[1]).float().sigmoid()
+        gate = (gate_H[:, None, None] * has_memory).to(local_BHLD.dtype)
         return gate * far_BHLD.to(local_BHLD.dtype) + (1 - gate) * local_BHLD
 
 

@@ -200,6 +200,11 @@ def _memory_mass(
     unturned_q, unturned_k, v_BHkLD = attention.project(hidden_BLC)
     turned = apply_rotary_pos_emb(unturned_q, unturned_k, *attention.angles(position_embeddings))
     q_BHLD, k_BHkLD = (x.to(v_BHkLD.dtype) for x in turned)
+    near_q_BHLD = q_BHLD
+    if cache.angles is not None:  # queries and keys of the local context are ahead of those of the memory
+        cos, sin = position_embeddings
+        ahead = attention.angles((cache.angles[0].to(cos), cache.angles[1].to(sin)))
+        near_q_BHLD, k_BHkLD = (x.to(v_BHkLD.dtype) for x in apply_rotary_pos_emb(unturned_q, unturned_k, *ahead))
     memory_BHkMD = state[f"{layer}.keys"]
     own_BHL = _log_sum_exp(attention, q_BHLD, memory_BHkMD[:, :, positive.start : positive.stop])
     others_BHL = torch.logaddexp(
@@ -208,9 +213,9 @@ def _memory_mass(
     )
     memory_BHL = total_BHL = torch.logaddexp(own_BHL, others_BHL)
     if attention.mem_gate is None:
-        total_BHL = torch.logaddexp(total_BHL, attend(q_BHLD, k_BHkLD, k_BHkLD, attention.scaling, causal=True)[1])
+        total_BHL = torch.logaddexp(total_BHL, attend(near_q_BHLD, k_BHkLD, k_BHkLD, attention.scaling, causal=True)[1])
         if cache.layers[layer].get_seq_length():
-            total_BHL = torch.logaddexp(total_BHL, _log_sum_exp(attention, q_BHLD, cache.layers[layer].keys))
+            total_BHL = torch.logaddexp(total_BHL, _log_sum_exp(attention, near_q_BHLD, cache.layers[layer].keys))
     positive_H, memory_H = ((lse - total_BHL).double().exp().sum((0, 2)).cpu() for lse in (own_BHL, memory_BHL))
     return positive_H, memory_H
 

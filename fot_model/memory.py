@@ -42,8 +42,12 @@ class Memory(Protocol):
     def select(self, rows: Tensor) -> None:
         """Row i becomes what row `rows[i]` was: beams are reordered, rows dropped or repeated."""
 
+    def hide(self, seen_BM: Tensor) -> None:
+        """Hide the tokens where `seen_BM` (bool) is False."""
+
     def state_dict(self) -> dict[str, Tensor]:
-        """What is remembered, to be saved."""
+        """What is remembered, to be saved: by layer `N.keys` and `N.values` [B, Hk, M, D], and where there is padding
+        `N.seen` [B, 1, M, 1]."""
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Remember what `state_dict` gave, instead of what is held."""
@@ -99,6 +103,10 @@ class LayerMemory:
             self._seen.append(seen_BL[:, None, :, None].to(k_BHkLD.device))
         self.keys.append(k_BHkLD)
         self.values.append(v_BHkLD)
+
+    def hide(self, seen_BM: Tensor) -> None:
+        self._seen = GrowingBuffer()
+        self._seen.append(seen_BM[:, None, :, None].to(self.keys.view().device))
 
     def chunks(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Keys and values [B, Hk, <= size, D] as held, seen [B, 1, 1, <= size] or None."""
@@ -161,6 +169,10 @@ class DenseMemory:
         for layer in self._layers.values():
             for buffer in layer.buffers().values():
                 buffer.select(rows)
+
+    def hide(self, seen_BM: Tensor) -> None:
+        for layer in self._layers.values():
+            layer.hide(seen_BM)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {

@@ -20,7 +20,7 @@ from transformers import Cache, LlamaForCausalLM
 from transformers.generation import GenerationMode, MaxLengthCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils.generic import can_return_tuple
+from transformers.utils import logging
 
 from fot_model.adapter import Adapter, fingerprint
 from fot_model.cache import FotCache
@@ -29,9 +29,11 @@ from fot_model.config import FotLlamaConfig, LongLlamaConfig
 from fot_model.cross_batch import same_document
 from fot_model.layer import TEMPERATURE, CrossBatch, FotAttention, Objective
 from fot_model.loss import IGNORE, LmHead
-from fot_model.plan import check_plan
-from fot_model.reading import check_cache, check_positions, check_rows, check_unpadded, new_padding, read
+from fot_model.plan import check_plan, documents_of
+from fot_model.reading import check_cache, check_positions, check_rows, check_unpadded, padding, read
 from fot_model.rope import rotation
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         super().set_output_embeddings(new_embeddings)
         LmHead.adopt(new_embeddings)
 
-    @can_return_tuple
+    @torch.compiler.disable(recursive=False)  # looks at what it is given; what computes is compiled
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -169,8 +171,10 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         num_items_in_batch: Tensor | int | None = None,
         reduction: Literal["mean", "none"] = "mean",
         skip_logits: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
         check_rows(input_ids)
         inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
         given = [tensor for tensor in inputs.values() if tensor is not None]
@@ -195,11 +199,11 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         if plan is not None:
             if past_key_values is not None:
                 raise ValueError("past_key_values with a plan: in training the plan's rows are the past")
-            if attention_mask is not None and not attention_mask.all():
-                raise ValueError("padding with a plan: give rows of equal length without padding")
-            cross_batch = self._cross_batch(plan, objective, document_ids, ranks, B, L)
-            kwargs["cross_batch"] = cross_batch
-            attention_mask, use_cache = self._document_mask(cross_batch.document_ids), False
+            self._refuse_attentions(**kwargs)
+            kwargs["cross_batch"], attention_mask = self._cross_batch(
+                plan, objective, document_ids, position_ids, attention_mask, ranks, B, L
+            )
+            use_cache = False
         elif ranks is not None or objective != "fot":
             raise ValueError("ranks and objective belong to training: give them with a plan")
         else:
@@ -212,7 +216,7 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
             too_long = (kept_local or self.config.window) < L
             reads = self.config.mem_layers and (use_cache or past_key_values is not None or too_long)
             if reads or isinstance(past_key_values, FotCache):
-                return self._read(
+                output = self._read(
                     inputs,
                     attention_mask,
                     position_ids,
@@ -223,8 +227,12 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
                     kept_local,
                     **kwargs,
                 )
+                return output if wants_dict else output.to_tuple()
             if self.config.mem_layers and attention_mask is not None and attention_mask.dim() == 2:
-                new_padding(attention_mask, B, L, 0)
+                padding(attention_mask, B, L, 0)
+            if not self.config.mem_layers:
+                past = 0 if past_key_values is None else past_key_values.get_seq_length()
+                self._warn_without_memory(past + L, "are read in full attention, as a LLaMA does")
         output = self.model(
             **inputs,
             attention_mask=attention_mask,
@@ -234,13 +242,14 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
             **kwargs,
         )
         loss, logits = self._loss_and_logits(output.last_hidden_state, logits_to_keep, wanted)
-        return CausalLMOutputWithPast(
+        output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
+        return output if wants_dict else output.to_tuple()
 
     def save_pretrained(
         self,
@@ -261,29 +270,57 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         if config is not None and kwargs.get("is_main_process", True):
             config.save_pretrained(save_directory)
 
+    def _refuse_attentions(self, **kwargs: Any) -> None:
+        if self.config.mem_layers and kwargs.get("output_attentions", self.config.output_attentions):
+            raise ValueError("output_attentions with memory: attention_mass reads out what memory layers attend to")
+
+    @torch.compiler.disable
+    def _warn_without_memory(self, length: int, what: str) -> None:
+        if length > self.config.window:
+            logger.warning_once(
+                f"the model has no memory layers: tokens beyond its local context of {self.config.window} {what}; "
+                f"mem_layers=[...] in from_pretrained gives it a memory"
+            )
+
+    @torch.compiler.disable  # it looks at values, and these are no part of a graph
     def _cross_batch(
         self,
         plan_Rd: Tensor,
         objective: Objective,
         document_ids_RL: Tensor | None,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
         ranks: ProcessGroup | None,
         R: int,
         L: int,
-    ) -> CrossBatch:
+    ) -> tuple[CrossBatch, Tensor | None]:
+        """What layers are told in training, and the mask of those that are no memory layers."""
+        if attention_mask is not None and not attention_mask.all():
+            raise ValueError("padding with a plan: give rows of equal length without padding")
         if objective not in get_args(Objective):
             raise ValueError(f"objective {objective!r}: give one of {', '.join(get_args(Objective))}")
         if document_ids_RL is not None and document_ids_RL.shape != (R, L):
             raise ValueError(f"document_ids {list(document_ids_RL.shape)}: give [{R}, {L}], one for each token")
         rank, count = (0, 1) if ranks is None else (ranks.rank(), ranks.size())
+        if position_ids is not None:
+            document_ids_RL = documents_of(position_ids, document_ids_RL, R, L)
         check_plan(plan_Rd, count * R, document_ids_RL, range(rank * R, (rank + 1) * R))
+        if not self.config.mem_layers and objective != "transformer_xl" and bool((plan_Rd >= 0).any()):
+            raise ValueError(
+                "the plan names rows, but the model has no memory layers that would see them: give mem_layers=[...] in "
+                "from_pretrained, or no plan"
+            )
         if objective == "transformer_xl" and plan_Rd.shape[1] > 1:
             raise ValueError(f"transformer_xl sees one context, the previous: the plan has {plan_Rd.shape[1]} columns")
         if document_ids_RL is not None and bool((document_ids_RL == document_ids_RL[:, :1]).all()):
             document_ids_RL = None  # nothing is joined: causal attention needs no mask
         one_context = None
         if objective == "transformer_xl":
+            if position_ids is not None and bool((position_ids.diff(dim=1) != 1).any()):
+                raise ValueError("transformer_xl with position_ids that start again: leave them out, or join nothing")
             one_context = rotation(self.model.rotary_emb, torch.full((1, 1), L, device=self.device), L)
-        return CrossBatch(plan_Rd, objective, document_ids_RL, one_context, ranks)
+        told = CrossBatch(plan_Rd, objective, document_ids_RL, one_context, ranks)
+        return told, self._document_mask(document_ids_RL)
 
     def _document_mask(self, document_ids_RL: Tensor | None) -> Tensor | None:
         """What is added to the scores [R, 1, L, L] of the layers that are no memory layers: the causal mask within
@@ -298,6 +335,7 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         mask_R1LL = torch.zeros(same_R1LL.shape, dtype=self.dtype, device=self.device)
         return mask_R1LL.masked_fill_(~same_R1LL, torch.finfo(self.dtype).min)
 
+    @torch.compiler.disable  # windows and memory grow with every call: each would be a graph of its own
     def _read(
         self,
         inputs: dict[str, Tensor | None],
@@ -315,19 +353,23 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
         if embeddings_BLC is None:
             embeddings_BLC = self.get_input_embeddings()(inputs["input_ids"])
         B, L, _ = embeddings_BLC.shape
-        if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions with memory: attention_mass reads out what memory layers attend to")
+        self._refuse_attentions(**kwargs)
         if self.training and self.is_gradient_checkpointing:
             raise ValueError("memory with gradient checkpointing: call model.eval() to read, or train with a plan")
         cache = FotCache(self.config) if cache is None else check_cache(cache, B, self.config)
-        seen_BL = new_padding(attention_mask, B, L, cache.get_seq_length())
+        past_BP, seen_BL = padding(attention_mask, B, L, cache.get_seq_length())
         check_positions(position_ids, seen_BL)
+        if not self.config.mem_layers:
+            self._warn_without_memory(cache.get_seq_length() + L, "are forgotten")
+        if past_BP is not None:
+            cache.hide(past_BP)
         wants_states = kwargs.get("output_hidden_states") or self.config.output_hidden_states
         needed = L
         if isinstance(logits_to_keep, int) and logits_to_keep and not wants_states:
             needed = min(L, logits_to_keep)
-        hidden_BLC, states = read(self.model, embeddings_BLC, seen_BL, cache, kept_local, needed, **kwargs)
-        loss, logits = self._loss_and_logits(hidden_BLC, logits_to_keep, wanted)
+        with cache.undone_on_failure():
+            hidden_BLC, states = read(self.model, embeddings_BLC, seen_BL, cache, kept_local, needed, **kwargs)
+            loss, logits = self._loss_and_logits(hidden_BLC, logits_to_keep, wanted)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

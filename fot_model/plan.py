@@ -141,6 +141,29 @@ def check_plan(plan_Rd: Tensor, rows: int, document_ids_RL: Tensor | None = None
                 )
 
 
+def documents_of(position_ids: Tensor, document_ids_RL: Tensor | None, R: int, L: int) -> Tensor | None:
+    """The document of each token [R, L], by where positions [1 or R, L] start again; `document_ids_RL` where it is
+    given, and None where it is not and no row joins documents. No two documents of the batch get one number.
+
+    Raises ValueError for positions that do not count on from 0 in each document: additional contexts lie at position 0.
+    """
+    if position_ids.shape not in ((1, L), (R, L)):
+        raise ValueError(f"position_ids {list(position_ids.shape)}: give [{R}, {L}], one for each token")
+    positions_RL = position_ids.expand(R, L)
+    starts_RL = torch.ones_like(positions_RL, dtype=torch.bool)
+    starts_RL[:, 1:] = positions_RL.diff(dim=1) != 1
+    if (positions_RL[starts_RL] != 0).any():
+        raise ValueError(
+            "position_ids with a plan: let them count from 0 in each row, and in each document joined in it"
+        )
+    if document_ids_RL is None:
+        return starts_RL.flatten().cumsum(0).view(R, L) if starts_RL[:, 1:].any() else None
+    within_RL = document_ids_RL[:, 1:] == document_ids_RL[:, :-1]
+    if (starts_RL[:, 1:] & within_RL.to(starts_RL.device)).any():
+        raise ValueError("position_ids start again inside a document: document_ids must change there")
+    return document_ids_RL
+
+
 def _rows(
     group_R: Sequence[int], segment_R: Sequence[int], related_GG: Sequence[Sequence[bool]], segments: int
 ) -> dict[tuple[int, int], int]:

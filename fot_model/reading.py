@@ -132,6 +132,7 @@ def check_positions(position_ids_BL: Tensor | None, seen_BL: Tensor | None) -> N
         raise ValueError("position_ids that jump: reading counts positions in the local context, leave them out")
 
 
+@torch.compiler.disable  # it looks at values
 def check_unpadded(input_ids_BL: Tensor, pad: int | None, bos: int | None) -> None:
     """Raises ValueError where some rows begin with several padding tokens and no mask says that these are padding."""
     if pad is None or pad == bos or input_ids_BL.shape[0] < 2 or input_ids_BL.shape[1] < 2:
@@ -144,13 +145,14 @@ def check_unpadded(input_ids_BL: Tensor, pad: int | None, bos: int | None) -> No
         )
 
 
-def new_padding(attention_mask: Tensor | None, B: int, L: int, past: int) -> Tensor | None:
-    """Bool [B, L], False where a new token is padding; None where there is none. The mask is that of the new tokens,
-    or of the `past` ones too. Raises ValueError for any other shape."""
+@torch.compiler.disable  # it looks at values
+def padding(attention_mask: Tensor | None, B: int, L: int, past: int) -> tuple[Tensor | None, Tensor | None]:
+    """Bool [B, past] and [B, L], False where a token read before or a new one is padding; None where the mask says
+    nothing of the past, and where no new token is padding. Raises ValueError for a mask of another shape."""
     if attention_mask is None:
-        return None
+        return None, None
     if attention_mask.shape not in ((B, L), (B, past + L)):
         whole = f" or [{B}, {past + L}] with what was read before" if past else ""
         raise ValueError(f"attention_mask {list(attention_mask.shape)}: give [{B}, {L}]{whole}, 0 for padding")
-    seen_BL = attention_mask[:, -L:].bool()
-    return None if seen_BL.all() else seen_BL
+    past_BP, seen_BL = attention_mask.bool().tensor_split([attention_mask.shape[1] - L], dim=1)
+    return past_BP if past_BP.shape[1] else None, None if seen_BL.all() else seen_BL

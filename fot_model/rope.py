@@ -1,4 +1,4 @@
-"""Rotary positions (RoPE) turned back: a key moves to an earlier position without its hidden state.
+"""Rotary positions (RoPE), and their turning back: a key moves to an earlier position without its hidden state.
 
 Shapes: B batch, Hk key/value heads, L tokens, D head size.
 """
@@ -13,10 +13,16 @@ from fot_model.attention import wide_dtype
 def rotation(rope: LlamaRotaryEmbedding, by_BL: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines [B, L, D] in float32 of RoPE's rotation by so many positions, without the scale that some kinds
     of RoPE give them. `window`: positions in use, on which some kinds' frequencies depend."""
-    rope(torch.empty(0, device=by_BL.device), by_BL.new_full((1, 1), window - 1))  # sets the frequencies
+    if "dynamic" in rope.rope_type or rope.rope_type == "longrope":
+        rope(torch.empty(0, device=by_BL.device), by_BL.new_full((1, 1), window - 1))  # sets the frequencies
     angles_BLF = by_BL[..., None].float() * rope.inv_freq.to(by_BL.device, torch.float32)
     angles_BLD = torch.cat([angles_BLF, angles_BLF], dim=-1)
     return angles_BLD.cos(), angles_BLD.sin()
+
+
+def turn(x_BHLD: Tensor, cos_BLD: Tensor, sin_BLD: Tensor) -> Tensor:
+    """Queries or keys rotated by these angles, as transformers rotates them."""
+    return x_BHLD * cos_BLD[:, None] + rotate_half(x_BHLD) * sin_BLD[:, None]
 
 
 def turn_back(keys_BHkLD: Tensor, cos_BLD: Tensor, sin_BLD: Tensor) -> Tensor:

@@ -47,6 +47,9 @@ class SharedMemory:
     def select(self, rows: Tensor) -> None:
         """All rows see the same."""
 
+    def hide(self, seen_BM: Tensor) -> None:
+        raise AssertionError(READ_ONLY)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Nothing of its own: it goes with any number of rows."""
         return {}

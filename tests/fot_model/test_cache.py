@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from fot_model import DenseMemory, FotCache, FotLlamaConfig, FotLlamaForCausalLM, TopKMemory
-from fot_model.cache import fingerprint
+from fot_model.cache_file import fingerprint
 
 VOCABULARY, WINDOW = 40, 8
 TINY: dict[str, Any] = {
@@ -173,6 +173,8 @@ def assert_holds(cache: FotCache, model: Any, projections: Projections, seen_BL:
     assert {int(name.split(".")[0]) for name in state} == (set(model.config.mem_layers) if left else set())
     assert len(cache.memory) == (left if model.config.mem_layers else 0)
     positions_BL = (seen_BL[:, left:].long().cumsum(1) - 1).clamp(min=0)
+    if cache._lead_B1 is not None:
+        positions_BL = positions_BL + cache._lead_B1
     gone, local = seen_BL[:, None, :left, None], seen_BL[:, None, left:, None]
     for number, layer in enumerate(cache.layers):
         keys, values = projections.of(number)
@@ -527,6 +529,77 @@ def test_what_a_memory_given_holds_counts_as_read() -> None:
     assert len(cache.memory) == 20
 
 
+@pytest.mark.parametrize("kept", [63, 32])
+def test_keys_in_16_bits_are_not_worn_by_what_leaves_the_local_context(kept: int) -> None:
+    """They are turned when they enter, once between and when they leave, not at every step."""
+    model = focused(local_context=64, last_context_length=kept, mem_layers=[0, 2]).bfloat16()
+    cache = FotCache(model.config)
+    with Projections(model) as projections:
+        for token_B1 in tokens(1, 320).split(1, dim=1):
+            read(model, cache, token_B1)
+    left, state = len(cache.memory), cache.memory.state_dict()
+    positions_1L = torch.arange(cache.local_length)[None] + (0 if cache._lead_B1 is None else cache._lead_B1)
+    exact = model.model.rotary_emb.float()
+    for number, layer in enumerate(cache.layers):
+        keys = projections.of(number)[0].float()
+        angles = exact(keys, positions_1L)
+        pairs = [(layer.keys, apply_rotary_pos_emb(keys[:, :, left:], keys[:, :, left:], *angles)[1])]
+        if number in model.config.mem_layers:
+            pairs.append((state[f"{number}.keys"], keys[:, :, :left]))
+        for got, wanted in pairs:
+            assert (got.float() - wanted).norm() < 2 * 2**-8 * wanted.norm()
+
+
+class Failing:
+    """Fails the n-th time that a layer is called."""
+
+    def __init__(self, model: FotLlamaForCausalLM, layer: int, at: int) -> None:
+        self.left = at
+        self.hook = model.model.layers[layer].mlp.register_forward_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.left -= 1
+        if not self.left:
+            raise RuntimeError("out of memory")
+
+    def __enter__(self) -> "Failing":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.hook.remove()
+
+
+@setups
+@pytest.mark.parametrize(("length", "at"), [(1, 1), (2, 1), (30, 1), (30, 4)], ids=str)
+@pytest.mark.parametrize("before", [0, 7, 22])
+def test_a_reading_that_fails_half_way_leaves_the_cache_as_it_was(
+    before: int, length: int, at: int, changes: dict[str, Any], padded: bool
+) -> None:
+    model = focused(**changes)
+    cache = FotCache(model.config)
+    if before:
+        read(model, cache, tokens(3, before), left_padding(padded, before))
+        read(model, cache, tokens(3, 1))
+    wanted, new_BL = copy.deepcopy(cache), tokens(3, length, seed=1)
+    with Failing(model, 1, at), pytest.raises(RuntimeError, match="out of memory"):
+        read(model, cache, new_BL)
+    assert (cache.get_seq_length(), cache.local_length, cache.rows) == (
+        wanted.get_seq_length(), wanted.local_length, wanted.rows,
+    )  # fmt: skip
+    assert_same(cache.memory.state_dict(), wanted.memory.state_dict(), 0)
+    assert_same(read(model, cache, new_BL), read(model, wanted, new_BL), 0)
+    assert_same(goes_on(model, cache), goes_on(model, wanted), 0)
+
+
+def test_labels_of_another_shape_leave_the_cache_as_it_was() -> None:
+    model = focused()
+    cache = fresh(model, tokens(1, 20))
+    with pytest.raises(ValueError, match="labels"):
+        model(tokens(1, 9), labels=tokens(1, 8), past_key_values=cache)
+    assert (cache.get_seq_length(), len(cache.memory)) == (20, 12)
+    assert_same(goes_on(model, cache), goes_on(model, fresh(model, tokens(1, 20))), 0)
+
+
 MEMORIES: dict[str, Callable[[], DenseMemory | None]] = {
     "its own": lambda: None,
     "dense": DenseMemory,
@@ -742,6 +815,87 @@ def test_a_damaged_file_is_refused(kept: float, tmp_path: Path) -> None:
     assert "no memory file, or damaged" in refused(path, model)
 
 
+@pytest.mark.parametrize("where", [0.0, 0.3, 0.6, 0.9, 0.999])
+def test_a_flipped_bit_is_found(where: float, tmp_path: Path) -> None:
+    model, path = focused(), tmp_path / "book"
+    fresh(model, tokens(2, 22)).save(path, model)
+    whole = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(whole[:8], "little")
+    whole[header + int(where * (len(whole) - header))] ^= 0x40
+    path.write_bytes(whole)
+    assert "digest" in refused(path, model)
+
+
+def test_another_count_of_tokens_in_the_header_is_found(tmp_path: Path) -> None:
+    model, path = focused(mem_layers=[]), tmp_path / "book"
+    fresh(model, tokens(2, 22)).save(path, model)
+    whole = path.read_bytes()
+    assert b'"left":"16"' in whole
+    path.write_bytes(whole.replace(b'"left":"16"', b'"left":"17"'))
+    assert "digest" in refused(path, model)
+
+
+def written_before(path: Path, model: FotLlamaForCausalLM, change: Callable[[dict[str, Tensor]], Any]) -> FotCache:
+    """A cache, written in the format before, which had no digest and keys without a lead, with something changed."""
+    cache = fresh(model, tokens(2, 20), mask=torch.arange(20) >= torch.tensor([[0], [3]]))
+    assert cache.local_length == 8
+    cache.truncate(15)
+    assert cache._lead_B1 is None
+    cache.save(path, model)
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
+    change(tensors)
+    metadata = {"format": "fot-cache-1", "model": fingerprint(model), "left": "12"}
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
+    return cache
+
+
+def test_a_file_of_the_version_before_is_read_on(tmp_path: Path) -> None:
+    model = focused()
+    cache = written_before(tmp_path / "book", model, lambda tensors: None)
+    loaded = FotCache.load(tmp_path / "book", model)
+    assert (loaded.get_seq_length(), len(loaded.memory), loaded.rows) == (15, 12, 2)
+    assert_same(goes_on(model, loaded), goes_on(model, cache))
+
+
+def replaced(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], Any]:
+    return lambda tensors: tensors.__setitem__(name, change(tensors[name]))
+
+
+DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "keys shorter than values": (replaced("memory.1.keys", lambda x: x[:, :, :5]), "memory.1.keys"),
+    "values shorter than keys": (replaced("memory.1.values", lambda x: x[:, :, :5]), "memory.1.values"),
+    "a memory layer missing": (
+        lambda tensors: [tensors.pop(f"memory.1.{x}") for x in ("keys", "values", "seen")],
+        "memory.1.keys",
+    ),
+    "values missing": (lambda tensors: tensors.pop("memory.1.values"), "memory.1.values"),
+    "a local layer missing": (lambda tensors: tensors.pop("local.2.keys"), "local.2.keys"),
+    "a local layer shorter": (replaced("local.2.keys", lambda x: x[:, :, :2]), "local.2.keys"),
+    "one row for two": (replaced("memory.1.values", lambda x: x[:1]), "memory.1.values"),
+    "one local row for two": (replaced("local.0.values", lambda x: x[:1]), "local.0.values"),
+    "heads of another size": (replaced("memory.1.keys", lambda x: x[..., :4]), "memory.1.keys"),
+    "padding of another length": (replaced("memory.1.seen", lambda x: x[:, :, :4]), "memory.1.seen"),
+    "padding as numbers": (replaced("memory.1.seen", lambda x: x.float()), "memory.1.seen"),
+    "keys as whole numbers": (replaced("memory.1.keys", lambda x: x.long()), "memory.1.keys"),
+    "something else": (
+        lambda tensors: tensors.__setitem__("memory.0.keys", tensors["memory.1.keys"].clone()),
+        "memory.0",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "named"), DAMAGES.values(), ids=DAMAGES)
+def test_a_file_whose_parts_do_not_fit_together_is_refused_by_name(
+    change: Callable[[dict[str, Tensor]], Any], named: str, tmp_path: Path
+) -> None:
+    model = focused()
+    written_before(tmp_path / "book", model, change)
+    message = refused(tmp_path / "book", model)
+    assert "damaged memory file" in message
+    assert named in message
+
+
 @pytest.mark.parametrize("content", [b"", b"Call me Ishmael. " * 99, bytes(200), b"PK\x03\x04" * 99])
 def test_a_file_of_another_kind_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_bytes(content)
@@ -772,7 +926,9 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
     model = focused()
     fresh(model, tokens(1, 22)).save(tmp_path / "book", model)
     with safe_open(tmp_path / "book", framework="pt") as file:
-        assert file.metadata() == {"format": "fot-cache-1", "model": fingerprint(model), "left": "16"}
+        said = file.metadata()
+    assert said.pop("digest")
+    assert said == {"format": "fot-cache-2", "model": fingerprint(model), "left": "16"}
 
 
 @contextmanager

@@ -218,8 +218,10 @@ def test_any_configuration_that_the_layout_can_say_is_written_as_longllama_and_r
 
 @pytest.mark.parametrize(("dtype", "name"), [(None, "float32"), (torch.bfloat16, "bfloat16"), ("float16", "float16")])
 def test_memory_of_the_models_number_type_is_written_by_its_name(dtype: Any, name: str) -> None:
-    assert LongLlamaConfig.of(FotLlamaConfig(dtype=dtype)).to_dict()["mem_dtype"] == name
-    assert LongLlamaConfig.of(FotLlamaConfig(dtype=dtype, mem_dtype="float32")).to_dict()["mem_dtype"] == "float32"
+    config = FotLlamaConfig(dtype=dtype, last_context_length=32)
+    assert LongLlamaConfig.of(config).to_dict()["mem_dtype"] == name
+    config.mem_dtype = "float32"
+    assert LongLlamaConfig.of(config).to_dict()["mem_dtype"] == "float32"
 
 
 UNSAYABLE: list[tuple[dict[str, Any], str]] = [

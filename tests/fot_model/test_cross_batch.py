@@ -215,6 +215,25 @@ def test_flex_attention_over_several_blocks_gives_what_the_parts_give() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("local", "joined"), [(True, True), (False, False)])
+def test_flex_attention_gives_the_gradients_that_the_parts_give(
+    local: bool, joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs on CUDA devices, by torch's dense reference, which differentiates on CPU, too, but for a check."""
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
+    tensors = random_tensors(0, 5, 4, 2, 60, 8, torch.float32)  # 300 tokens, blocks of 128
+    own = [x[1:4].detach().requires_grad_() for x in tensors[:3]] + tensors[3:]
+    plan_Rd = torch.tensor([[0, 4], [-1, -1], [1, 0]])
+    how = (plan_Rd, SCALE, torch.arange(60).expand(3, -1) // 23 if joined else None, local)
+    found = []
+    for attend in (flex_cross_batch, merged_cross_batch):
+        out_RHLD = attend(*own, *how)
+        grad_RHLD = torch.randn(out_RHLD.shape, generator=torch.Generator().manual_seed(1))
+        found.append(gradients(out_RHLD, own, grad_RHLD))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @given(case=cases, more=st.integers(0, 3), data=st.data())
 @settings(deadline=None, max_examples=30)
 def test_there_may_be_more_additional_contexts_than_rows(case: Case, more: int, data: Any) -> None:

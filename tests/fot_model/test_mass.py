@@ -1,5 +1,6 @@
 """Shapes: R rows, L tokens a context, d additional contexts, H query heads, D head size, N additional tokens."""
 
+import copy
 import math
 from typing import Any
 
@@ -20,6 +21,7 @@ from fot_model import (
 )
 from fot_model import mass as mass_module
 from fot_model.plan import pad_plan
+from fot_model.rope import rotation
 
 VOCABULARY = 40
 TINY: dict[str, Any] = {
@@ -342,6 +344,25 @@ def test_what_was_read_before_in_the_local_context_takes_its_part_of_the_softmax
             masses.append(mass.layers[1])
     torch.testing.assert_close(masses[0].additional, masses[1].additional, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(masses[0].positive, masses[1].positive, rtol=1e-5, atol=1e-6)
+
+
+def test_keys_that_are_ahead_of_the_window_take_the_same_part_of_the_softmax() -> None:
+    model, rows_BL = focused(mem_layers=[1], local_context=8), tokens(2, 15)
+    with torch.no_grad():
+        cache = FotCache(model.config)
+        model(rows_BL[:, :12], past_key_values=cache)
+        assert (cache.local_length, len(cache.memory)) == (8, 4)
+        cache.evict(3)
+        level = copy.deepcopy(cache)
+        assert level._lead_B1.tolist() == [[7]]
+        level._turn_back(rotation(level._rope, level._lead_B1, level._reach))
+        level._lead_B1, masses = None, []
+        for each in (cache, level):
+            with memory_mass(model, range(2)) as mass:
+                model(rows_BL[:, 12:], past_key_values=each)
+            masses.append(mass.layers[1])
+    for name in ("positive", "additional"):
+        torch.testing.assert_close(*(getattr(mass, name) for mass in masses), rtol=1e-5, atol=1e-6)
 
 
 def test_a_gated_memory_has_a_softmax_of_its_own() -> None:

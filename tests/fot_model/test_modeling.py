@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fot_model import FotCache, FotLlamaConfig, FotLlamaForCausalLM, LongLlamaForCausalLM
@@ -335,6 +336,7 @@ def test_any_multi_head_llama_is_written_in_the_layout_of_longllama(theta: float
 
 
 UNSAYABLE: dict[str, dict[str, Any]] = {
+    "last_context_length": {"last_context_length": None},
     "num_key_value_heads": {"num_key_value_heads": 2},
     "head_dim": {"head_dim": 12},
     "attention_bias": {"attention_bias": True},
@@ -348,7 +350,7 @@ UNSAYABLE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", UNSAYABLE)
 def test_what_the_layout_of_longllama_cannot_say_is_refused_by_name(name: str, kind: Any, tmp_path: Path) -> None:
     how = {"form": "longllama"} if kind is FotLlamaForCausalLM else {}
-    config = kind.config_class(**{**TINY, **UNSAYABLE[name]}, mem_layers=[1], last_context_length=8)
+    config = kind.config_class(**{**TINY, "last_context_length": 8, **UNSAYABLE[name]}, mem_layers=[1])
     with pytest.raises(ValueError, match=rf"the longllama layout has no {name} .*fot_llama"):
         kind(config).save_pretrained(tmp_path / "new", **how)
     assert not (tmp_path / "new").exists(), "nothing was written"
@@ -393,6 +395,14 @@ def test_the_number_of_items_in_a_batch_divides_the_loss_with_a_plan() -> None:
     assert_same(model(ids_RL, num_items_in_batch=7, **how).loss, model(ids_RL, **how).loss * 10 / 7)
 
 
+def test_a_plan_that_names_rows_is_refused_by_a_model_without_memory_layers() -> None:
+    model, ids_RL = focused([]), tokens(2, 6)
+    with pytest.raises(ValueError, match=r"no memory layers .*mem_layers="):
+        model(ids_RL, plan=pad_plan([[], [0]]))
+    nobody = model(ids_RL, plan=torch.full((2, 1), -1)).logits
+    assert (model(ids_RL, plan=pad_plan([[], [0]]), objective="transformer_xl").logits - nobody).abs().max() > 1e-3
+
+
 def test_embeddings_and_kept_logits_go_with_a_plan() -> None:
     model, ids_RL, plan_Rd = focused([1]), tokens(2, 6), pad_plan([[], [0]])
     expected = model(ids_RL, plan=plan_Rd).logits
@@ -421,6 +431,50 @@ def test_a_few_steps_of_gradient_descent_lower_the_loss() -> None:
     assert losses[-1] < losses[0] - 0.05
 
 
+STEPS: list[tuple[int, int, int, int]] = [  # rows, tokens, additional contexts, tokens a document (0: not joined)
+    (3, 6, 2, 0), (4, 6, 2, 0), (5, 8, 3, 0), (5, 8, 3, 3), (2, 7, 1, 5), (6, 9, 4, 0), (4, 12, 1, 4), (7, 5, 2, 0),
+]  # fmt: skip
+LATER = [(3, 10, 3, 2), (8, 11, 5, 0), (2, 9, 1, 3), (9, 4, 6, 0)]
+
+
+def step_of(R: int, L: int, d: int, joined: int) -> dict[str, Any]:
+    ids_RL, plan = tokens(R, L, seed=R), [list(range(row))[:d] + [-1] * max(0, d - row) for row in range(R)]
+    documents = {"document_ids": torch.arange(L) // joined + 100 * torch.arange(R)[:, None]} if joined else {}
+    return {"input_ids": ids_RL, "labels": ids_RL, "plan": torch.tensor(plan), **documents}
+
+
+def test_compiled_the_model_trains_and_reads_the_same_whatever_the_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    backend, model = CompileCounterWithBackend("eager"), focused([1], num_hidden_layers=2, local_context=8).train()
+    compiled: Any = torch.compile(model, backend=backend)
+    graphs = []
+    for shapes_of_step in (*STEPS, *LATER):
+        model.zero_grad()
+        loss = compiled(**step_of(*shapes_of_step)).loss
+        loss.backward()
+        found = loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+        assert_same(found, loss_and_gradients(model, **step_of(*shapes_of_step)))
+        graphs.append(backend.frame_count)
+    assert graphs[0] > 0
+    assert graphs[len(STEPS) :] == graphs[-1:] * len(LATER), "what comes later is computed by the graphs that are there"
+    torch._dynamo.reset()
+    compiled = torch.compile(model.eval(), backend=backend)
+    caches: list[FotCache | None] = [None, None]
+    with torch.no_grad():
+        for part_BL in tokens(2, 40).split([20, 3, 1, 1, 1, 9, 5], dim=1):
+            outputs = [
+                each(part_BL, past_key_values=cache, use_cache=True)
+                for each, cache in zip((compiled, model), caches, strict=True)
+            ]
+            assert torch.equal(outputs[0].logits, outputs[1].logits)
+            caches = [output.past_key_values for output in outputs]
+        for L in (5, 6, 7):
+            ids_BL = tokens(2, L)
+            assert_same(compiled(ids_BL, use_cache=False).logits, model(ids_BL, use_cache=False).logits)
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("bad", [3, -1, 100])
 def test_a_memory_layer_that_is_not_there_is_refused_by_its_number(bad: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"mem_layers \[{bad}\] out of range: the model has 3 layers, 0 to 2"):
@@ -439,6 +493,39 @@ def test_a_checkpoint_that_is_no_llama_is_refused_by_name(tmp_path: Path) -> Non
 def test_a_number_type_that_memory_cannot_have_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"mem_dtype 'int8': give one of float32, bfloat16, float16"):
         focused([1], mem_dtype="int8")
+
+
+@pytest.mark.parametrize("mem_layers", [[1], [0, 1, 2], []])
+@pytest.mark.parametrize("plan", [[[], []], [[], [0]]])
+def test_positions_that_start_again_keep_documents_apart_in_all_layers(
+    plan: list[list[int]], mem_layers: list[int]
+) -> None:
+    """As a collator that flattens documents into rows gives them."""
+    if not mem_layers and plan[1]:
+        return
+    model, ids_RL, plan_Rd = focused(mem_layers), tokens(2, 9), pad_plan(plan)
+    positions_RL = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 0, 1, 2, 0, 1, 2, 3, 4]])
+    starts = [[0, 4], [0, 1, 4]]
+    with torch.no_grad():
+        got = model(ids_RL, position_ids=positions_RL, plan=plan_Rd).logits
+        documents_RL = (positions_RL == 0).cumsum(1)
+        assert torch.equal(
+            model(ids_RL, position_ids=positions_RL, plan=plan_Rd, document_ids=documents_RL).logits, got
+        )
+        for row, firsts in enumerate(starts):
+            for first, end in zip(firsts, [*firsts[1:], 9], strict=True):
+                if not plan[row]:
+                    assert_same(got[row, first:end], model(ids_RL[row : row + 1, first:end]).logits[0])
+        other_RL = ids_RL.clone()
+        other_RL[1, :4] = tokens(4, seed=1)
+        assert_same(model(other_RL, position_ids=positions_RL, plan=plan_Rd).logits[1, 4:], got[1, 4:])
+
+
+def test_positions_that_count_on_change_nothing_with_a_plan() -> None:
+    model, ids_RL, plan_Rd = focused([1]), tokens(2, 9), pad_plan([[], [0]])
+    expected = model(ids_RL, plan=plan_Rd).logits
+    for positions in (torch.arange(9)[None], torch.arange(9).expand(2, -1)):
+        assert torch.equal(model(ids_RL, plan=plan_Rd, position_ids=positions).logits, expected)
 
 
 DOCUMENTS = torch.zeros(2, 4, dtype=torch.long)
@@ -460,6 +547,17 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         "transformer_xl sees one context, the previous: the plan has 2 columns",
     ),
     "documents without a plan, by row": ({"plan": None, "document_ids": DOCUMENTS[:, 0]}, r"give \[2, 4\]"),
+    "positions of another shape": ({"position_ids": torch.arange(3)[None]}, r"position_ids \[1, 3\]: give \[2, 4\]"),
+    "positions that begin later": ({"position_ids": torch.arange(5, 9)[None]}, "let them count from 0 in each row"),
+    "positions that jump": ({"position_ids": torch.tensor([[0, 1, 5, 6]])}, "count from 0 .*in each document"),
+    "positions that start again inside a document": (
+        {"position_ids": torch.tensor([[0, 1, 0, 1]]), "document_ids": DOCUMENTS},
+        "position_ids start again inside a document: document_ids must change",
+    ),
+    "positions that start again, with transformer_xl": (
+        {"position_ids": torch.tensor([[0, 1, 0, 1]]), "objective": "transformer_xl"},
+        "transformer_xl with position_ids that start again",
+    ),
     "an objective without a plan": ({"plan": None, "objective": "memorizing"}, "objective .*with a plan"),
 }
 

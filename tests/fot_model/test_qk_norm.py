@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from fot_model import DenseMemory, FotCache, FotLlamaConfig, FotLlamaForCausalLM, TopKMemory, attention_mass
-from fot_model.cache import SHAPE, fingerprint
+from fot_model.cache_file import SHAPE, fingerprint
 from fot_model.layer import TEMPERATURE, unit
 from fot_model.plan import pad_plan
 
@@ -227,7 +227,7 @@ def test_the_longllama_layout_refuses_it(tmp_path) -> None:
 
 
 def test_the_longllama_layout_does_not_speak_of_it(tmp_path) -> None:
-    cosine(num_key_value_heads=4, mem_qk_norm=False).save_pretrained(tmp_path, form="longllama")
+    cosine(num_key_value_heads=4, mem_qk_norm=False, last_context_length=8).save_pretrained(tmp_path, form="longllama")
     assert "mem_qk_norm" not in (tmp_path / "config.json").read_text()
 
 

@@ -264,6 +264,16 @@ def test_positions_and_attention_pass_over_padding_in_every_window(
     assert_same(logits[seen_BL], naive_logits(model, ids_BL, seen_BL, last_context)[seen_BL])
 
 
+@pytest.mark.parametrize("changes", [each for each in KINDS.values() if each.get("local_context", WINDOW) % 2 == 0])
+def test_padding_of_whole_half_windows_leaves_a_row_what_it_is_alone(changes: dict[str, Any]) -> None:
+    model = focused(**changes)
+    half = model.config.window // 2
+    ids_BL, mask_BL = padded([45, 45 - half, 45 - 2 * half], 45)
+    logits = model(ids_BL, attention_mask=mask_BL).logits
+    for row in range(3):
+        assert_same(logits[row, row * half :], model(ids_BL[row : row + 1, row * half :]).logits[0])
+
+
 @pytest.mark.parametrize("mem_layers", [[1], [0, 2]])
 @pytest.mark.parametrize("rope", ROPES)
 def test_what_is_remembered_is_the_key_at_position_zero_under_any_rope(rope: str, mem_layers: list[int]) -> None:
@@ -332,6 +342,8 @@ def test_autocast_reads_close_to_single() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(ids_BL[:, :30], **{**how, "attention_mask": mask_BL[:, :30]})
         output = model(ids_BL[:, 30:], past_key_values=output.past_key_values, last_context_length=6)
+    held = output.past_key_values.memory.state_dict()
+    assert {tensor.dtype for tensor in held.values()} == {torch.bfloat16, torch.bool}
     expected = model(ids_BL, **how).logits[:, 30:]
     assert 0 < (output.logits.float() - expected).norm() < 0.03 * expected.norm()
 
@@ -468,6 +480,27 @@ def test_with_a_last_context_a_flush_leaves_nothing_to_be_read_again() -> None:
         reader.read(first[:, at], everything)
     reader.evict(6)
     assert_same(got, torch.stack([reader.read(second[:, at], everything) for at in range(5)], dim=1))
+
+
+def test_what_goes_beyond_the_window_of_a_model_without_memory_layers_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, logger = focused(mem_layers=[]), logging.getLogger("fot_model.modeling")
+    logger.addHandler(caplog.handler)
+    try:
+        for ids_BL, how, told in (
+            (tokens(2, WINDOW), {}, ""),
+            (tokens(2, WINDOW + 1), {}, "read in full attention"),
+            (tokens(2, WINDOW + 1), {"past_key_values": FotCache(model.config)}, "are forgotten"),
+        ):
+            caplog.clear()
+            type(logger).warning_once.cache_clear()
+            with caplog.at_level(logging.WARNING, logger=logger.name):
+                model(ids_BL, **how)
+            assert told in caplog.text
+            assert bool(told) == ("no memory layers" in caplog.text)
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 def test_without_memory_layers_a_fot_cache_is_a_window_that_forgets() -> None:
@@ -766,9 +799,22 @@ def test_a_model_that_recomputes_activations_cannot_read_with_memory() -> None:
     assert model.eval()(tokens(1, 45)).logits.isfinite().all()
 
 
-def test_attention_weights_are_refused_where_memory_is_read() -> None:
+@pytest.mark.parametrize(
+    "how", [{}, {"plan": torch.tensor([[-1], [0]])}, {"document_ids": torch.arange(18).view(2, 9)}], ids=str
+)
+@pytest.mark.parametrize("said_in", ["call", "configuration"])
+def test_attention_weights_are_refused_where_memory_layers_would_have_none(said_in: str, how: dict[str, Any]) -> None:
+    model = focused()
+    model.set_attn_implementation("eager")
+    if said_in == "configuration":
+        model.config.output_attentions = True
+    else:
+        how = {**how, "output_attentions": True}
     with pytest.raises(ValueError, match=r"output_attentions .*attention_mass"):
-        focused()(tokens(1, 45), output_attentions=True)
+        model(tokens(2, 9), **how)
+    plain_model = focused(mem_layers=[])
+    plain_model.set_attn_implementation("eager")
+    assert len(plain_model(tokens(2, 9), output_attentions=True).attentions) == 3
 
 
 def test_a_filled_cache_of_another_class_is_refused() -> None:
@@ -820,6 +866,65 @@ def test_a_mask_that_is_neither_of_the_new_tokens_nor_of_all_is_refused() -> Non
         with pytest.raises(ValueError, match="attention_mask"):
             model(tokens(2, 4), attention_mask=torch.ones(2, length, dtype=torch.long), past_key_values=cache)
     assert cache.get_seq_length() == 9
+
+
+HIDDEN: dict[str, list[slice]] = {  # what the mask of a second call hides of the first call's 9 or 30 tokens, by row
+    "what ended a shorter row": [slice(0), slice(-3, None)],
+    "the first tokens": [slice(0, 3), slice(0)],
+    "some between, and nearly all": [slice(4, 6), slice(1, -1)],
+}
+
+
+@kinds
+@pytest.mark.parametrize("hidden", HIDDEN.values(), ids=HIDDEN)
+@pytest.mark.parametrize("past", [9, 30])
+def test_a_mask_hides_what_was_read_before_from_what_comes(
+    past: int, hidden: list[slice], changes: dict[str, Any]
+) -> None:
+    model, ids_BL = focused(**changes), tokens(2, past + 20)
+    mask_BL = torch.ones_like(ids_BL)
+    for row, where in enumerate(hidden):
+        mask_BL[row, :past][where] = 0
+    cache, reader, expected = model(ids_BL[:, :past]).past_key_values, NaiveReader(model), []
+    window = model.config.window
+    for at in range(past + 20):
+        if at == past:
+            left = len(reader.seen_memory)
+            reader.seen_memory = list(mask_BL[:, :left].bool().unbind(1))
+            reader.seen_local = list(mask_BL[:, left:past].bool().unbind(1))
+        if len(reader.seen_local) == window:
+            reader.evict(window - window // 2)
+        expected.append(reader.read(ids_BL[:, at], torch.ones(2, dtype=torch.bool)))
+    got = [model(ids_BL[:, past : past + 4], attention_mask=mask_BL[:, : past + 4], past_key_values=cache).logits]
+    got += read(model, [ids_BL[:, past + 4 :]], cache, attention_mask=mask_BL)
+    assert_same(torch.cat(got, dim=1), torch.stack(expected[past:], dim=1), 5e-5)
+
+
+@pytest.mark.parametrize("last_context", [None, 6])
+@pytest.mark.parametrize("past", [6, 30])
+def test_a_second_turn_whose_mask_hides_earlier_padding_is_as_one_call_and_as_a_llama(
+    past: int, last_context: int | None
+) -> None:
+    """The shorter of two answers is padded at its end, which the mask of the next turn says."""
+    model, ids_BL = focused(last_context_length=last_context), tokens(2, past + 8)
+    mask_BL = torch.ones_like(ids_BL)
+    mask_BL[1, past - 3 : past] = 0
+    cache = model(ids_BL[:, :past]).past_key_values
+    got = model(ids_BL[:, past:], attention_mask=mask_BL, past_key_values=cache).logits
+    assert_same(got, model(ids_BL, attention_mask=mask_BL).logits[:, past:])
+    if past + 8 <= WINDOW and last_context is None:
+        alone_1L = ids_BL[1:, mask_BL[1].bool()]
+        assert_same(got[1:], plain(model)(alone_1L).logits[:, -8:])
+
+
+def test_what_was_padding_when_it_was_read_is_not_seen_later() -> None:
+    model = focused()
+    ids_BL, mask_BL = padded([30, 22], 30)
+    for past in (12, 30):
+        cache = model(ids_BL[:, :past], attention_mask=mask_BL[:, :past]).past_key_values
+        with pytest.raises(ValueError, match="were padding when they were read: give the mask"):
+            model(tokens(2, 3), attention_mask=torch.ones(2, past + 3, dtype=torch.long), past_key_values=cache)
+        assert cache.get_seq_length() == past
 
 
 @pytest.mark.parametrize("ids", [[[1, 2, 3], [4, 5]], [torch.tensor([1, 2, 3]), torch.tensor([4, 5])]], ids=repr)
