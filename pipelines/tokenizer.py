@@ -199,6 +199,8 @@ def _bring(origin: Path, path: str, directory: Path) -> None:
             origin = Path(temporary)
             _convert(model, origin)
         tokenizer = _open(origin, path)
+        if origin == Path(temporary):
+            _set_ends(tokenizer, json.loads((origin / CONFIG).read_text()))
         for name in ("bos_token", "eos_token"):
             if not getattr(tokenizer, name):
                 raise UserError(f"the tokenizer in {path} has no {name}: add it to its tokenizer_config.json")
@@ -245,6 +247,14 @@ def _open(origin: Path, path: str) -> Any:
     return tokenizer
 
 
+def _set_ends(tokenizer: Any, config: dict[str, Any]) -> None:
+    """What is put around a text, as a configuration says; where it says nothing, bos before it, as for LLaMA."""
+    said = {name: bool(config[name]) for name in ("add_bos_token", "add_eos_token") if name in config}
+    if said:
+        tokenizer.add_bos_token = said.get("add_bos_token", True)
+        tokenizer.add_eos_token = said.get("add_eos_token", False)
+
+
 def _declared(origin: Path, path: str) -> dict[str, int]:
     """The number of each token that a tokenizer's files say was added to its vocabulary."""
     config, added = ((origin / name) for name in (CONFIG, BESIDE[0]))
@@ -269,7 +279,8 @@ def _convert(model: Path, directory: Path) -> None:
     try:
         given = json.loads(config.read_text()) if config.exists() else {}
         said = {name: value for name, value in given.items() if value or name not in names}
-    except (ValueError, AttributeError) as error:
+        said |= {name: _content(said[name]) for name in names if name in said}
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise _unreadable(str(config), error) from None
     (directory / CONFIG).write_text(json.dumps(names | said))
 

@@ -354,9 +354,10 @@ def test_tokens_added_to_a_sentencepiece_model_keep_their_numbers(sentencepiece_
     assert (made.bos, made.eos) == (opened.bos_token_id, size + 2)
     text = "the cat <|im_start|> sat <pad>"
     assert made.encode("the cat") == load_tokenizer(llama_directory).encode("the cat")
-    assert not {size, size + 1, size + 2} & set(made.encode(text))
     assert max(made.in_documents.values()) == size + 2  # it ends with one of them
-    assert {"<pad>", "<|im_start|>"}.isdisjoint(made.in_documents)
+    ordinary = "added_tokens_decoder" not in places  # nothing says that <|im_start|> is special
+    assert {size, size + 1, size + 2} & set(made.encode(text)) == ({size + 1} if ordinary else set())
+    assert {"<pad>", "<|im_start|>"} & made.in_documents.keys() == ({"<|im_start|>"} if ordinary else set())
 
 
 @pytest.mark.parametrize("place", PLACES[:2])
@@ -420,8 +421,22 @@ def test_the_settings_of_a_tokenizer_come_with_it(tokenizer_directory, fresh):
     import_tokenizer(str(origin), directory)
     opened = AutoTokenizer.from_pretrained(directory)
     assert {name: getattr(opened, name) for name in said} == said
+    assert opened.encode("the cat") == AutoTokenizer.from_pretrained(origin).encode("the cat")
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("eos", [True, False])
+def test_what_stands_around_a_text_is_what_a_sentencepiece_models_configuration_says(
+    sentencepiece_model, fresh, bos, eos
+):
+    origin, directory = fresh(), fresh()
+    shutil.copy(sentencepiece_model, origin / "tokenizer.model")
+    config = {"tokenizer_class": "LlamaTokenizer", **NAMED, "eos_token": "</s>", "pad_token": "</s>"}
+    (origin / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": bos, "add_eos_token": eos}))
+    import_tokenizer(str(origin), directory)
+    opened = AutoTokenizer.from_pretrained(directory)
     ids = opened.encode("the cat")
-    assert (ids[0], ids[-1]) == (opened.bos_token_id, opened.eos_token_id)
+    assert (ids[0] == opened.bos_token_id, ids[-1] == opened.eos_token_id) == (bos, eos)
 
 
 @pytest.mark.parametrize("name", ["bos_token", "eos_token"])
@@ -469,8 +484,8 @@ def test_what_git_lfs_did_not_fetch_is_named(tokenizer_directory, fresh, name):
         import_tokenizer(str(origin), fresh())
 
 
-def test_a_tokenizer_is_read_where_it_lies(tokenizer, tokenizer_directory, sentencepiece_model, fresh):
-    assert read_tokenizer(str(tokenizer_directory)).fingerprint == tokenizer.fingerprint
+def test_a_tokenizer_is_read_where_it_lies(tokenizer_directory, sentencepiece_model, fresh):
+    assert read_tokenizer(str(tokenizer_directory)).fingerprint == load_tokenizer(tokenizer_directory).fingerprint
     alone = fresh()
     assert not has_tokenizer(alone)
     shutil.copy(sentencepiece_model, alone / "tokenizer.model")
