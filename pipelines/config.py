@@ -5,7 +5,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipelines.mixture import too_small
 from pipelines.recall import DISTANCE, LEAST_CHARACTERS
 
 STDLIB, SITE_PACKAGES, RECALL = "python:stdlib", "python:site-packages", "synthetic:recall"
@@ -143,6 +142,8 @@ class Data(Part):
             raise ValueError(
                 f"data.sources: {without[0]!r} has no weight, others do: give all sources a weight or none"
             )
+        from pipelines.mixture import too_small  # numpy, which `fot --help` need not wait for
+
         weights = {source.name: source.weight for source in self.sources if source.weight is not None}
         if weights and (wrong := too_small(weights)) is not None:
             raise ValueError(wrong)

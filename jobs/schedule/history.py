@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
@@ -44,7 +44,7 @@ class Firing(Part):
     documents: int | None = None
     new_documents: int | None = None
     tokens: int | None = None
-    perplexity: dict[int, float] = Field(default_factory=dict)
+    perplexity: dict[int, Annotated[float, Field(allow_inf_nan=True)]] = Field(default_factory=dict)
 
     def changed(self, **values: object) -> "Firing":
         return self.model_copy(update=values)
