@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fot_model import FotLlamaForCausalLM
+from fot_model import FotLlamaConfig, FotLlamaForCausalLM
 from jobs.data.batches import make_sampler
 from jobs.train.bad_loss import SKIPPED, BadLossError
 from jobs.train.launch import train
@@ -30,9 +30,11 @@ def poisoned(spec: TrainSpec, changed, tmp_path):
             for token in set(sampler.micro_batch(step, number).input_ids.flatten().tolist()):
                 steps[token].add(step)
     token = next(token for token, where in sorted(steps.items()) if len(where) <= 2 and max(where) > 7)
-    model = FotLlamaForCausalLM.from_pretrained(spec.base, tie_word_embeddings=False)
+    tied = FotLlamaForCausalLM.from_pretrained(spec.base)
+    config = FotLlamaConfig(**{**tied.config.to_dict(), "tie_word_embeddings": False})
+    model = FotLlamaForCausalLM(config)
+    model.load_state_dict(tied.state_dict())
     with torch.no_grad():
-        model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.clone())
         model.model.embed_tokens.weight[token] = torch.nan
     model.save_pretrained(tmp_path / "poisoned-base")
     return replace(made, base=tmp_path / "poisoned-base"), steps[token]
