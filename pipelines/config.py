@@ -120,7 +120,8 @@ class Data(Part):
 
     Without weights every document is read equally often; with them, each source gives its share of the tokens and is
     begun again when it has been read. Near-duplicates (estimated Jaccard similarity of at least `similarity`) never
-    serve one another as negatives; `duplicates` says whether copies of an earlier document are left out as well.
+    serve one another as negatives; `duplicates` says whether copies of an earlier document are left out as well. A
+    source that is null is left out.
     """
 
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
@@ -131,6 +132,11 @@ class Data(Part):
     duplicates: Literal["keep", "drop_exact", "drop_near"] = "keep"
     similarity: Annotated[float, Field(ge=0.5, le=1.0)] = 0.8
     auto_repair: bool = Field(False, description="rebuild a shard that is found damaged during training, and go on")
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _without_null(cls, sources: Any) -> Any:
+        return [source for source in sources if source is not None] if isinstance(sources, list) else sources
 
     @model_validator(mode="after")
     def _consistent(self) -> "Data":

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from jobs.recipe import load_recipe
 from jobs.train.backward import Backward
 from jobs.train.estimate import device_memory, find_device, step_flops, tokens_per_step
 from jobs.variants import load_comparison
+from pipelines.errors import UserError
 from pipelines.mixture import BLOCK, Mixture
 from pipelines.tokenizer import train_tokenizer
 
@@ -62,6 +64,21 @@ def test_a_recipe_that_ships_is_valid(path: Path) -> None:
     assert (comparison is not None) == (path.stem in VARIANTS)
     if comparison is not None:
         assert list(comparison.variants) == VARIANTS[path.stem]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_what_its_comments_say_to_set_can_be_set(path: Path) -> None:
+    for line in path.read_text().splitlines():
+        sets = re.findall(r"--set ([\w.]+=[^\s$]+)(?=\s|$)", line) if line.startswith("#") else []
+        if sets:
+            load_recipe(path, sets)
+
+
+def test_without_corpora_smollm2_reads_what_every_machine_has() -> None:
+    recipe = load_recipe(shipped("smollm2"), ["data.sources.2=null", "data.sources.3=null"])
+    assert [source.name for source in recipe.data.sources] == ["code", "recall"]
+    with pytest.raises(UserError, match=r"data\.sources"):
+        load_recipe(shipped("smollm2"), [f"data.sources.{place}=null" for place in range(4)])
 
 
 def test_every_recipe_for_a_large_model_is_checked_here() -> None:
