@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 import yaml
 
-from jobs.dictionary.config import DictionaryRecipe
-from jobs.dictionary.evaluate import accuracy
-from jobs.dictionary.result import dictionary_result
-from jobs.dictionary.train import train_seed
-from jobs.report import shown
+from jobs.config.dictionary import DictionaryRecipe
+from jobs.evaluate.dictionary.accuracy import accuracy
+from jobs.evaluate.dictionary.result import dictionary_result
+from jobs.evaluate.dictionary.train import train_seed
+from jobs.measures.tables import shown
 from jobs.train.metrics import read_metrics
 
 

@@ -24,12 +24,12 @@ from transformers import AutoTokenizer
 
 from benchmarks.machine import heading
 from fot_model import FotLlamaConfig, FotLlamaForCausalLM, default_mem_layers
-from jobs.train.config import FotObjective, Objective, StandardObjective
+from jobs.config.training import FotObjective, Objective, StandardObjective
 from jobs.train.objective import batch_loss
+from pipelines.batches.loader import rank_batches
+from pipelines.batches.packing import pack
+from pipelines.batches.sampler import BatchShape, CrossBatchSampler
 from pipelines.config import Source
-from pipelines.loader import rank_batches
-from pipelines.packing import pack
-from pipelines.sampler import BatchShape, CrossBatchSampler
 
 Documents = list[np.ndarray]
 CPU = torch.device("cpu")

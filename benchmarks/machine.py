@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from jobs.version import code_version
+from jobs.common.version import code_version
 
 
 def heading(device: torch.device) -> str:

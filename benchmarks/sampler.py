@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from pipelines.batches.dataset import TokenDataset
+from pipelines.batches.index import index_documents
+from pipelines.batches.packing import pack_source
+from pipelines.batches.sampler import BatchShape, CrossBatchSampler
 from pipelines.config import Data, Source
-from pipelines.dataset import TokenDataset
-from pipelines.documents import index_documents
-from pipelines.hashing import hash_file
-from pipelines.packing import pack_source
-from pipelines.sampler import BatchShape, CrossBatchSampler
-from pipelines.shards import Manifest, Shard
+from pipelines.tokens.shards import Manifest, Shard
+from pipelines.workflow.hashing import hash_file
 
 SHAPES = {"8 x 4 x 512": BatchShape(512, 4, 8, 2), "2 x 4 x 2048": BatchShape(2048, 4, 2, 16)}
 SECONDS = 10.0

@@ -37,10 +37,10 @@ def bare(tokenizer: Path, corpus: Path, output: Path, cores: int) -> Callable[[]
 
 def in_process(tokenizer: Path, corpus: Path, output: Path, cores: int) -> Callable[[], int]:
     """Encode and write, without Ray and without reading."""
-    from pipelines.corpus import Document
-    from pipelines.minhash import signature
-    from pipelines.shards import Encoded, write_shard
-    from pipelines.tokenizer import load_tokenizer
+    from pipelines.sources.corpus import Document
+    from pipelines.tokens.minhash import signature
+    from pipelines.tokens.shards import Encoded, write_shard
+    from pipelines.tokens.tokenizer import load_tokenizer
 
     ours = load_tokenizer(tokenizer)
     texts = read_texts(corpus)
@@ -58,17 +58,17 @@ def in_process(tokenizer: Path, corpus: Path, output: Path, cores: int) -> Calla
 
 def with_ray(backend: str) -> Callable[[Path, Path, Path, int], Callable[[], int]]:
     def prepare(tokenizer: Path, corpus: Path, output: Path, cores: int) -> Callable[[], int]:
-        from pipelines.environment import WORKERS, prepare_environment
+        from pipelines.workflow.environment import WORKERS, prepare_environment
 
         prepare_environment()
         import ray
 
         from pipelines.config import Data, Source
-        from pipelines.hashing import FileHashes
-        from pipelines.listing import list_entries
-        from pipelines.progress import Progress
-        from pipelines.tokenize import Encoding, tokenize
-        from pipelines.units import group_units
+        from pipelines.sources.file_hashes import FileHashes
+        from pipelines.sources.listing import list_entries
+        from pipelines.sources.units import group_units
+        from pipelines.tokens.tokenize import Encoding, tokenize
+        from pipelines.workflow.progress import Progress
 
         source = Source(name="s", path=str(corpus / "*.jsonl"))
         data = Data(sources=(source,), task_bytes=TASK_BYTES)
@@ -81,7 +81,7 @@ def with_ray(backend: str) -> Callable[[Path, Path, Path, int], Callable[[], int
             object_store_memory=200_000_000,
             runtime_env={"env_vars": WORKERS},
         )
-        imported = ray.remote(num_cpus=1)(lambda: __import__("pipelines.tokenize") and time.sleep(2))
+        imported = ray.remote(num_cpus=1)(lambda: __import__("pipelines.tokens.tokenize") and time.sleep(2))
         ray.get([imported.remote() for _ in range(cores)])
 
         def run() -> int:
@@ -174,7 +174,7 @@ def main() -> None:
     import torch
 
     from benchmarks.machine import heading
-    from pipelines.tokenizer import import_tokenizer
+    from pipelines.tokens.tokenizer import import_tokenizer
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokenizer")

@@ -26,12 +26,12 @@ import torch
 
 from benchmarks.machine import default_device, heading
 from fot_model import FotLlamaConfig, FotLlamaForCausalLM
-from jobs.train.config import Checkpoints as CheckpointSettings
-from jobs.train.config import Objective, Training
+from jobs.config.training import Checkpoints as CheckpointSettings
+from jobs.config.training import Objective, Training
+from jobs.models.shape import Shape
 from jobs.train.estimate import peak_flops, step_flops
 from jobs.train.objective import batch_loss
-from jobs.train.shape import Shape
-from pipelines.loader import TensorBatch
+from pipelines.batches.loader import TensorBatch
 
 CPU_SHAPE = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8}
 CPU_SHAPE |= {"vocab_size": 512, "mem_layers": [2], "num_key_value_heads": 8}

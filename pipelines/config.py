@@ -5,10 +5,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipelines.recall import DISTANCE, LEAST_CHARACTERS
+from pipelines.shares import too_small
 
 STDLIB, SITE_PACKAGES, RECALL = "python:stdlib", "python:site-packages", "synthetic:recall"
 MAX_LEFT_OUT = 0.1
+LEAST_CHARACTERS = 4000  # of a recall document: they hold 20 facts, their questions and some text between
+DISTANCE = 0.25, 1.0  # of a fact from its question, as share of the document
 STDLIB_CODE = {"suffixes": [".py"], "exclude": ["test", "tests", "idle_test", "encodings", "pydoc_data"]}
 BUILT_IN = (STDLIB, SITE_PACKAGES, RECALL)  # paths of what every environment has
 
@@ -54,7 +56,7 @@ class Source(Part):
 
     A .jsonl or .json file holds a document a line, a .parquet, .arrow, .csv or .tsv file a document a row, any other
     file is one document; each may be compressed. In a directory each top-level entry is a document of its own, a
-    subdirectory as its files concatenated directory by directory, unless it holds records (pipelines/directories.py);
+    subdirectory as its files concatenated directory by directory, unless it holds records (sources/directories.py);
     with `directory: one_document` the whole directory is a single document (a repository). A directory written by
     Hugging Face datasets' `save_to_disk` is read as that data set.
     """
@@ -148,8 +150,6 @@ class Data(Part):
             raise ValueError(
                 f"data.sources: {without[0]!r} has no weight, others do: give all sources a weight or none"
             )
-        from pipelines.mixture import too_small  # numpy, which `fot --help` need not wait for
-
         weights = {source.name: source.weight for source in self.sources if source.weight is not None}
         if weights and (wrong := too_small(weights)) is not None:
             raise ValueError(wrong)

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import settings
 
-from pipelines.environment import prepare_environment
+from pipelines.workflow.environment import prepare_environment
 
 prepare_environment()
 settings.register_profile("fot", deadline=None, max_examples=60, print_blob=True)
@@ -13,7 +13,7 @@ settings.load_profile("fot")
 @pytest.fixture(scope="session")
 def local_ray():
     """A Ray for the whole session."""
-    from pipelines.cluster import ray_cluster
+    from pipelines.workflow.cluster import ray_cluster
 
     with ray_cluster():
         yield

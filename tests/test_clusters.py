@@ -26,9 +26,9 @@ from ray.core.generated.common_pb2 import LabelSelectorOperator
 from ray.core.generated.instance_manager_pb2 import NodeKind
 from ray.scripts.scripts import start
 
-from jobs.manifest import Deployment, ray_job_spec
-from jobs.train.config import Resources
-from pipelines.cluster import KEEP_OFF
+from jobs.cluster.manifest import Deployment, ray_job_spec
+from jobs.config.training import Resources
+from pipelines.workflow.cluster import KEEP_OFF
 
 ROOT = Path(__file__).parents[1]
 AWS, GCP, LOCAL = ROOT / "ray_cluster.yaml", ROOT / "clusters/gcp.yaml", ROOT / "clusters/on_premises.yaml"

@@ -12,8 +12,8 @@ import torch
 from ray.scripts.scripts import cli as ray
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jobs.cli import fot
-from pipelines.tokenizer import train_tokenizer
+from jobs.cli.fot import fot
+from pipelines.tokens.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -1,6 +1,7 @@
 """Data flows one way: what each package may import."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -25,9 +26,18 @@ def test_a_package_imports_nothing_from_above(package: str) -> None:
             assert not found, f"{path} imports {found}"
 
 
-def test_the_readme_names_every_module() -> None:
-    tree = (ROOT / "README.md").read_text()
-    for package in ("fot_model", "pipelines", "jobs"):
-        for path in (ROOT / package).rglob("*.py"):
-            if path.name != "__init__.py":
-                assert path.name in tree, path
+FOLDERS = sorted({path.parent for top in ("fot_model", "pipelines", "jobs") for path in (ROOT / top).rglob("*.py")})
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_a_folder_says_what_lives_in_it(folder: Path) -> None:
+    said = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    modules = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+    folders = {f"{path.parent.name}/" for path in folder.glob("*/__init__.py")}
+    assert {name for name in modules | folders if name not in said} == set()
+
+
+def test_the_readme_names_every_folder() -> None:
+    listed = re.findall(r"^ *(\w+)/ ", (ROOT / "README.md").read_text(), re.MULTILINE)
+    tops = [folder for folder in FOLDERS if len(folder.relative_to(ROOT).parts) <= 2]
+    assert {folder.name for folder in tops} <= set(listed)

@@ -20,9 +20,9 @@ import torch
 
 from fot_model import FotCache, FotLlamaForCausalLM, memory_mass
 from fot_model.memory import Memory
+from jobs.common.plot import plot_mass
+from jobs.config.evaluation import AttentionMass
 from jobs.evaluate.cells import Cell, Json
-from jobs.evaluate.config import AttentionMass
-from jobs.evaluate.result import Point, Result, Table
 from jobs.evaluate.subject import (
     Subject,
     check_tokenizer,
@@ -34,7 +34,8 @@ from jobs.evaluate.subject import (
     read_into,
     weights_bytes,
 )
-from jobs.evaluate.windows import (
+from jobs.measures.result import Point, Result, Table
+from jobs.measures.windows import (
     Window,
     choose_windows,
     fewest_others,
@@ -42,9 +43,8 @@ from jobs.evaluate.windows import (
     other_documents,
     read_windows,
 )
-from jobs.plot import plot_mass
-from pipelines.dataset import TokenDataset
-from pipelines.errors import UserError
+from pipelines.batches.dataset import TokenDataset
+from pipelines.workflow.errors import UserError
 
 TOKENS_AT_ONCE = 4096  # of contexts that are read side by side
 

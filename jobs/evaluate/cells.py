@@ -13,10 +13,10 @@ from typing import Any
 
 import ray
 
-from pipelines.cluster import run_tasks
-from pipelines.errors import UserError
-from pipelines.files import write_atomically
-from pipelines.progress import Progress
+from pipelines.workflow.cluster import run_tasks
+from pipelines.workflow.errors import UserError
+from pipelines.workflow.files import write_atomically
+from pipelines.workflow.progress import Progress
 
 CELLS = "cells"
 WORKER_BYTES = 700_000_000  # a worker that has imported torch and transformers

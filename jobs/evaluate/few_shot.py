@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from itertools import accumulate, takewhile
 from pathlib import Path
 
+from jobs.common.plot import plot_curves
+from jobs.config.evaluation import FewShot
 from jobs.evaluate.cells import Cell, Json
-from jobs.evaluate.config import FewShot
 from jobs.evaluate.questions import Example, read_examples
-from jobs.evaluate.result import Point, Result, Table
 from jobs.evaluate.subject import (
     Subject,
     load_model,
@@ -36,8 +36,8 @@ from jobs.evaluate.subject import (
     read_tokenizer,
     weights_bytes,
 )
-from jobs.plot import plot_curves
-from pipelines.errors import UserError
+from jobs.measures.result import Point, Result, Table
+from pipelines.workflow.errors import UserError
 
 ANSWER = 64  # tokens of an answer that is no class, at most
 END = "\n\n"

@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fot_model import FotLlamaConfig, FotLlamaForCausalLM
 from fot_model.attention import attend, merge
-from jobs.evaluate.scoring import count_windows
+from jobs.measures.scoring import count_windows
 
 PIECE = 512  # tokens of a text that are read at once
 IN_PIECES = "fot_in_pieces"  # how transformers knows `attend_in_pieces`

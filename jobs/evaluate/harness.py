@@ -19,9 +19,9 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from torch import Tensor
 
 from fot_model import FotCache, FotLlamaForCausalLM
-from jobs.evaluate.config import Dtype, Memory
+from jobs.config.evaluation import Dtype, Memory
 from jobs.evaluate.subject import load_model, new_cache, read_tokenizer
-from pipelines.errors import UserError
+from pipelines.workflow.errors import UserError
 
 NEW_TOKENS = 256  # at most, where a task does not say
 

@@ -17,12 +17,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jobs.config.evaluation import LmEval
 from jobs.evaluate.cells import Cell, Json
-from jobs.evaluate.config import LmEval
-from jobs.evaluate.result import Point, Result, Table
 from jobs.evaluate.subject import Subject, memory_bytes, read_config, read_tokenizer, weights_bytes
-from pipelines.errors import UserError
-from pipelines.progress import say
+from jobs.measures.result import Point, Result, Table
+from pipelines.workflow.errors import UserError
+from pipelines.workflow.progress import say
 
 ROWS = 8  # of inputs that fit the local context, read together
 RESAMPLES = 1000  # for the standard errors of metrics that are no means

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipelines.files import write_atomically
+from pipelines.workflow.files import write_atomically
 
 LOSSES = "losses.json"
 DRAWS = 2000

@@ -26,17 +26,17 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
+from jobs.common.plot import plot_heat_maps
+from jobs.config.evaluation import Passkey
 from jobs.evaluate.cells import Cell, Json
-from jobs.evaluate.config import Passkey
 from jobs.evaluate.full_attention import Ask
 from jobs.evaluate.readers import check_reading, held_bytes, open_reader, rows_together
-from jobs.evaluate.result import Cell as Value
-from jobs.evaluate.result import Point, Result, Table
 from jobs.evaluate.subject import Subject, read_tokenizer, weights_bytes
 from jobs.evaluate.trials import interval, share, write_trials
-from jobs.plot import plot_heat_maps
-from pipelines.errors import UserError
-from pipelines.tokenizer import TextTokenizer
+from jobs.measures.result import Cell as Value
+from jobs.measures.result import Point, Result, Table
+from pipelines.tokens.tokenizer import TextTokenizer
+from pipelines.workflow.errors import UserError
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "

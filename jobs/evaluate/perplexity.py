@@ -19,13 +19,11 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from jobs.common.plot import plot_curves
+from jobs.config.evaluation import Perplexity
 from jobs.evaluate.cells import Cell, Json
-from jobs.evaluate.config import Perplexity
 from jobs.evaluate.losses import Scored, Sums, at_steps, curve_of, difference, perplexity, write_losses
 from jobs.evaluate.readers import check_reading, held_bytes, open_reader, rows_together
-from jobs.evaluate.result import Cell as Value
-from jobs.evaluate.result import Point, Result, Table
-from jobs.evaluate.scoring import score
 from jobs.evaluate.subject import (
     Subject,
     check_tokenizer,
@@ -39,7 +37,10 @@ from jobs.evaluate.subject import (
     weights_bytes,
 )
 from jobs.evaluate.text_bytes import prefix_bytes, token_bytes
-from jobs.evaluate.windows import (
+from jobs.measures.result import Cell as Value
+from jobs.measures.result import Point, Result, Table
+from jobs.measures.scoring import score
+from jobs.measures.windows import (
     Window,
     choose_documents,
     choose_windows,
@@ -50,9 +51,8 @@ from jobs.evaluate.windows import (
     read_windows,
     source_names,
 )
-from jobs.plot import plot_curves
-from pipelines.dataset import TokenDataset
-from pipelines.errors import UserError
+from pipelines.batches.dataset import TokenDataset
+from pipelines.workflow.errors import UserError
 
 TOKENS_AT_ONCE = 4096  # scored together: bounds the logits
 TOKENS_A_CELL = 2**16  # read by a cell, where a single window does not need more

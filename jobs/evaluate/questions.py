@@ -8,10 +8,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from pipelines.errors import UserError
-from pipelines.formats import suffix_and_codec
-from pipelines.storage import open_decompressed, printable, readable, storage_of
-from pipelines.tables import name_some
+from pipelines.sources.formats import suffix_and_codec
+from pipelines.sources.storage import open_decompressed, printable, readable, storage_of
+from pipelines.sources.tables import name_some
+from pipelines.workflow.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from fot_model import FotCache, FotLlamaConfig, FotLlamaForCausalLM
-from jobs.evaluate.config import Memory
+from jobs.config.evaluation import Memory
 from jobs.evaluate.full_attention import PIECE, Ask, FullReader, ntk_rope, yarn_rope
 from jobs.evaluate.retrieval import RetrievalReader
-from jobs.evaluate.scoring import score, score_chain
 from jobs.evaluate.subject import (
     Subject,
     is_chained,
@@ -32,7 +31,8 @@ from jobs.evaluate.subject import (
     read_into,
     read_tokenizer,
 )
-from pipelines.errors import UserError
+from jobs.measures.scoring import score, score_chain
+from pipelines.workflow.errors import UserError
 
 FULL_TOKENS_AT_ONCE = 2**13  # of texts that are read together in full attention, each with its cache
 

@@ -20,8 +20,8 @@ from transformers import DynamicCache
 
 from fot_model import FotLlamaForCausalLM
 from jobs.evaluate.full_attention import Ask, full_attention, read_on, token_losses
-from jobs.evaluate.scoring import count_windows
-from pipelines.tokenizer import TextTokenizer
+from jobs.measures.scoring import count_windows
+from pipelines.tokens.tokenizer import TextTokenizer
 
 PASSAGE = 64  # tokens
 SHARE = 0.5  # of the local context, for passages

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jobs.evaluate.config import RIVALS
+from jobs.common.plot import plot_panels
+from jobs.config.evaluation import RIVALS
 from jobs.evaluate.losses import Interval, Scored, at_steps, difference, perplexity, read_losses, renamed
-from jobs.evaluate.result import Cell, Point, Result, Table
 from jobs.evaluate.trials import Trial, interval, read_trials, share
-from jobs.plot import plot_panels
+from jobs.measures.result import Cell, Point, Result, Table
 
 STEPS = "tokens of context"
 EXACT = "exact"

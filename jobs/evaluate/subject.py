@@ -10,12 +10,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.base import load_llama
-from jobs.evaluate.config import Dtype, Memory
-from pipelines import tokenizer
-from pipelines.dataset import TokenDataset
-from pipelines.errors import UserError
-from pipelines.tokenizer import TextTokenizer
+from jobs.config.evaluation import Dtype, Memory
+from jobs.models.base import load_llama
+from pipelines.batches.dataset import TokenDataset
+from pipelines.tokens import tokenizer
+from pipelines.tokens.tokenizer import TextTokenizer
+from pipelines.workflow.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from jobs.evaluate.cells import Cell, Json, run_cells
-from jobs.evaluate.result import Result
 from jobs.evaluate.subject import Subject
-from pipelines.errors import UserError
+from jobs.measures.result import Result
+from pipelines.workflow.errors import UserError
 
 MODULES = {
     "perplexity": "perplexity",
     "passkey": "passkey",
     "attention_mass": "attention_mass",
-    "dictionary": "dictionary",
+    "dictionary": "dictionary.cells",
     "trec": "trec",
     "webquestions": "webquestions",
     "lm_eval": "lm_eval_tasks",

@@ -15,7 +15,7 @@ import re
 
 import numpy as np
 
-from pipelines.tokenizer import TextTokenizer
+from pipelines.tokens.tokenizer import TextTokenizer
 
 SPACE = "▁"
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipelines.files import write_atomically
+from pipelines.workflow.files import write_atomically
 
 TRIALS = "trials.json"
 Z = 1.96  # of a 95 % interval

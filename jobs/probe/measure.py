@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from fot_model import FotLlamaForCausalLM, key_mass
 from fot_model.ablation import near_mask, one_changed
-from jobs.base import load_llama
+from jobs.models.base import load_llama
 from jobs.probe.prompts import Prompt
 
 _loaded: dict[Path, FotLlamaForCausalLM] = {}  # of this worker, one at most

@@ -11,24 +11,24 @@ from statistics import fmean
 from typing import Any
 
 from fot_model import default_mem_layers
+from jobs.common.plot import plot_heads
+from jobs.config.probe import Probe
 from jobs.evaluate.cells import Cell, run_cells
-from jobs.evaluate.result import Cell as Value
-from jobs.evaluate.result import Point, Result, Table
 from jobs.evaluate.subject import read_config, weights_bytes
-from jobs.plot import plot_heads
-from jobs.probe.config import Probe
+from jobs.measures.result import Cell as Value
+from jobs.measures.result import Point, Result, Table
 from jobs.probe.measure import change_layers, read_prompt
 from jobs.probe.prompts import FACTS, TEXT, Prompt, facts_prompt, text_prompt
 from jobs.probe.ranking import Layer, choose, far_worth, heads, rank
 from pipelines.config import Data, Source, source_of
-from pipelines.corpus import Document, Entry, Unit
-from pipelines.errors import UserError
-from pipelines.files import write_atomically
-from pipelines.hashing import FileHashes
-from pipelines.listing import list_entries
-from pipelines.readers import read_unit
-from pipelines.tokenizer import TextTokenizer
-from pipelines.units import group_units
+from pipelines.sources.corpus import Document, Entry, Unit
+from pipelines.sources.file_hashes import FileHashes
+from pipelines.sources.listing import list_entries
+from pipelines.sources.readers import read_unit
+from pipelines.sources.units import group_units
+from pipelines.tokens.tokenizer import TextTokenizer
+from pipelines.workflow.errors import UserError
+from pipelines.workflow.files import write_atomically
 
 TASK = "probe"
 CHOSEN, RANKING, PICTURE = "mem_layers.json", "probe.json", "probe.png"

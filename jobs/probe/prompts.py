@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import NamedTuple
 
-from pipelines.errors import UserError
-from pipelines.tokenizer import TextTokenizer
+from pipelines.tokens.tokenizer import TextTokenizer
+from pipelines.workflow.errors import UserError
 
 FACTS = "facts"
 TEXT = "text"

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from jobs.registry.config import Condition
+from jobs.config.registry import Condition
 
 Metrics = Mapping[str, Mapping[int, float]]  # name -> {step: value}; the step of an evaluation is tokens of context
 

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.errors import UserError
+from jobs.config.checkpoint_name import SCHEME
+from pipelines.workflow.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
     from mlflow.tracking import MlflowClient
-
-SCHEME = "models:/"
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,6 @@ class ModelAddress:
     @property
     def shown(self) -> str:
         return SCHEME + self.name.replace(".", "/", 1)
-
-
-def is_model_uri(text: str) -> bool:
-    return text.startswith(SCHEME)
 
 
 def model_address(text: str) -> ModelAddress:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.errors import UserError
-from pipelines.files import write_atomically
+from pipelines.workflow.errors import UserError
+from pipelines.workflow.files import write_atomically
 
 Entry = dict[str, Any]
 

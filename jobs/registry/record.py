@@ -16,7 +16,9 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from jobs.registry.config import Condition, Registry, hide_credentials
+from jobs.common.credentials import hide_credentials
+from jobs.common.version import JOB_TAG
+from jobs.config.registry import Condition, Registry
 from jobs.registry.gate import Decision, Metrics, decide, metrics_by_name, passkey_length
 from jobs.registry.outbox import Entry, Outbox, settled, within
 from jobs.registry.server import (
@@ -35,10 +37,9 @@ from jobs.registry.server import (
     talking_to,
     tracking_uri,
 )
-from jobs.tracking import RUN, TrainingFacts, upload_training
-from jobs.version import JOB_TAG
-from pipelines.errors import UserError
-from pipelines.progress import say
+from jobs.registry.tracking import RUN, TrainingFacts, upload_training
+from pipelines.workflow.errors import UserError
+from pipelines.workflow.progress import say
 
 CANDIDATE, CHAMPION = "candidate", "champion"
 GATE, REASONS, PASSKEY = "fot.gate", "fot.gate_reasons", "fot.passkey_90"

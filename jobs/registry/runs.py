@@ -10,11 +10,11 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from jobs.common.version import JOB_TAG
 from jobs.registry.models import find_version, model_address, registered_models
 from jobs.registry.record import TRAININGS
 from jobs.registry.server import KEY, KIND
-from jobs.version import JOB_TAG
-from pipelines.errors import UserError
+from pipelines.workflow.errors import UserError
 
 PAGE = 1000
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {

@@ -20,11 +20,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
-from jobs.registry.config import SERVERS, check_tracking_uri, hide_credentials
-from jobs.version import JOB_TAG, add_jobs
-from pipelines.errors import UserError
-from pipelines.files import complete_or_invisible
-from pipelines.storage import EXTRAS
+from jobs.common.credentials import hide_credentials
+from jobs.common.version import JOB_TAG, add_jobs
+from jobs.config.registry import SERVERS, check_tracking_uri
+from pipelines.sources.storage import EXTRAS
+from pipelines.workflow.errors import UserError
+from pipelines.workflow.files import complete_or_invisible
 
 KEY = "fot.key"  # the tag that names a run, whichever server it is on
 KIND = "fot.kind"

@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jobs.registry.config import hide_credentials
+from jobs.common.credentials import hide_credentials
 from jobs.registry.outbox import Entry, Outbox, settled
 from jobs.registry.record import read_entry, upload
 from jobs.registry.server import embedded_uri, locked
-from jobs.tracking import RUN, TrainingFacts, upload_training
-from pipelines.errors import UserError
+from jobs.registry.tracking import RUN, TrainingFacts, upload_training
+from pipelines.workflow.errors import UserError
 
 
 def sync(work_dir: Path, uri: str | None = None, known: Sequence[str] = ()) -> Iterator[str]:

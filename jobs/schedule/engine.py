@@ -34,14 +34,13 @@ from prefect.runner import Runner
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Completed, Crashed, Scheduled, State
 
-from jobs.child import die_with_parent
-from jobs.cron import firings
+from jobs.common.child import die_with_parent
+from jobs.common.cron import clock, firings
+from jobs.common.stop import StoppedError
 from jobs.schedule.history import Firing, Trigger, append, cut_short, history_of, missed, owed, passed, told
 from jobs.schedule.store import Schedule, Settings, find_schedule, now, schedules
-from jobs.schedule.views import clock
-from jobs.stop import StoppedError
-from pipelines.errors import UserError
-from pipelines.store import Output
+from pipelines.workflow.errors import UserError
+from pipelines.workflow.store import Output
 
 WORK_DIR, SERVED_BY = "FOT_SCHEDULES_OF", "FOT_SERVED_BY"  # environment variables: what a firing is told of who serves
 START_SECONDS = 60.0
@@ -112,7 +111,7 @@ def slept_through(schedule: Schedule, when: datetime) -> Firing | None:
 def as_task(stage: str, build: Callable[[], Output]) -> Output:
     """A stage as a task; what is made is in our store, and Prefect keeps nothing of it, nor credentials that an error
     shows. That there is nothing new to read is no failure of it."""
-    from jobs.data.batches import NothingNewError
+    from jobs.train.batches import NothingNewError
 
     raised: list[Exception] = []
 

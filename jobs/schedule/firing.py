@@ -9,18 +9,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jobs.cli import user_message
-from jobs.data.batches import NothingNewError
-from jobs.data.stages import SHARDS
-from jobs.evaluate.stages import read_results
-from jobs.outcome import metric_points
-from jobs.recipe import Recipe, load_recipe
-from jobs.registry.config import hide_credentials
+from jobs.common.credentials import hide_credentials
+from jobs.common.errors import user_message
+from jobs.common.stop import StoppedError, stopping_on_sigterm
+from jobs.config.recipe import Recipe, load_recipe
+from jobs.config.train_spec import Start
+from jobs.config.training import Continued
 from jobs.registry.gate import decide, metrics_by_name
 from jobs.registry.models import find_version, model_address
 from jobs.registry.record import CHAMPION, PROMOTED, registered_name
 from jobs.registry.server import TrackingDownError, connect, talking_to, tracking_uri
-from jobs.run import Made, make
 from jobs.schedule.history import (
     Firing,
     Trigger,
@@ -34,15 +32,17 @@ from jobs.schedule.history import (
     told,
 )
 from jobs.schedule.store import Schedule, now
-from jobs.stop import StoppedError, stopping_on_sigterm
-from jobs.train.config import Continued
-from jobs.train.spec import Start
-from jobs.workspace import Workspace
-from pipelines.errors import UserError
-from pipelines.fresh import fresh_documents
-from pipelines.shards import Manifest
-from pipelines.store import Output
-from pipelines.workflow import Around, as_it_is
+from jobs.train.batches import NothingNewError
+from jobs.workflow.data_stages import SHARDS
+from jobs.workflow.evaluation_stages import read_results
+from jobs.workflow.outcome import metric_points
+from jobs.workflow.run import Made, make
+from jobs.workflow.workspace import Workspace
+from pipelines.batches.fresh import fresh_documents
+from pipelines.tokens.shards import Manifest
+from pipelines.workflow.errors import UserError
+from pipelines.workflow.running import Around, as_it_is
+from pipelines.workflow.store import Output
 
 LOG = "log"  # what libraries print, and tracebacks
 STOP = "stop"  # the file that asks a firing's training to end, beside its history

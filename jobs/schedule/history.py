@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from jobs.cron import firings
-from jobs.registry.config import hide_credentials
+from jobs.common.credentials import hide_credentials
+from jobs.common.cron import firings
 from jobs.schedule.store import Schedule, Settings, now
 from pipelines.config import Part
 

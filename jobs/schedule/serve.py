@@ -15,10 +15,10 @@ from pathlib import Path
 
 import psutil
 
-from jobs.child import HOST, answers, die_with_parent, end, interrupt_when_asked_to_end, is_taken
+from jobs.common.child import HOST, answers, die_with_parent, end, interrupt_when_asked_to_end, is_taken
 from jobs.schedule.store import PREFECT, SCHEDULES, server_of, serving
-from pipelines.errors import UserError
-from pipelines.progress import say
+from pipelines.workflow.errors import UserError
+from pipelines.workflow.progress import say
 
 TICK = 1.0  # seconds between looks at the schedules' files
 PATIENCE = 180.0  # seconds that a server may leave questions unanswered

@@ -18,11 +18,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from jobs.cron import check_cron
-from jobs.settings import validated
+from jobs.common.cron import check_cron
+from jobs.config.settings import validated
 from pipelines.config import Part
-from pipelines.errors import UserError
-from pipelines.files import write_atomically
+from pipelines.workflow.errors import UserError
+from pipelines.workflow.files import write_atomically
 
 SCHEDULES = "schedules"  # of work_dir
 REMOVED = "removed"  # beside the schedules: what was removed, with its history

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
-from jobs.train.config import BadLoss
-from pipelines.errors import UserError
-from pipelines.files import write_atomically
+from jobs.config.training import BadLoss
+from pipelines.workflow.errors import UserError
+from pipelines.workflow.files import write_atomically
 
 WINDOW = 100  # losses that a spike is measured against
 LEAST = 10  # of them, before anything is a spike

@@ -22,9 +22,9 @@ from typing import IO, Any
 import pyarrow as pa
 from pyarrow import fs
 
-from pipelines.errors import UserError
-from pipelines.files import write_atomically
-from pipelines.storage import BLOCK, is_url
+from pipelines.sources.storage import BLOCK, is_url
+from pipelines.workflow.errors import UserError
+from pipelines.workflow.files import write_atomically
 
 MODEL_FILES = "model"  # directory of a checkpoint: configuration and tokenizer, without weights
 MANIFEST = "manifest"  # the key of an identity that names the data set

@@ -29,6 +29,7 @@ from torch import distributed
 
 from fot_model import Adapter
 from fot_model.adapter import DESCRIPTION, WEIGHTS, tensors_digest
+from jobs.config.training import Checkpoints as Settings
 from jobs.train.checkpoint_store import (
     MODEL_FILES,
     Checkpoint,
@@ -38,10 +39,9 @@ from jobs.train.checkpoint_store import (
     step_name,
     superseded,
 )
-from jobs.train.config import Checkpoints as Settings
-from pipelines.errors import UserError
-from pipelines.progress import say
-from pipelines.store import RECORD
+from pipelines.workflow.errors import UserError
+from pipelines.workflow.progress import say
+from pipelines.workflow.store import RECORD
 
 UNIVERSAL = "universal"
 STATES = "_states.pt"  # how names of DeepSpeed's files end

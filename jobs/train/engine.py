@@ -7,8 +7,8 @@ from typing import Any
 import deepspeed
 import torch
 
-from jobs.train.config import Optimizer, Schedule, Training
-from pipelines.errors import UserError
+from jobs.config.training import Optimizer, Schedule, Training
+from pipelines.workflow.errors import UserError
 
 
 def make_engine(model: torch.nn.Module, training: Training, accumulation: int) -> Any:

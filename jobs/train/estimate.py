@@ -40,8 +40,7 @@ C hidden size, I intermediate size, Hq query heads, Hk key/value heads, D head s
 import re
 from dataclasses import dataclass
 
-from jobs.train.backward import Backward
-from jobs.train.config import (
+from jobs.config.training import (
     Draw,
     FotObjective,
     MemorizingObjective,
@@ -52,8 +51,9 @@ from jobs.train.config import (
     Training,
     TransformerXlObjective,
 )
-from jobs.train.layers import seeing_layers
-from jobs.train.shape import Shape
+from jobs.models.backward import Backward
+from jobs.models.layers import seeing_layers
+from jobs.models.shape import Shape
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 BUCKET = 5e8  # gradients that DeepSpeed reduces at once (reduce_bucket_size)

@@ -19,10 +19,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.config.training import FotObjective, MemorizingObjective, Objective
+from jobs.models.layers import memory_layer_numbers
 from jobs.train.checkpoint_store import MODEL_FILES, Checkpoint, CheckpointStore, Record, split_step, step_name
-from jobs.train.config import FotObjective, MemorizingObjective, Objective
-from jobs.train.layers import memory_layer_numbers
-from pipelines.errors import UserError
+from pipelines.workflow.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor

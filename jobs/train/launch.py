@@ -15,14 +15,14 @@ import ray.train
 from ray.actor import ActorHandle
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from jobs.stop import StoppedError, ending_by_itself
+from jobs.common.stop import StoppedError, ending_by_itself
+from jobs.config.train_spec import METRICS, MODEL, TrainSpec
 from jobs.train.checkpoint_store import check_identity
 from jobs.train.metrics import last_metrics
-from jobs.train.spec import METRICS, MODEL, TrainSpec
-from pipelines.cluster import WantedWorkers
-from pipelines.errors import UserError
-from pipelines.files import write_atomically
-from pipelines.progress import Progress, human
+from pipelines.workflow.cluster import WantedWorkers
+from pipelines.workflow.errors import UserError
+from pipelines.workflow.files import write_atomically
+from pipelines.workflow.progress import Progress, human
 
 RAY_DIRECTORY = "ray"
 POLL = 1.0  # seconds between looks at the metrics

@@ -18,12 +18,14 @@ import ray.train
 import torch
 from torch.distributed import ProcessGroup
 
-from jobs.data.batches import make_sampler
-from jobs.evaluate.windows import choose_windows
-from jobs.stop import StoppedError
+from jobs.common.stop import StoppedError
+from jobs.config.train_spec import ADAPTER, METRICS, MODEL, Start, TrainSpec
+from jobs.config.training import FotObjective, Resources
+from jobs.measures.windows import choose_windows
+from jobs.models.shape import Shape
 from jobs.train.bad_loss import BadLossError, LossWatch, SkippedSteps
+from jobs.train.batches import make_sampler
 from jobs.train.checkpoints import Checkpoints, Frozen
-from jobs.train.config import FotObjective, Resources
 from jobs.train.engine import make_engine, schedule_factor, take_step
 from jobs.train.estimate import peak_flops, step_flops, tokens_per_step
 from jobs.train.export import export_adapter, export_checkpoint
@@ -32,13 +34,11 @@ from jobs.train.measure import evaluating, held_out_perplexity, mass_on_positive
 from jobs.train.metrics import MetricsFile
 from jobs.train.model import build_model
 from jobs.train.objective import batch_loss, d_at
-from jobs.train.shape import Shape
-from jobs.train.spec import ADAPTER, METRICS, MODEL, Start, TrainSpec
-from pipelines.dataset import TokenDataset
-from pipelines.errors import UserError
-from pipelines.loader import rank_batches
-from pipelines.progress import say
-from pipelines.sampler import CrossBatchSampler
+from pipelines.batches.dataset import TokenDataset
+from pipelines.batches.loader import rank_batches
+from pipelines.batches.sampler import CrossBatchSampler
+from pipelines.workflow.errors import UserError
+from pipelines.workflow.progress import say
 
 
 def train_loop(spec: TrainSpec) -> None:

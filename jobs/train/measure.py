@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from fot_model import FotLlamaForCausalLM, attention_mass
-from jobs.evaluate.scoring import score
-from jobs.evaluate.windows import Window, read_contexts
-from jobs.train.config import FotObjective, MemorizingObjective, Objective
+from jobs.config.training import FotObjective, MemorizingObjective, Objective
+from jobs.measures.scoring import score
+from jobs.measures.windows import Window, read_contexts
 from jobs.train.objective import seen_by
-from pipelines.dataset import TokenDataset
-from pipelines.loader import TensorBatch
+from pipelines.batches.dataset import TokenDataset
+from pipelines.batches.loader import TensorBatch
 
 TOKENS_AT_ONCE = 4096
 

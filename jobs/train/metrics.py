@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
-from pipelines.files import write_atomically
+from pipelines.workflow.files import write_atomically
 
 
 class MetricsFile:

@@ -8,9 +8,9 @@ import torch
 
 from fot_model import Adapter, FotLlamaConfig, FotLlamaForCausalLM, Lora, default_mem_layers, fingerprint
 from fot_model.adapter import settings_of
-from jobs.base import load_llama
-from jobs.recipe import ModelShape
-from jobs.train.config import (
+from jobs.config.recipe import ModelShape
+from jobs.config.train_spec import TrainSpec
+from jobs.config.training import (
     FotObjective,
     MemorizingObjective,
     Objective,
@@ -18,12 +18,12 @@ from jobs.train.config import (
     auto_layers,
     named_layers,
 )
+from jobs.models.base import load_llama
+from jobs.models.trained import lora_modules, trained_names, whole_beside_lora
 from jobs.train.estimate import tokens_per_step
 from jobs.train.export import PEFT, load_adapter
-from jobs.train.spec import TrainSpec
-from jobs.train.trained import lora_modules, trained_names, whole_beside_lora
-from pipelines.errors import UserError
-from pipelines.tokenizer import load_tokenizer
+from pipelines.tokens.tokenizer import load_tokenizer
+from pipelines.workflow.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

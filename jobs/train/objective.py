@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fot_model import c_prev_plan, cross_batch_plan
-from jobs.train.config import (
+from jobs.config.training import (
     Draw,
     FotObjective,
     MemorizingObjective,
@@ -20,8 +20,8 @@ from jobs.train.config import (
     Switch,
     TransformerXlObjective,
 )
-from pipelines.loader import TensorBatch
-from pipelines.sampler import MicroBatch
+from pipelines.batches.loader import TensorBatch
+from pipelines.batches.sampler import MicroBatch
 
 
 def plan_of(objective: Objective, rows: MicroBatch | TensorBatch, step: int, seed: int) -> Tensor | None:

@@ -21,7 +21,7 @@ import psutil
 import pytest
 import yaml
 
-from jobs.submit.dashboard import DEFAULT, Dashboard, DashboardDownError
+from jobs.cluster.dashboard import DEFAULT, Dashboard, DashboardDownError
 
 FOT = str(Path(sys.executable).with_name("fot"))
 TOKEN = "a-token-of-thirty-two-characters"
@@ -125,7 +125,8 @@ def fot_here(local_ray, tmp_path: Path, monkeypatch, capfd):
     """As `fot`, but in this process and on the Ray it has: without the seconds that starting both takes."""
     import click
 
-    from jobs.cli import fot, user_message
+    from jobs.cli.fot import fot
+    from jobs.common.errors import user_message
 
     def run(*arguments: object) -> subprocess.CompletedProcess:
         monkeypatch.chdir(tmp_path)
@@ -426,7 +427,7 @@ def write_gguf(llama_for_gguf, tmp_path_factory):
     from gguf import GGUFWriter, TokenType, get_tensor_name_map
     from gguf.constants import MODEL_ARCH
 
-    from pipelines.tokenizer import train_tokenizer
+    from pipelines.tokens.tokenizer import train_tokenizer
 
     directory = tmp_path_factory.mktemp("tokenizer-for-gguf")
     train_tokenizer([words(3000, 1) + " 12 345\n\n   7"], 300, directory)

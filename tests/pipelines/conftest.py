@@ -1,23 +1,25 @@
 """Helpers of the pipelines' tests, as fixtures: small corpora, tokenizers and data sets, all real."""
 
 import itertools
+import string
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from pipelines.batches.dataset import TokenDataset
+from pipelines.batches.index import index_documents
 from pipelines.config import Data, Source
-from pipelines.corpus import Document
-from pipelines.dataset import TokenDataset
-from pipelines.documents import index_documents
-from pipelines.hashing import FileHashes, hash_file
-from pipelines.listing import list_entries
-from pipelines.minhash import BINS
-from pipelines.readers import read_unit
-from pipelines.shards import Encoded, Manifest, Shard, token_dtype, write_shard
-from pipelines.tokenizer import load_tokenizer, train_tokenizer
-from pipelines.units import group_units
+from pipelines.sources.corpus import Document
+from pipelines.sources.file_hashes import FileHashes
+from pipelines.sources.listing import list_entries
+from pipelines.sources.readers import read_unit
+from pipelines.sources.units import group_units
+from pipelines.tokens.minhash import BINS
+from pipelines.tokens.shards import Encoded, Manifest, Shard, token_dtype, write_shard
+from pipelines.tokens.tokenizer import load_tokenizer, train_tokenizer
+from pipelines.workflow.hashing import hash_file
 
 
 @pytest.fixture(scope="session")
@@ -201,3 +203,27 @@ def python(tmp_path):
     for process in started:
         process.kill()
         process.communicate()
+
+
+IGNORED = "".join(c for c in map(chr, range(128)) if c not in string.ascii_letters + string.digits)
+
+
+def _letters_of(text):
+    return b"".join(c.lower().encode() if c.isascii() else c.encode() for c in text if c not in IGNORED)
+
+
+@pytest.fixture(scope="session")
+def letters_of():
+    """What counts of a text for its signature, as bytes."""
+    return _letters_of
+
+
+@pytest.fixture(scope="session")
+def jaccard():
+    """The true similarity of two texts of at least a window each."""
+
+    def similarity(a, b):
+        a, b = ({t[i : i + 16] for i in range(len(t) - 15)} for t in map(_letters_of, (a, b)))
+        return len(a & b) / len(a | b)
+
+    return similarity

@@ -11,7 +11,7 @@ import time
 import psutil
 import pytest
 
-from pipelines.shards import Manifest
+from pipelines.tokens.shards import Manifest
 
 ROUNDS = 20
 NODE = {"num_cpus": 1, "object_store_memory": 100_000_000, "include_dashboard": False}
@@ -20,11 +20,11 @@ import json, sys
 from pathlib import Path
 import ray
 from pipelines.config import Data
-from pipelines.hashing import FileHashes
-from pipelines.listing import list_entries
-from pipelines.units import group_units
-from pipelines.progress import Progress
-from pipelines.tokenize import Encoding, tokenize
+from pipelines.sources.file_hashes import FileHashes
+from pipelines.sources.listing import list_entries
+from pipelines.sources.units import group_units
+from pipelines.workflow.progress import Progress
+from pipelines.tokens.tokenize import Encoding, tokenize
 address, data, tokenizer, output = sys.argv[1:]
 data, output = Data.model_validate_json(data), Path(output)
 ray.init(address=address, log_to_driver=False)

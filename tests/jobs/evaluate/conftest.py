@@ -10,14 +10,14 @@ import torch
 
 from fot_model import FotLlamaConfig, FotLlamaForCausalLM
 from jobs.evaluate.subject import Subject, read_tokenizer
+from pipelines.batches.index import index_documents
 from pipelines.config import Data, Source
-from pipelines.corpus import Document
-from pipelines.documents import index_documents
-from pipelines.hashing import hash_file
-from pipelines.minhash import signature
-from pipelines.shards import Encoded, Manifest, Shard, write_shard
-from pipelines.tokenize import describe_tokenizer
-from pipelines.tokenizer import train_tokenizer
+from pipelines.sources.corpus import Document
+from pipelines.tokens.minhash import signature
+from pipelines.tokens.shards import Encoded, Manifest, Shard, write_shard
+from pipelines.tokens.tokenize import describe_tokenizer
+from pipelines.tokens.tokenizer import train_tokenizer
+from pipelines.workflow.hashing import hash_file
 
 LOCAL = 16
 VOCABULARY = 280

@@ -6,10 +6,10 @@ import torch
 
 from fot_model import FotLlamaForCausalLM, TopKMemory, attention_mass
 from fot_model.plan import pad_plan
+from jobs.config.evaluation import AttentionMass, Memory
 from jobs.evaluate import attention_mass as module
-from jobs.evaluate.config import AttentionMass, Memory
 from jobs.evaluate.subject import Subject, load_model, new_cache, open_documents
-from pipelines.errors import UserError
+from pipelines.workflow.errors import UserError
 
 LOCAL = 16  # as the model of the fixtures
 LENGTHS = {"books": [70, 200, 90], "code": [120, 40]}

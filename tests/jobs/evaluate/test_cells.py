@@ -10,7 +10,7 @@ import torch
 
 from jobs.evaluate import cells as module
 from jobs.evaluate.cells import CELLS, WORKER_BYTES, Cell, check_gpu, check_memory, run_cells
-from pipelines.errors import UserError
+from pipelines.workflow.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -47,10 +47,10 @@ def test_a_result_that_is_not_whole_is_measured_again(tmp_path: Path) -> None:
 DRIVER = """
 import sys, time
 from pathlib import Path
-from pipelines.environment import prepare_environment
+from pipelines.workflow.environment import prepare_environment
 prepare_environment()
 from jobs.evaluate.cells import Cell, run_cells
-from pipelines.cluster import ray_cluster
+from pipelines.workflow.cluster import ray_cluster
 
 def measure(directory, name):
     with open(Path(directory) / name, "a") as file:

@@ -12,16 +12,16 @@ import torch
 import zstandard
 
 from fot_model import FotLlamaConfig, FotLlamaForCausalLM
+from jobs.config.evaluation import FewShot, Memory
 from jobs.evaluate import asking, trec, webquestions
 from jobs.evaluate.asking import Prompt
-from jobs.evaluate.config import FewShot, Memory
 from jobs.evaluate.few_shot import Draw, ask_draw, make_draws, mean_and_half_width
 from jobs.evaluate.questions import Example, read_examples
-from jobs.evaluate.result import Point, Result
 from jobs.evaluate.subject import Subject, new_cache, read_into
 from jobs.evaluate.tasks import evaluate
-from pipelines.errors import UserError
-from pipelines.tokenizer import load_tokenizer, train_tokenizer
+from jobs.measures.result import Point, Result
+from pipelines.tokens.tokenizer import load_tokenizer, train_tokenizer
+from pipelines.workflow.errors import UserError
 
 LOCAL = 96
 CLASSES = ["city", "dist", "date"]

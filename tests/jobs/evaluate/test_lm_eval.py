@@ -20,13 +20,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fot_model import FotLlamaForCausalLM
+from jobs.config.evaluation import LmEval, Memory
 from jobs.evaluate import lm_eval_tasks
-from jobs.evaluate.config import LmEval, Memory
 from jobs.evaluate.harness import FotLM
 from jobs.evaluate.lm_eval_tasks import cells, compare, quiet, task_manager
 from jobs.evaluate.subject import Subject, load_model, memory_bytes, read_tokenizer
-from pipelines.errors import UserError
-from pipelines.tokenizer import train_tokenizer
+from pipelines.tokens.tokenizer import train_tokenizer
+from pipelines.workflow.errors import UserError
 
 LOCAL = 64
 WORDS = ["cat", "dog", "sat", "ran", "the", "mat", "on", "fast"]

@@ -7,14 +7,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
+from jobs.config.evaluation import Memory, Passkey
 from jobs.evaluate import passkey as module
-from jobs.evaluate.config import Memory, Passkey
 from jobs.evaluate.full_attention import FullReader
 from jobs.evaluate.passkey import FILLER, KEY, MARKER, QUESTION, TASK, by_depth, longest_good, make_trial
 from jobs.evaluate.readers import MemoryReader
 from jobs.evaluate.subject import Reading, Subject, load_model
-from pipelines.errors import UserError
-from pipelines.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from pipelines.tokens.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from pipelines.workflow.errors import UserError
 
 LOCAL = 64
 

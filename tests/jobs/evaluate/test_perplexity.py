@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from fot_model import FotLlamaForCausalLM
+from jobs.config.evaluation import Perplexity
 from jobs.evaluate import perplexity as module
-from jobs.evaluate.config import Perplexity
 from jobs.evaluate.losses import read_losses
-from jobs.evaluate.result import Point
 from jobs.evaluate.subject import Reading, Subject, load_model, open_documents
 from jobs.evaluate.tasks import evaluate
-from jobs.evaluate.windows import Window, choose_windows, one_after_another, other_documents
-from pipelines.errors import UserError
+from jobs.measures.result import Point
+from jobs.measures.windows import Window, choose_windows, one_after_another, other_documents
+from pipelines.workflow.errors import UserError
 
 LOCAL = 16  # as the model of the fixtures
 
@@ -165,7 +165,7 @@ def test_more_others_than_there_are_is_a_users_error_that_says_how_many(subject:
 
 
 def test_documents_of_another_tokenizer_are_a_users_error(subject: Subject, tmp_path: Path, save_model) -> None:
-    from pipelines.tokenizer import train_tokenizer
+    from pipelines.tokens.tokenizer import train_tokenizer
 
     other = save_model()
     train_tokenizer(["quite other words in here"], 280, other)

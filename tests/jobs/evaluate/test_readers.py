@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from jobs.evaluate.config import RIVALS, Memory
+from jobs.config.evaluation import RIVALS, Memory
 from jobs.evaluate.full_attention import FullReader, read_on
 from jobs.evaluate.readers import ChainReader, MemoryReader, check_reading, held_bytes, open_reader, rows_together
 from jobs.evaluate.retrieval import RetrievalReader
 from jobs.evaluate.subject import Reading, Subject, load_model
-from pipelines.errors import UserError
+from pipelines.workflow.errors import UserError
 
 LOCAL = 16  # as the model of the fixtures
 

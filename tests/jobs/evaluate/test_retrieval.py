@@ -10,7 +10,7 @@ from fot_model import FotLlamaForCausalLM
 from jobs.evaluate import retrieval as module
 from jobs.evaluate.retrieval import RetrievalReader, best_passages, passages, with_passages
 from jobs.evaluate.subject import load_model, read_tokenizer
-from pipelines.tokenizer import TextTokenizer
+from pipelines.tokens.tokenizer import TextTokenizer
 
 LOCAL = 64
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fot_model import FotCache, FotLlamaForCausalLM, TopKMemory
+from jobs.config.evaluation import Memory
 from jobs.evaluate import subject as module
-from jobs.evaluate.config import Memory
 from jobs.evaluate.subject import (
     check_models,
     check_tokenizer,
@@ -21,8 +21,8 @@ from jobs.evaluate.subject import (
     read_tokenizer,
     weights_bytes,
 )
-from pipelines.errors import UserError
-from pipelines.tokenizer import load_tokenizer, train_tokenizer
+from pipelines.tokens.tokenizer import load_tokenizer, train_tokenizer
+from pipelines.workflow.errors import UserError
 
 LOCAL = 16  # as the model of the fixtures
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from jobs.evaluate.text_bytes import prefix_bytes, token_bytes
-from pipelines.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from pipelines.tokens.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
 TEXTS = ["The grass is green.  Two spaces, déjà vu; 漢字 and 😀.\n\tEnd </s> of\r\n text "] * 3
 ENDS = {"bos_token": "<s>", "eos_token": "</s>"}

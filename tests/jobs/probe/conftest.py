@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fot_model import FotLlamaConfig, FotLlamaForCausalLM
-from pipelines.tokenizer import train_tokenizer
+from pipelines.tokens.tokenizer import train_tokenizer
 
 VOCABULARY, LAYERS, HEADS, SIZE = 280, 4, 4, 64
 LAYER, HEAD = 2, 3  # that copies

@@ -9,15 +9,15 @@ import torch
 import yaml
 from PIL import Image
 
+from jobs.config.probe import Probe
+from jobs.config.settings import validated
 from jobs.evaluate.cells import Cell
-from jobs.evaluate.result import Result
 from jobs.evaluate.subject import read_tokenizer
+from jobs.measures.result import Result
 from jobs.probe import probing
-from jobs.probe.config import Probe
 from jobs.probe.probing import CHOSEN, PICTURE, RANKING, make_prompts, probe, read_chosen, text_entries
-from jobs.settings import validated
-from pipelines.errors import UserError
-from pipelines.hashing import FileHashes
+from pipelines.sources.file_hashes import FileHashes
+from pipelines.workflow.errors import UserError
 
 LAYER, HEAD = 2, 3  # as the fixture has it
 

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from jobs.evaluate.subject import read_tokenizer
 from jobs.probe.prompts import Prompt, facts_prompt, text_prompt
-from pipelines.errors import UserError
-from pipelines.tokenizer import TextTokenizer
+from pipelines.tokens.tokenizer import TextTokenizer
+from pipelines.workflow.errors import UserError
 
 LOCAL, TOKENS = 256, 1024
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from jobs.registry.record import Outcome
-from jobs.tracking import TrainingFacts
+from jobs.registry.tracking import TrainingFacts
 
 FINISHED = 1_700_000_000.0
 

@@ -8,14 +8,14 @@ import pytest
 from mlflow.store.artifact import s3_artifact_repo
 from moto.server import ThreadedMotoServer
 
-from jobs.registry.commands import show_run
+from jobs.cli.commands.registry import show_run
 from jobs.registry.models import fetch_model
 from jobs.registry.outbox import Outbox
 from jobs.registry.record import record
 from jobs.registry.server import TrackingDownError, connect, embedded_uri
 from jobs.registry.sync import sync
-from jobs.tracking import TrainingFacts, TrainingRun
-from pipelines.progress import console
+from jobs.registry.tracking import TrainingFacts, TrainingRun
+from pipelines.workflow.progress import console
 
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from jobs.registry.config import Condition, Place, Registry, hide_credentials
+from jobs.common.credentials import hide_credentials
+from jobs.config.registry import Condition, Place, Registry
+from jobs.config.settings import validated
 from jobs.registry.gate import decide, metrics_by_name, passkey_length
-from jobs.settings import validated
-from pipelines.errors import UserError
+from pipelines.workflow.errors import UserError
 
 METRICS = {
     "perplexity/model": {512: 10.05, 2048: 9.5},

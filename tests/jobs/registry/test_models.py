@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from jobs.registry.models import ModelAddress, fetch_model, is_model_uri, model_address, registered_models
+from jobs.config.checkpoint_name import is_model_uri
+from jobs.registry.models import ModelAddress, fetch_model, model_address, registered_models
 from jobs.registry.record import record
 from jobs.registry.server import connect, embedded_uri
-from pipelines.errors import UserError
+from pipelines.workflow.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from jobs.registry.config import Registry
+from jobs.config.registry import Registry
 from jobs.registry.outbox import Outbox
 from jobs.registry.record import Outcome, record, register
 from jobs.registry.runs import children
 from jobs.registry.server import connect, embedded_uri, find_run, open_run, tracking_uri
 from jobs.registry.sync import sync
-from jobs.tracking import TrainingFacts, TrainingRun, training_entry
-from pipelines.errors import UserError
-from pipelines.progress import console
+from jobs.registry.tracking import TrainingFacts, TrainingRun, training_entry
+from pipelines.workflow.errors import UserError
+from pipelines.workflow.progress import console
 
 GATE = Registry.model_validate({"promote": [{"metric": "passkey/exact", "at": 2048, "least": 0.9}]})
 FINISHED = 1_700_000_000.0  # when the outcomes of `make_outcome` were measured
@@ -469,7 +469,7 @@ def test_an_outcome_cut_short_in_one_job_and_completed_in_another_has_come_of_bo
 def test_a_server_down_at_first_then_up_then_killed_then_up_again_has_everything_once(
     work_dir: Path, make_outcome, tracking_server, monkeypatch
 ) -> None:
-    monkeypatch.setattr("jobs.tracking.RETRY", 0.0)
+    monkeypatch.setattr("jobs.registry.tracking.RETRY", 0.0)
     registry = Registry.model_validate({"tracking_uri": tracking_server.uri, "promote": GATE.model_dump()["promote"]})
     uri = tracking_uri(work_dir, registry.tracking_uri)
     tracking_server.kill()

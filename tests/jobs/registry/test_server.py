@@ -6,8 +6,8 @@ import pytest
 from jobs.registry.models import fetch_model
 from jobs.registry.record import record
 from jobs.registry.server import database_file, embedded_uri
-from jobs.workspace import WorkDir
-from pipelines.errors import UserError
+from jobs.workflow.workspace import WorkDir
+from pipelines.workflow.errors import UserError
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import pytest
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectNotFound
 
-from jobs.data.batches import NothingNewError
 from jobs.schedule import engine as module
 from jobs.schedule.engine import ASLEEP, NOBODY_THERE, FailedStageError, Plans, as_task, slept_through
 from jobs.schedule.history import Firing, append, history_of
 from jobs.schedule.store import SETTINGS, Schedule
+from jobs.train.batches import NothingNewError
 
 
 @dataclass

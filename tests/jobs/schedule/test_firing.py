@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs.data.batches import NothingNewError
-from jobs.recipe import load_recipe
+from jobs.common.stop import StoppedError
+from jobs.config.recipe import load_recipe
+from jobs.config.training import Continued
 from jobs.registry.server import connect, embedded_uri
 from jobs.schedule import firing as module
 from jobs.schedule.firing import FiringRunsError, fire, going_on
 from jobs.schedule.history import history_of, read_history
 from jobs.schedule.store import OWN_RAY, Schedule
-from jobs.stop import StoppedError
-from jobs.train.config import Continued
-from jobs.workspace import Workspace
-from pipelines.errors import UserError
+from jobs.train.batches import NothingNewError
+from jobs.workflow.workspace import Workspace
+from pipelines.workflow.errors import UserError
 
 
 @pytest.fixture

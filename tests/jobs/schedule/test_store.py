@@ -19,7 +19,7 @@ from jobs.schedule.store import (
     server_of,
     serving,
 )
-from pipelines.errors import UserError
+from pipelines.workflow.errors import UserError
 
 
 def refuse(error: UserError) -> None:

@@ -11,25 +11,25 @@ import torch
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from jobs.data.batches import batch_shape, make_sampler
-from jobs.recipe import Recipe
-from jobs.train.config import Training
+from jobs.config.recipe import Recipe
+from jobs.config.train_spec import CHECKPOINTS, METRICS, TrainSpec
+from jobs.config.training import Training
+from jobs.train.batches import batch_shape, make_sampler
 from jobs.train.engine import parameter_groups, schedule_factor
 from jobs.train.metrics import read_metrics
 from jobs.train.model import build_model
 from jobs.train.objective import batch_loss
-from jobs.train.spec import CHECKPOINTS, METRICS, TrainSpec
-from pipelines.dataset import TokenDataset
-from pipelines.documents import index_documents
-from pipelines.hashing import FileHashes
-from pipelines.listing import list_entries
-from pipelines.loader import rank_batches
-from pipelines.packing import pack_dataset
-from pipelines.progress import Progress
-from pipelines.sampler import IGNORE
-from pipelines.tokenize import Encoding, tokenize
-from pipelines.tokenizer import train_tokenizer
-from pipelines.units import group_units
+from pipelines.batches.dataset import TokenDataset
+from pipelines.batches.index import index_documents
+from pipelines.batches.loader import rank_batches
+from pipelines.batches.packing import pack_dataset
+from pipelines.batches.sampler import IGNORE
+from pipelines.sources.file_hashes import FileHashes
+from pipelines.sources.listing import list_entries
+from pipelines.sources.units import group_units
+from pipelines.tokens.tokenize import Encoding, tokenize
+from pipelines.tokens.tokenizer import train_tokenizer
+from pipelines.workflow.progress import Progress
 
 Changed = Callable[..., TrainSpec]
 

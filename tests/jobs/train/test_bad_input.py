@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
-from pipelines.tokenizer import train_tokenizer
+from pipelines.tokens.tokenizer import train_tokenizer
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 

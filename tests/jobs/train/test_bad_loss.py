@@ -2,8 +2,8 @@ import pickle
 
 import pytest
 
+from jobs.config.training import BadLoss
 from jobs.train.bad_loss import LEAST, REMEDY, WINDOW, BadLossError, LossWatch, SkippedSteps
-from jobs.train.config import BadLoss
 
 
 def bad(step: int) -> BadLossError:

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from jobs.config.training import Checkpoints as Settings
 from jobs.train.checkpoint_store import CheckpointStore, Record, step_name
 from jobs.train.checkpoints import Checkpoints
-from jobs.train.config import Checkpoints as Settings
-from pipelines.errors import UserError
+from pipelines.workflow.errors import UserError
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from jobs.train.checkpoint_store import (
     step_name,
     superseded,
 )
-from pipelines.errors import UserError
+from pipelines.workflow.errors import UserError
 
 RECORD = Record(step=1, rank=0, world=1, files={}, identity={}, state={}, dtype="float32", time=0.0)
 VALUES = st.recursive(

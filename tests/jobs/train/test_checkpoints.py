@@ -18,13 +18,13 @@ from moto.server import ThreadedMotoServer
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from fot_model import Adapter, FotLlamaConfig, FotLlamaForCausalLM
+from jobs.config.training import Training
+from jobs.models.shape import Shape
 from jobs.train.checkpoint_store import CheckpointStore
 from jobs.train.checkpoints import _model_files, cpu_copy
-from jobs.train.config import Training
 from jobs.train.estimate import checkpoint_bytes
 from jobs.train.export import export_adapter, export_checkpoint
-from jobs.train.shape import Shape
-from pipelines.tokenizer import train_tokenizer
+from pipelines.tokens.tokenizer import train_tokenizer
 
 CASES = {
     "zero0": {"stage": 0},
@@ -53,8 +53,8 @@ from fot_model import Adapter, FotLlamaConfig, FotLlamaForCausalLM, cross_batch_
 from fot_model.adapter import settings_of
 from jobs.train.checkpoint_store import CheckpointStore
 from jobs.train.checkpoints import Checkpoints, Frozen
-from jobs.train.config import Checkpoints as Settings
-from pipelines.errors import UserError
+from jobs.config.training import Checkpoints as Settings
+from pipelines.workflow.errors import UserError
 
 torch.set_num_threads(1)
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -8,21 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.data.batches import NothingNewError, batch_shape, last_step, make_sampler
+from jobs.config.train_spec import METRICS, Start, TrainSpec
 from jobs.registry.server import connect, embedded_uri
+from jobs.train.batches import NothingNewError, batch_shape, last_step, make_sampler
 from jobs.train.launch import train
 from jobs.train.metrics import read_metrics
-from jobs.train.spec import METRICS, Start, TrainSpec
-from pipelines.dataset import TokenDataset
-from pipelines.fresh import fresh_documents
-from pipelines.hashing import FileHashes
-from pipelines.listing import list_entries
-from pipelines.packing import NEW, Groups, groups_file, pack_dataset, read_groups, write_groups
-from pipelines.progress import Progress
-from pipelines.sampler import CrossBatchSampler
-from pipelines.shards import Manifest
-from pipelines.tokenize import Encoding, tokenize
-from pipelines.units import group_units
+from pipelines.batches.dataset import TokenDataset
+from pipelines.batches.fresh import fresh_documents
+from pipelines.batches.packing import NEW, Groups, groups_file, pack_dataset, read_groups, write_groups
+from pipelines.batches.sampler import CrossBatchSampler
+from pipelines.sources.file_hashes import FileHashes
+from pipelines.sources.listing import list_entries
+from pipelines.sources.units import group_units
+from pipelines.tokens.shards import Manifest
+from pipelines.tokens.tokenize import Encoding, tokenize
+from pipelines.workflow.progress import Progress
 
 NEW_DOCUMENTS = 10
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.train.config import Optimizer, Schedule
+from jobs.config.training import Optimizer, Schedule
 from jobs.train.engine import parameter_groups, schedule_factor
-from pipelines.errors import UserError
+from pipelines.workflow.errors import UserError
 
 KINDS = ("constant", "cosine", "inverse_sqrt")
 

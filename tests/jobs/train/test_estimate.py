@@ -14,8 +14,11 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.flop_counter import FlopCounterMode
 
 from fot_model import FotLlamaConfig, FotLlamaForCausalLM, c_prev_plan, cross_batch_plan, default_mem_layers
-from jobs.train.backward import Backward
-from jobs.train.config import Resources, Training
+from jobs.config.training import Resources, Training
+from jobs.models.backward import Backward
+from jobs.models.layers import gated_layers, seeing_layers
+from jobs.models.shape import Shape, parameter_sizes
+from jobs.models.trained import lora_modules, trained_names
 from jobs.train.estimate import (
     BUCKET,
     DEVICES,
@@ -27,9 +30,6 @@ from jobs.train.estimate import (
     step_flops,
     tokens_per_step,
 )
-from jobs.train.layers import gated_layers, seeing_layers
-from jobs.train.shape import Shape, parameter_sizes
-from jobs.train.trained import lora_modules, trained_names
 
 OPEN_LLAMA_3B = {
     "vocab_size": 32000,

@@ -10,12 +10,12 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from fot_model import Adapter, FotLlamaConfig, FotLlamaForCausalLM, fingerprint
-from jobs.cli import fot
+from jobs.cli.fot import fot
 from jobs.train.checkpoint_store import CheckpointStore, Record
 from jobs.train.export import WEIGHTS, export, export_adapter, export_checkpoint
-from jobs.workspace import WorkDir
-from pipelines.errors import UserError
-from pipelines.tokenizer import train_tokenizer
+from jobs.workflow.workspace import WorkDir
+from pipelines.tokens.tokenizer import train_tokenizer
+from pipelines.workflow.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from jobs.config.train_spec import METRICS, MODEL
 from jobs.train.checkpoint_store import CheckpointStore
 from jobs.train.metrics import last_metrics
-from jobs.train.spec import METRICS, MODEL
 
 ROUNDS = 10
 VICTIMS = ("worker", "node", "driver")

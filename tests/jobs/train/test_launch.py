@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from fot_model import FotLlamaForCausalLM
+from jobs.config.train_spec import CHECKPOINTS, METRICS, MODEL, TrainSpec
 from jobs.train.launch import _worker, train
 from jobs.train.metrics import last_metrics
-from jobs.train.spec import CHECKPOINTS, METRICS, MODEL, TrainSpec
-from pipelines.dataset import DamagedShardError
-from pipelines.documents import BATCHES
-from pipelines.errors import UserError
+from pipelines.batches.dataset import DamagedShardError
+from pipelines.batches.index import BATCHES
+from pipelines.workflow.errors import UserError
 
 
 def test_zero_on_two_workers_equals_plain_torch_and_a_killed_worker_changes_nothing(

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from fot_model import FotLlamaConfig, FotLlamaForCausalLM
-from jobs.data.batches import make_sampler
+from jobs.config.train_spec import METRICS, TrainSpec
 from jobs.train.bad_loss import SKIPPED, BadLossError
+from jobs.train.batches import make_sampler
 from jobs.train.launch import train
 from jobs.train.metrics import read_metrics
-from jobs.train.spec import METRICS, TrainSpec
-from pipelines.dataset import TokenDataset
+from pipelines.batches.dataset import TokenDataset
 
 SKIP = {"steps": 30, "checkpoints": {"every": 6}, "bad_loss": {"action": "skip"}}
 

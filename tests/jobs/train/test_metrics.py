@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from jobs.config.train_spec import METRICS
 from jobs.train.metrics import MetricsFile, MetricsReader, last_metrics, read_metrics
-from jobs.train.spec import METRICS
 
 
 def test_a_half_written_line_of_metrics_is_not_read(tmp_path: Path) -> None:

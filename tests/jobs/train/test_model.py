@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fot_model import Adapter, FotLlamaForCausalLM, Lora, fingerprint
+from jobs.config.train_spec import TrainSpec
 from jobs.train.model import build_model
-from jobs.train.spec import TrainSpec
-from pipelines.errors import UserError
+from pipelines.workflow.errors import UserError
 
 FOT = {"kind": "fot", "context": 8, "mem_layers": [0, 1], "mem_positionals": False}
 MEMORIZING = {"kind": "memorizing", "context": 8, "contexts": 2}
@@ -52,7 +52,7 @@ def test_the_type_and_checkpointing_are_deepspeeds(build, spec: TrainSpec) -> No
 
 
 def test_a_new_model_has_the_shape_and_the_tokenizers_vocabulary(spec: TrainSpec, recipe: dict) -> None:
-    from jobs.recipe import ModelShape
+    from jobs.config.recipe import ModelShape
 
     shape = ModelShape.model_validate({**recipe["base"]["pretrain"]["shape"], "num_key_value_heads": 1})
     config = build_model(replace(spec, base=shape))[0].config

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from fot_model import FotLlamaConfig, FotLlamaForCausalLM
-from jobs.train.config import FotObjective, MemorizingObjective, StandardObjective, TransformerXlObjective
+from jobs.config.training import FotObjective, MemorizingObjective, StandardObjective, TransformerXlObjective
 from jobs.train.objective import batch_loss, d_at, plan_of
-from pipelines.loader import TensorBatch
-from pipelines.sampler import IGNORE
+from pipelines.batches.loader import TensorBatch
+from pipelines.batches.sampler import IGNORE
 
 STEPS = 40
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.stop import StoppedError, stopping_on_sigterm
+from jobs.common.stop import StoppedError, stopping_on_sigterm
+from jobs.config.train_spec import CHECKPOINTS, METRICS, TrainSpec
 from jobs.train.launch import train
 from jobs.train.metrics import last_metrics
-from jobs.train.spec import CHECKPOINTS, METRICS, TrainSpec
 
 
 def test_a_training_stops_with_a_checkpoint_and_goes_on_bit_for_bit(spec: TrainSpec, changed, losses) -> None:

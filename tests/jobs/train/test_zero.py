@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from fot_model import Adapter, FotLlamaForCausalLM
+from jobs.config.train_spec import ADAPTER, METRICS, MODEL, TrainSpec
 from jobs.train.launch import train
 from jobs.train.metrics import read_metrics
-from jobs.train.spec import ADAPTER, METRICS, MODEL, TrainSpec
-from pipelines.errors import UserError
+from pipelines.workflow.errors import UserError
 
 CLOSE = 1e-4  # float32, over 60 steps
 BFLOAT16 = 0.1

@@ -1,1 +1,0 @@
-"""Work on a Ray cluster: submitted through its Jobs API, listed, followed, stopped, run again."""

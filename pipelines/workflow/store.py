@@ -1,0 +1,232 @@
+"""Stages and their content-addressed store.
+
+A stage's key is the hash of everything that makes its output: name, version, parameters, and the hashes of the outputs
+it reads. Its output is a directory `<root>/<stage>/<key>`; it is built as `<key>.partial`, where an interrupted stage
+finds what it had done, and renamed when complete. A finished stage is not run again: its files are verified by size and
+checksum, and built anew if they differ. Nothing else is needed (no server, no database), so the same stages run
+in-process, in a Ray job, or under an orchestrator.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from pipelines.workflow.errors import UserError
+from pipelines.workflow.files import write_atomically
+from pipelines.workflow.hashing import hash_file, hash_json
+
+RECORD = "stage.json"
+State = Literal["done", "running", "interrupted", "to do", "waiting"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of a workflow: `run(output, inputs)` writes files into `output`, reading the directories of `inputs`.
+
+    `version` changes when the code makes something else of the same inputs. `params` is JSON. `content` names the part
+    of the output that later stages depend on, where the rest (logs of a training, say) differs from run to run. A stage
+    that `mends` is given its damaged output without the damaged files and makes these again; others begin anew.
+    """
+
+    name: str
+    run: Callable[[Path, Mapping[str, Path]], None]
+    params: Mapping[str, Any]
+    inputs: tuple[str, ...] = ()
+    version: int = 1
+    content: str = ""
+    mends: bool = False
+
+
+@dataclass(frozen=True)
+class Output:
+    """A finished stage.
+
+    `seconds`: time spent in all its runs, killed ones excepted; `files`: sha256 and size of each file, by name; `hash`
+    names the content; `params` and `inputs` (the key of each input) are what it was made of.
+    """
+
+    stage: str
+    key: str
+    path: Path
+    files: dict[str, list[Any]] = field(repr=False)
+    seconds: float
+    hash: str
+    params: Mapping[str, Any] = field(repr=False)
+    inputs: Mapping[str, str] = field(repr=False)
+    reused: bool = False
+
+
+class Store:
+    """The store under `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def key(self, stage: Stage, outputs: Mapping[str, Output]) -> str:
+        return hash_json(
+            {
+                "stage": stage.name,
+                "version": stage.version,
+                "params": stage.params,
+                "inputs": {name: outputs[name].hash for name in stage.inputs},
+            }
+        )[:16]
+
+    def build(self, stage: Stage, outputs: Mapping[str, Output], warn: Callable[[str], None]) -> Output:
+        """The stage's output, found and verified or made now.
+
+        Raises UserError while another process builds it, and whatever the stage raises; then what was done so far
+        stays in the partial directory.
+        """
+        key = self.key(stage, outputs)
+        path = self.root / stage.name / key
+        partial = path.with_name(f"{key}.partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with self.locked(path):
+            if path.exists():
+                output = self.read(path)
+                damage = damage_of(output) if output is not None else {path / RECORD: "missing or damaged"}
+                if output is not None and not damage:
+                    return replace(output, reused=True)
+                file, what = next(iter(damage.items()))
+                more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
+                warn(f"stage {stage.name}: {file} is {what}{more}; it is made again")
+                _take_back(path, partial, damage if stage.mends else None)
+            partial.mkdir(exist_ok=True)
+            (partial / RECORD).unlink(missing_ok=True)
+            _remove_temporaries(partial)
+            began, before = time.monotonic(), _read_seconds(partial)
+            try:
+                stage.run(partial, {name: outputs[name].path for name in stage.inputs})
+            finally:
+                seconds = before + time.monotonic() - began
+                write_atomically(partial / ".seconds", str(seconds).encode())
+            (partial / ".seconds").unlink()
+            _remove_temporaries(partial)
+            files = _checksums(partial)
+            content = {name: file for name, file in files.items() if name.startswith(stage.content)}
+            made_of = {name: outputs[name].key for name in stage.inputs}
+            output = Output(stage.name, key, path, files, seconds, hash_json(content), stage.params, made_of)
+            record = {**asdict(output), "path": None, "version": stage.version}
+            write_atomically(partial / RECORD, json.dumps(record, indent=1, sort_keys=True).encode())
+            os.rename(partial, path)
+            return output
+
+    def read(self, path: Path) -> Output | None:
+        """A finished output from its directory, None if its record is missing or damaged."""
+        try:
+            record = json.loads((path / RECORD).read_text())
+            fields = [record[name] for name in ("files", "seconds", "hash", "params", "inputs")]
+            return Output(record["stage"], record["key"], path, *fields)
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def finished(self, stage: str) -> Iterator[Output]:
+        """All finished outputs of a stage whose record can be read, by key."""
+        for path in sorted((self.root / stage).glob("*")):
+            if path.suffix == "" and (output := self.read(path)) is not None:
+                yield output
+
+    def find(self, stage: Stage, outputs: Mapping[str, Output]) -> tuple[State, float, Path | None]:
+        """(state, seconds spent, where) of a stage, without running or verifying anything."""
+        if any(name not in outputs for name in stage.inputs):
+            return "waiting", 0.0, None
+        path = self.root / stage.name / self.key(stage, outputs)
+        partial = path.with_name(f"{path.name}.partial")
+        if (output := self.read(path)) is not None:
+            return "done", output.seconds, path
+        if partial.exists():
+            return ("running" if self._is_locked(path) else "interrupted"), _read_seconds(partial), partial
+        return "to do", 0.0, None
+
+    @contextmanager
+    def locked(self, path: Path) -> Iterator[None]:
+        """Hold the stage's lock, which the system releases however the process ends."""
+        with open(path.with_name(f"{path.name}.lock"), "w") as lock:
+            for patience in (0.5, 0.5, 0.0):  # `is_locked` of another process holds it for a moment
+                if _try_lock(lock, fcntl.LOCK_EX):
+                    break
+                time.sleep(patience)
+            else:
+                raise UserError(
+                    f"stage {path.parent.name} is being built by another process in {path.parent}: wait for it, or "
+                    f"use another work_dir"
+                )
+            yield
+
+    @staticmethod
+    def _is_locked(path: Path) -> bool:
+        file = path.with_name(f"{path.name}.lock")
+        if not file.exists():
+            return False
+        with open(file) as lock:
+            return not _try_lock(lock, fcntl.LOCK_SH)
+
+
+def link(directory: Path, output_file: Path) -> None:
+    """Make a link to a directory in a stage's output; one that goes on being right if the store is moved, where the
+    directory lies in it, too."""
+    root = output_file.parents[2]
+    target = os.path.relpath(directory, output_file.parent) if directory.is_relative_to(root) else directory
+    output_file.unlink(missing_ok=True)
+    output_file.symlink_to(target, target_is_directory=True)
+
+
+def _try_lock(lock: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _remove_temporaries(directory: Path) -> None:
+    """What processes left behind that were killed while writing."""
+    for temporary in directory.rglob(".*.tmp"):
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink()
+
+
+def _read_seconds(partial: Path) -> float:
+    file = partial / ".seconds"
+    return float(file.read_text()) if file.exists() else 0.0
+
+
+def _checksums(directory: Path) -> dict[str, list[Any]]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): [hash_file(path), path.stat().st_size] for path in files}
+
+
+def damage_of(output: Output) -> dict[Path, str]:
+    """What is wrong with which of an output's files."""
+    damage = {}
+    for name, (checksum, size) in output.files.items():
+        file = output.path / name
+        if not file.exists():
+            damage[file] = "missing"
+        elif file.stat().st_size != size or hash_file(file) != checksum:
+            damage[file] = "corrupt"
+    for entry in output.path.iterdir():
+        if not entry.exists():
+            damage[entry] = f"a link to {os.readlink(entry)}, which is not there"
+    return damage
+
+
+def _take_back(path: Path, partial: Path, damage: Mapping[Path, str] | None) -> None:
+    """Make a finished output an unfinished one: without the damaged files, or with nothing in it."""
+    if damage is None:
+        shutil.rmtree(path)
+        return
+    for file in damage:
+        file.unlink(missing_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    os.rename(path, partial)
