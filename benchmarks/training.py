@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.machine import default_device, heading
 from fot_model import FotLlamaConfig, FotLlamaForCausalLM
-from jobs.config.training import Checkpoints as CheckpointSettings
+from jobs.config.training import CheckpointSettings as CheckpointSettings
 from jobs.config.training import Objective, Training
 from jobs.models.shape import Shape
 from jobs.train.estimate import peak_flops, step_flops

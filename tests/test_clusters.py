@@ -26,7 +26,7 @@ from ray.core.generated.common_pb2 import LabelSelectorOperator
 from ray.core.generated.instance_manager_pb2 import NodeKind
 from ray.scripts.scripts import start
 
-from jobs.cluster.manifest import Deployment, ray_job_spec
+from jobs.cluster.kuberay import Deployment, ray_job_spec
 from jobs.config.training import Resources
 from pipelines.workflow.cluster import KEEP_OFF
 

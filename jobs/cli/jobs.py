@@ -42,7 +42,7 @@ def submit(recipe: Path, overrides: tuple[str, ...], **request: Any) -> None:
     """Run a recipe on a Ray cluster, which needs nobody to watch it."""
     from jobs.cli.commands import cluster as commands
 
-    commands.submit(commands.Request(recipe=recipe, overrides=overrides, **request))
+    commands.submit(commands.SubmitRequest(recipe=recipe, overrides=overrides, **request))
 
 
 @click.command("jobs")

@@ -46,9 +46,9 @@ def export(checkpoint: str, directory: Path, dtype: str | None, adapter: bool, b
 def evaluate(checkpoint: str, tasks: tuple[str, ...], texts: tuple[str, ...], **settings: Any) -> None:
     """Measure CHECKPOINT (a Hugging Face directory, a hub id, a .gguf file, package:NAME/FILE, models:/fot/NAME@ALIAS)
     and record what came out."""
-    from jobs.cli.commands.evaluate import Request, evaluate_checkpoint
+    from jobs.cli.commands.evaluate import EvaluateRequest, evaluate_checkpoint
 
-    evaluate_checkpoint(Request(checkpoint=checkpoint, tasks=tasks, texts=texts, **settings))
+    evaluate_checkpoint(EvaluateRequest(checkpoint=checkpoint, tasks=tasks, texts=texts, **settings))
 
 
 @click.command()
@@ -67,6 +67,6 @@ def evaluate(checkpoint: str, tasks: tuple[str, ...], texts: tuple[str, ...], **
 @click.option("--work-dir", default="runs", show_default=True, metavar="DIR", help="Holds all that is made.")
 def probe(model: str, layers: int | None, work_dir: str, **settings: Any) -> None:
     """Rank MODEL's layers and heads by the attention that falls on what must be retrieved from afar."""
-    from jobs.cli.commands.probe import Request, probe_model
+    from jobs.cli.commands.probe import ProbeRequest, probe_model
 
-    probe_model(Request(model, layers, settings, work_dir))
+    probe_model(ProbeRequest(model, layers, settings, work_dir))

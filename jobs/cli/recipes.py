@@ -53,6 +53,6 @@ def plan(recipe: Path, overrides: tuple[str, ...], device: str, mfu: float) -> N
 @click.option("--time-zone", default="UTC", show_default=True, metavar="NAME", help="What --cron is read in.")
 def manifest(recipe: Path, overrides: tuple[str, ...], **settings: Any) -> None:
     """Print what runs RECIPE on Kubernetes, for `kubectl apply -f -`: a RayJob, or with --cron a RayCronJob."""
-    from jobs.cluster.manifest import Deployment, show_manifest
+    from jobs.cluster.kuberay import Deployment, show_manifest
 
     show_manifest(recipe, overrides, Deployment(**settings))

@@ -38,7 +38,7 @@ def add_schedule(recipe: Path, overrides: tuple[str, ...], **request: Any) -> No
     """Fire RECIPE by cron, from now on."""
     from jobs.cli.commands import schedule as commands
 
-    commands.add(commands.Request(recipe=recipe, overrides=overrides, **request))
+    commands.add(commands.ScheduleRequest(recipe=recipe, overrides=overrides, **request))
 
 
 @schedule.command("list")

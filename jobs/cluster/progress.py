@@ -13,7 +13,7 @@ MADE = re.compile(
 
 
 @dataclass(frozen=True)
-class Row:
+class StageRow:
     """`of`: the recipe, or a variant of it. `state`: found, done or running; `detail`: how far, or where it lies."""
 
     of: str
@@ -22,18 +22,18 @@ class Row:
     detail: str
 
 
-def read_progress(log: str) -> list[Row]:
+def read_progress(log: str) -> list[StageRow]:
     """The stages that were begun, in order; the last may be running."""
-    rows: list[Row] = []
+    rows: list[StageRow] = []
     title, running = "", None
     for line in log.splitlines():
         if header := HEADER.match(line):
             title = header["title"]
         elif done := DONE.fullmatch(line):
-            rows.append(Row(title, done["stage"], done["how"], done["where"]))
+            rows.append(StageRow(title, done["stage"], done["how"], done["where"]))
             running = None
         elif at := AT.fullmatch(line):
-            running = Row(title, at["what"], "running", f"{at['done']}/{at['total']} {at['rest']}")
+            running = StageRow(title, at["what"], "running", f"{at['done']}/{at['total']} {at['rest']}")
     return [*rows, running] if running is not None else rows
 
 

@@ -20,7 +20,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 
 
-class Shape(Part):
+class DictionaryShape(Part):
     """The model: a LLaMA from nothing whose last layers are memory layers without positions, with cosine scores."""
 
     hidden_size: Positive = 128
@@ -32,7 +32,7 @@ class Shape(Part):
     mem_layers: Annotated[tuple[Count, ...], Field(min_length=1)] = (1,)
 
     @model_validator(mode="after")
-    def _fits(self) -> "Shape":
+    def _fits(self) -> "DictionaryShape":
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError("model.num_attention_heads must be a multiple of model.num_key_value_heads")
         if self.head_dim % 2:
@@ -83,7 +83,7 @@ class Phase(Part):
         return self
 
 
-class Optimizer(Part):
+class DictionaryOptimizer(Part):
     """AdamW; temperatures have a learning rate of their own, and no weight decay."""
 
     learning_rate: Rate = 2e-3
@@ -94,11 +94,11 @@ class Optimizer(Part):
     warmup_steps: Count = 50
 
 
-class Training(Part):
+class DictionaryTraining(Part):
     """`phases` one after the other; a checkpoint every `checkpoint_every` steps."""
 
     phases: Annotated[tuple[Phase, ...], Field(min_length=1)]
-    optimizer: Optimizer = Optimizer()
+    optimizer: DictionaryOptimizer = DictionaryOptimizer()
     checkpoint_every: Positive = 50
 
     @property
@@ -106,7 +106,7 @@ class Training(Part):
         return sum(phase.steps for phase in self.phases)
 
 
-class Evaluation(Part):
+class DictionaryEvaluation(Part):
     """Accuracy with a dictionary of each of `tokens` tokens in memory (256 tokens hold 25 records).
 
     `windows`: contexts of 25 questions asked at each size. `top_k`: beside dense attention, that to the k best keys;
@@ -142,9 +142,9 @@ class DictionaryRecipe(Part):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
     seeds: Annotated[tuple[Count, ...], Field(min_length=1)] = (0, 1, 2)
     work_dir: WorkDirectory = "runs"
-    model: Shape = Shape()
-    training: Training
-    evaluation: Evaluation = Evaluation()
+    model: DictionaryShape = DictionaryShape()
+    training: DictionaryTraining
+    evaluation: DictionaryEvaluation = DictionaryEvaluation()
     registry: Registry = Registry()
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from jobs.config.dictionary import Evaluation as Dictionary
+from jobs.config.dictionary import DictionaryEvaluation
 from jobs.config.training import Positive
 from pipelines.config import Part
 
@@ -35,7 +35,7 @@ def _known_rival(name: str) -> str:
 Rival = Annotated[str, AfterValidator(_known_rival)]
 
 
-class Memory(Part):
+class MemorySettings(Part):
     """How what was read is attended to: exactly (`top_k: null`), or the `top_k` keys of largest inner product with each
     query. `dtype`: number type of keys and values held, by default the model's."""
 
@@ -72,7 +72,7 @@ class Passkey(Part):
     at_once: Positive = 20
 
 
-class AttentionMass(Part):
+class AttentionMassSettings(Part):
     """r_d, the attention mass on positives among d additional contexts. `samples`: held-out windows that are asked."""
 
     d: Lengths = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -121,7 +121,7 @@ class Evaluation(Part):
     lengths of up to `rivals_up_to` tokens (full attention's cost grows with the square of the length).
     """
 
-    memory: Memory = Memory()
+    memory: MemorySettings = MemorySettings()
     local: Positive | None = None
     dtype: Dtype | None = None
     reader: Literal["memory", "full"] = "memory"
@@ -129,8 +129,8 @@ class Evaluation(Part):
     rivals_up_to: Positive = 16384
     perplexity: Perplexity | None = Perplexity()
     passkey: Passkey | None = Passkey()
-    attention_mass: AttentionMass | None = None
-    dictionary: Dictionary | None = None
+    attention_mass: AttentionMassSettings | None = None
+    dictionary: DictionaryEvaluation | None = None
     trec: FewShot | None = None
     webquestions: FewShot | None = None
     lm_eval: LmEval | None = None

@@ -81,7 +81,7 @@ class Registry(Part):
         return None if uri is None else hide_credentials(uri)
 
 
-class Place(Part):
+class RunsPlace(Part):
     """What recipes of every kind say of where their runs are."""
 
     work_dir: str = "runs"

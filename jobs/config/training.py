@@ -211,7 +211,7 @@ class Patterns(Part):
 Trained = Literal["memory_attention", "memory_and_above", "all"] | Patterns
 
 
-class Lora(Part):
+class LoraSettings(Part):
     """LoRA (arXiv 2106.09685): in place of the matrices `targets` among what `train` chooses, pairs of matrices of
     `rank` are trained, whose product times alpha / rank is added to them."""
 
@@ -239,7 +239,7 @@ class Optimizer(Part):
     groups: tuple[ParameterGroup, ...] = ()
 
 
-class Schedule(Part):
+class RateSchedule(Part):
     """Learning rate over the steps: linear warm-up, then constant, a cosine down to `floor` of the peak at the last
     step, or the peak x sqrt(warmup_steps / step)."""
 
@@ -267,7 +267,7 @@ class DeepSpeed(Part):
         return self
 
 
-class Checkpoints(Part):
+class CheckpointSettings(Part):
     """A checkpoint every `every` steps, and at the end.
 
     The newest `keep` are kept, and all that are younger than `keep_hours`. `path`: a directory or a URL of pyarrow.fs
@@ -310,12 +310,12 @@ class Training(Part):
     objective: Objective
     steps: Positive
     train: Annotated[Trained, Field(exclude_if=lambda part: part == "all")] = "all"  # older keys stay
-    lora: Annotated[Lora | None, Field(exclude_if=lambda lora: lora is None)] = None
+    lora: Annotated[LoraSettings | None, Field(exclude_if=lambda lora: lora is None)] = None
     batch: Batch = Batch()
     optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule()
+    schedule: RateSchedule = RateSchedule()
     deepspeed: DeepSpeed = DeepSpeed()
-    checkpoints: Checkpoints = Checkpoints()
+    checkpoints: CheckpointSettings = CheckpointSettings()
     bad_loss: BadLoss = BadLoss()
     measure: Measure | None = None
 

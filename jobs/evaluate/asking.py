@@ -58,7 +58,7 @@ class SharedMemory:
         raise AssertionError(READ_ONLY)
 
 
-class Prompt:
+class SharedPrompt:
     """What stands before each question: a memory of one row and `ids`, the tokens since, in the local context of `rows`
     rows. Everything asked must fit into the rest of the local context (`local` tokens)."""
 

@@ -21,7 +21,7 @@ import torch
 from fot_model import FotCache, FotLlamaForCausalLM, memory_mass
 from fot_model.memory import Memory
 from jobs.common.plot import plot_mass
-from jobs.config.evaluation import AttentionMass
+from jobs.config.evaluation import AttentionMassSettings
 from jobs.evaluate.cells import Cell, Json
 from jobs.evaluate.subject import (
     Subject,
@@ -49,7 +49,7 @@ from pipelines.workflow.errors import UserError
 TOKENS_AT_ONCE = 4096  # of contexts that are read side by side
 
 
-def cells(subject: Subject, settings: AttentionMass) -> list[Cell]:
+def cells(subject: Subject, settings: AttentionMassSettings) -> list[Cell]:
     """One for each window that asks. Raises UserError where there are fewer contexts than d, and for a model without
     memory layers."""
     dataset, local, largest = open_documents(subject), subject.local, max(settings.d)
@@ -73,7 +73,7 @@ def cells(subject: Subject, settings: AttentionMass) -> list[Cell]:
     ]
 
 
-def check_documents(dataset: TokenDataset, local: int, settings: AttentionMass) -> None:
+def check_documents(dataset: TokenDataset, local: int, settings: AttentionMassSettings) -> None:
     """Raises UserError where held-out documents are too short or too few."""
     there = fewest_others(dataset, _windows(dataset, local, settings), local)
     if there < max(settings.d) - 1:
@@ -127,7 +127,7 @@ def _one_row(x_NHkLD: torch.Tensor) -> torch.Tensor:
     return x_NHkLD.transpose(0, 1).flatten(1, 2)[None]
 
 
-def summarize(subject: Subject, settings: AttentionMass, results: Mapping[str, Json], output: Path) -> Result:
+def summarize(subject: Subject, settings: AttentionMassSettings, results: Mapping[str, Json], output: Path) -> Result:
     """r_d by layer and d, beside 1/d."""
     windows = _windows(open_documents(subject), subject.local, settings)
     measured = [results[_key(window)] for window in windows]
@@ -151,7 +151,7 @@ def summarize(subject: Subject, settings: AttentionMass, results: Mapping[str, J
     return Result("attention_mass", settings.model_dump(mode="json"), points, [table], ["attention_mass.png"])
 
 
-def _windows(dataset: TokenDataset, local: int, settings: AttentionMass) -> list[Window]:
+def _windows(dataset: TokenDataset, local: int, settings: AttentionMassSettings) -> list[Window]:
     """Windows that ask: each has one before it."""
     return choose_windows(dataset, local, 2, settings.samples, "the local context")
 

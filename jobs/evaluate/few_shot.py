@@ -45,7 +45,7 @@ USUAL = "most frequent answer"
 
 
 @dataclass(frozen=True)
-class Kind:
+class QuestionSet:
     """A set of questions. `answer_is`: the word before an answer; `questions`, `answers`: names that columns may have;
     `plain`: what of an answer is compared; `classes`: whether all answers are known beforehand."""
 
@@ -67,7 +67,7 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Draw:
+class Demonstrations:
     """`demonstrations`: the tokens of each that fits the longest prompt, in order; `fits`: {multiple of the local
     context: how many of them fit}; `usual`: the most frequent answer of all demonstrations; `room`: tokens kept for an
     answer; `longest`: tokens of the longest question and its answer."""
@@ -81,7 +81,7 @@ class Draw:
     longest: int
 
 
-def cells(kind: Kind, subject: Subject, settings: FewShot) -> list[Cell]:
+def cells(kind: QuestionSet, subject: Subject, settings: FewShot) -> list[Cell]:
     """One for each draw. Raises UserError for data that cannot be used, and for lengths that hold no demonstration."""
     longest, weights = max(settings.lengths) * subject.local, weights_bytes(subject.model, subject.dtype)
     held = memory_bytes(subject.model, subject.memory, longest, subject.local, dtype=subject.dtype)
@@ -100,7 +100,7 @@ def cells(kind: Kind, subject: Subject, settings: FewShot) -> list[Cell]:
     ]
 
 
-def check_files(kind: Kind, settings: FewShot) -> tuple[list[Example], list[Example]]:
+def check_files(kind: QuestionSet, settings: FewShot) -> tuple[list[Example], list[Example]]:
     """The questions to show and those to ask. Raises UserError for settings and files that cannot be used with any
     model."""
     if settings.choice and not kind.classes:
@@ -112,7 +112,7 @@ def check_files(kind: Kind, settings: FewShot) -> tuple[list[Example], list[Exam
     return train, test
 
 
-def make_draws(kind: Kind, subject: Subject, settings: FewShot) -> list[Draw]:
+def make_draws(kind: QuestionSet, subject: Subject, settings: FewShot) -> list[Demonstrations]:
     train, test = check_files(kind, settings)
     encode = read_tokenizer(subject.model).encoder
     shown = [ids.tolist() for ids in encode([kind.show(example) for example in train])]
@@ -141,16 +141,16 @@ def make_draws(kind: Kind, subject: Subject, settings: FewShot) -> list[Draw]:
                 f"question and its answer need up to {needed}; let lengths begin at {-(-needed // subject.local)}"
             )
         demonstrations = [shown[place] for place in order[: max(fits.values())]]
-        draws.append(Draw(demonstrations, fits, questions, classes, usual, room, longest))
+        draws.append(Demonstrations(demonstrations, fits, questions, classes, usual, room, longest))
     return draws
 
 
-def ask_draw(kind: Kind, subject: Subject, draw: Draw, at_once: int, choice: bool) -> Json:
+def ask_draw(kind: QuestionSet, subject: Subject, draw: Demonstrations, at_once: int, choice: bool) -> Json:
     """In a task: {multiple of the local context: {"demonstrations": how many, "usual": share of questions that the most
     frequent answer answers, "accuracy": ..., "choice": ...}}."""
     import torch
 
-    from jobs.evaluate.asking import Prompt
+    from jobs.evaluate.asking import SharedPrompt
 
     tokenizer, model = read_tokenizer(subject.model), load_model(subject.model, subject.model, subject.dtype)
     cache, local = new_cache(model, subject.memory), subject.local
@@ -173,7 +173,7 @@ def ask_draw(kind: Kind, subject: Subject, draw: Draw, at_once: int, choice: boo
         alone = len(ids) - whole + draw.longest > local  # what is left of the demonstrations is a window of its own
         begin = len(ids) if alone else whole
         read_into(model, cache, torch.tensor([ids[cache.get_seq_length() : begin]]), local)
-        prompt = Prompt(model, cache.memory, ids[begin:], at_once, local)
+        prompt = SharedPrompt(model, cache.memory, ids[begin:], at_once, local)
         measured = {"demonstrations": count, "usual": share([draw.usual] * len(questions))}
         measured["accuracy"] = share([text(answer) for answer in prompt.answer(questions, draw.room, ended)])
         if choice:
@@ -188,7 +188,9 @@ def ask_draw(kind: Kind, subject: Subject, draw: Draw, at_once: int, choice: boo
     return results
 
 
-def summarize(kind: Kind, subject: Subject, settings: FewShot, results: Mapping[str, Json], output: Path) -> Result:
+def summarize(
+    kind: QuestionSet, subject: Subject, settings: FewShot, results: Mapping[str, Json], output: Path
+) -> Result:
     """Means over the draws, with their 95 % intervals by the t distribution."""
     scores = ["accuracy", "choice"] if settings.choice else ["accuracy"]
     points, rows = [], []

@@ -19,7 +19,7 @@ from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_tex
 from torch import Tensor
 
 from fot_model import FotCache, FotLlamaForCausalLM
-from jobs.config.evaluation import Dtype, Memory
+from jobs.config.evaluation import Dtype, MemorySettings
 from jobs.evaluate.subject import load_model, new_cache, read_tokenizer
 from pipelines.workflow.errors import UserError
 
@@ -37,14 +37,14 @@ class FotLM(TemplateLM):
         pretrained: str | Path,
         local: int,
         like: str | Path | None = None,
-        memory: Memory | None = None,
+        memory: MemorySettings | None = None,
         batch_size: int = 8,
         dtype: Dtype | None = None,
     ) -> None:
         super().__init__()
         self.model = load_model(Path(pretrained), Path(like or pretrained), dtype)
         self._tokenizer = read_tokenizer(Path(pretrained))
-        self._local, self._memory, self._batch_size = local, memory or Memory(), batch_size
+        self._local, self._memory, self._batch_size = local, memory or MemorySettings(), batch_size
 
     @property
     def eot_token_id(self) -> int:

@@ -33,8 +33,7 @@ from jobs.evaluate.full_attention import Ask
 from jobs.evaluate.readers import check_reading, held_bytes, open_reader, rows_together
 from jobs.evaluate.subject import Subject, read_tokenizer, weights_bytes
 from jobs.evaluate.trials import interval, share, write_trials
-from jobs.measures.result import Cell as Value
-from jobs.measures.result import Point, Result, Table
+from jobs.measures.result import Point, Result, Table, Value
 from pipelines.tokens.tokenizer import TextTokenizer
 from pipelines.workflow.errors import UserError
 

@@ -37,8 +37,7 @@ from jobs.evaluate.subject import (
     weights_bytes,
 )
 from jobs.evaluate.text_bytes import prefix_bytes, token_bytes
-from jobs.measures.result import Cell as Value
-from jobs.measures.result import Point, Result, Table
+from jobs.measures.result import Point, Result, Table, Value
 from jobs.measures.scoring import score
 from jobs.measures.windows import (
     Window,
@@ -62,7 +61,7 @@ TOKENS, PERPLEXITY = "tokens of context", "perplexity a token"
 Item = TypeVar("Item")
 
 
-class Batch(NamedTuple):
+class ScoredRows(NamedTuple):
     """Windows that end `context` windows of reading, the last `scored` of which are scored."""
 
     context: int
@@ -124,7 +123,7 @@ def check_documents(dataset: TokenDataset, local: int, settings: Perplexity) -> 
         )
 
 
-def score_batch(subject: Subject, name: str, batch: Batch) -> Json:
+def score_batch(subject: Subject, name: str, batch: ScoredRows) -> Json:
     """A cell: loss (nats) of every scored window, a list for each of the batch's; nothing was read before each."""
     reader, dataset, local = open_reader(subject, name), open_documents(subject), subject.local
     found = []
@@ -290,7 +289,7 @@ def _what(dataset: TokenDataset, subject: Subject, settings: Perplexity) -> str:
     )
 
 
-def _batches(dataset: TokenDataset, subject: Subject, settings: Perplexity) -> list[Batch]:
+def _batches(dataset: TokenDataset, subject: Subject, settings: Perplexity) -> list[ScoredRows]:
     """What is scored, in cells of about `TOKENS_A_CELL` or one window. Which windows, depends on the longest context
     that is asked for; how far they are read, on the reader too."""
     local, longest = subject.local, max(settings.contexts)
@@ -299,9 +298,11 @@ def _batches(dataset: TokenDataset, subject: Subject, settings: Perplexity) -> l
         documents = choose_documents(dataset, local, longest, CONTEXTS)[: -(-settings.windows // longest)]
         far = max(read)
         ends = [Window(document, (far - 1) * local) for document in documents]
-        return [Batch(far, some, far) for some in _split(ends, TOKENS_A_CELL // (far * local))]
+        return [ScoredRows(far, some, far) for some in _split(ends, TOKENS_A_CELL // (far * local))]
     windows = choose_windows(dataset, local, longest, settings.windows, CONTEXTS)
-    return [Batch(context, some, 1) for context in read for some in _split(windows, TOKENS_A_CELL // (context * local))]
+    return [
+        ScoredRows(context, some, 1) for context in read for some in _split(windows, TOKENS_A_CELL // (context * local))
+    ]
 
 
 def _distracted(dataset: TokenDataset, local: int, settings: Perplexity) -> list[tuple[int, list[Window]]]:
@@ -329,7 +330,7 @@ def _at_once(subject: Subject, name: str, tokens: int) -> int:
     return rows_together(subject, name, tokens, max(1, TOKENS_AT_ONCE // subject.local))
 
 
-def _key(name: str, batch: Batch) -> str:
+def _key(name: str, batch: ScoredRows) -> str:
     return f"{name}-{batch.context}-{batch.windows[0].document}-{batch.windows[0].start}"
 
 

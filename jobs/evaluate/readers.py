@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fot_model import FotCache, FotLlamaConfig, FotLlamaForCausalLM
-from jobs.config.evaluation import Memory
+from jobs.config.evaluation import MemorySettings
 from jobs.evaluate.full_attention import PIECE, Ask, FullReader, ntk_rope, yarn_rope
 from jobs.evaluate.retrieval import RetrievalReader
 from jobs.evaluate.subject import (
@@ -47,7 +47,7 @@ class Reader(Protocol):
 
 
 class MemoryReader:
-    def __init__(self, model: FotLlamaForCausalLM, memory: Memory, local: int) -> None:
+    def __init__(self, model: FotLlamaForCausalLM, memory: MemorySettings, local: int) -> None:
         self._model, self._memory, self._local = model, memory, local
 
     def losses(self, text_BT: Tensor, scored: int) -> Tensor:

@@ -12,7 +12,7 @@ from jobs.common.plot import plot_panels
 from jobs.config.evaluation import RIVALS
 from jobs.evaluate.losses import Interval, Scored, at_steps, difference, perplexity, read_losses, renamed
 from jobs.evaluate.trials import Trial, interval, read_trials, share
-from jobs.measures.result import Cell, Point, Result, Table
+from jobs.measures.result import Point, Result, Table, Value
 
 STEPS = "tokens of context"
 EXACT = "exact"
@@ -96,7 +96,7 @@ def _perplexities(scored: Sequence[Scored], compared: str, output: Path) -> Part
 def _passkeys(trials: Mapping[str, Mapping[int, Sequence[Trial]]], output: Path) -> Part:
     shares = {name: {step: share(own[step], EXACT) for step in sorted(own)} for name, own in trials.items()}
     steps = sorted({step for own in shares.values() for step in own})
-    rows: list[list[Cell]] = [
+    rows: list[list[Value]] = [
         [called(name), *(_with_interval(own[step]) if step in own else None for step in steps)]
         for name, own in trials.items()
     ]
@@ -112,7 +112,7 @@ def _passkeys(trials: Mapping[str, Mapping[int, Sequence[Trial]]], output: Path)
     return points, [table], [plot]
 
 
-def _rows(by_reader: Mapping[str, Mapping[int, Interval]], steps: Sequence[int]) -> list[list[Cell]]:
+def _rows(by_reader: Mapping[str, Mapping[int, Interval]], steps: Sequence[int]) -> list[list[Value]]:
     return [
         [called(name), *(str(own[step]) if step in own else None for step in steps)] for name, own in by_reader.items()
     ]

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.config.evaluation import Dtype, Memory
+from jobs.config.evaluation import Dtype, MemorySettings
 from jobs.models.base import load_llama
 from pipelines.batches.dataset import TokenDataset
 from pipelines.tokens import tokenizer
@@ -49,7 +49,7 @@ class Subject:
     models: Mapping[str, Path]
     local: int
     seed: int
-    memory: Memory = Memory()  # noqa: RUF009 - it is frozen
+    memory: MemorySettings = MemorySettings()  # noqa: RUF009 - it is frozen
     shards: Path | None = None
     documents: Path | None = None
     reading: Reading = Reading()
@@ -131,7 +131,7 @@ def _load(path: Path, like: Path, dtype: Dtype | None) -> "FotLlamaForCausalLM":
     return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def new_cache(model: "FotLlamaForCausalLM", memory: Memory) -> "FotCache":
+def new_cache(model: "FotLlamaForCausalLM", memory: MemorySettings) -> "FotCache":
     """An empty local context and memory that attends as asked for."""
     from fot_model import DenseMemory, FotCache, TopKMemory
     from fot_model.config import MEMORY_DTYPES
@@ -164,7 +164,7 @@ def number_bytes(model: Path, dtype: Dtype | None = None) -> int:
 
 
 def memory_bytes(
-    model: Path, memory: Memory, tokens: int, piece: int, rows: int = 1, dtype: Dtype | None = None
+    model: Path, memory: MemorySettings, tokens: int, piece: int, rows: int = 1, dtype: Dtype | None = None
 ) -> int:
     """Bytes that the keys and values of `rows` x `tokens` take at most, `piece` tokens appended at a time: full buffers
     double, and the old one is there until it is copied."""

@@ -4,7 +4,7 @@ from functools import partial
 
 from jobs.evaluate import few_shot
 
-TREC = few_shot.Kind(
+TREC = few_shot.QuestionSet(
     name="trec",
     answer_is="Type",
     questions=("question", "text"),

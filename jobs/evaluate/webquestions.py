@@ -14,7 +14,7 @@ def plain(answer: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer.lower().translate(PUNCTUATION)).split())
 
 
-WEBQUESTIONS = few_shot.Kind(
+WEBQUESTIONS = few_shot.QuestionSet(
     name="webquestions",
     answer_is="Answer",
     questions=("question",),

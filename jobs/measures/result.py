@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from pipelines.workflow.files import write_atomically
 
 RESULT = "result.json"
-Cell = str | int | float | None
+Value = str | int | float | None
 
 
 class Point(NamedTuple):
@@ -29,7 +29,7 @@ class Table:
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[Value]]
     note: str = ""
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.table import Table
 
 from jobs.common.terminal import plain
-from jobs.measures.result import Cell, Result
+from jobs.measures.result import Result, Value
 from pipelines.workflow.progress import console
 
 
@@ -22,7 +22,7 @@ def print_results(results: Iterable[tuple[Result, Path]]) -> None:
             console.print(view)
 
 
-def shown(cell: Cell) -> str:
+def shown(cell: Value) -> str:
     """A cell of a table as text: 16384 -> '16,384', 8.29712 -> '8.297', None -> '-'."""
     match cell:
         case None:

@@ -15,8 +15,7 @@ from jobs.common.plot import plot_heads
 from jobs.config.probe import Probe
 from jobs.evaluate.cells import Cell, run_cells
 from jobs.evaluate.subject import read_config, weights_bytes
-from jobs.measures.result import Cell as Value
-from jobs.measures.result import Point, Result, Table
+from jobs.measures.result import Point, Result, Table, Value
 from jobs.probe.measure import change_layers, read_prompt
 from jobs.probe.prompts import FACTS, TEXT, Prompt, facts_prompt, text_prompt
 from jobs.probe.ranking import Layer, choose, far_worth, heads, rank

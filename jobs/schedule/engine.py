@@ -38,7 +38,7 @@ from jobs.common.child import die_with_parent
 from jobs.common.cron import clock, firings
 from jobs.common.stop import StoppedError
 from jobs.schedule.history import Firing, Trigger, append, cut_short, history_of, missed, owed, passed, told
-from jobs.schedule.store import Schedule, Settings, find_schedule, now, schedules
+from jobs.schedule.store import Schedule, ScheduleSettings, find_schedule, now, schedules
 from pipelines.workflow.errors import UserError
 from pipelines.workflow.store import Output
 
@@ -137,7 +137,7 @@ def as_task(stage: str, build: Callable[[], Output]) -> Output:
 class _Planned:
     """What Prefect was told of a schedule: its deployment, and the run that is to come, by time."""
 
-    settings: Settings
+    settings: ScheduleSettings
     deployment: UUID
     run: UUID | None = None
     time: datetime | None = None

@@ -36,7 +36,7 @@ from jobs.train.batches import NothingNewError
 from jobs.workflow.data_stages import SHARDS
 from jobs.workflow.evaluation_stages import read_results
 from jobs.workflow.outcome import metric_points
-from jobs.workflow.run import Made, make
+from jobs.workflow.run import MadeRecipe, make
 from jobs.workflow.workspace import Workspace
 from pipelines.batches.fresh import fresh_documents
 from pipelines.tokens.shards import Manifest
@@ -137,7 +137,7 @@ class _Attempt:
         self._paths[stage] = output.path
         return output
 
-    def _judge(self, recipe: Recipe, made: Made, last: Firing | None) -> Firing:
+    def _judge(self, recipe: Recipe, made: MadeRecipe, last: Firing | None) -> Firing:
         """What came of it, from what the stages made and what MLflow says."""
         self._count()
         results = read_results(list(recipe.evaluation.tasks), made.paths)

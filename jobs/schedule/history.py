@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from jobs.common.credentials import hide_credentials
 from jobs.common.cron import firings
-from jobs.schedule.store import Schedule, Settings, now
+from jobs.schedule.store import Schedule, ScheduleSettings, now
 from pipelines.config import Part
 
 Trigger = Literal["cron", "catch-up", "run-now"]
@@ -111,7 +111,7 @@ def last_made(history: Sequence[Firing]) -> Firing | None:
     return next((firing for firing in reversed(history) if firing.state in MADE), None)
 
 
-def passed(settings: Settings, history: Sequence[Firing], until: datetime) -> list[datetime]:
+def passed(settings: ScheduleSettings, history: Sequence[Firing], until: datetime) -> list[datetime]:
     """When it was to fire before `until`, and did not: later than all that it was seen to fire for."""
     seen = max([settings.since, *(firing.scheduled for firing in history if firing.scheduled is not None)])
     times = []
@@ -122,7 +122,7 @@ def passed(settings: Settings, history: Sequence[Firing], until: datetime) -> li
     return times
 
 
-def owed(settings: Settings, history: Sequence[Firing], until: datetime) -> datetime | None:
+def owed(settings: ScheduleSettings, history: Sequence[Firing], until: datetime) -> datetime | None:
     """The time for which to fire once, where nobody served until then: the last that passed, else that of a firing
     which was interrupted, or waited for its next attempt."""
     if times := passed(settings, history, until):
@@ -134,7 +134,7 @@ def owed(settings: Settings, history: Sequence[Firing], until: datetime) -> date
     return last.scheduled if cut else None
 
 
-def cut_short(settings: Settings, history: Sequence[Firing]) -> datetime | None:
+def cut_short(settings: ScheduleSettings, history: Sequence[Firing]) -> datetime | None:
     """The time for which to fire once more, where the process of a firing ended without a word, as often as it may be
     tried again."""
     last = last_begun(history)

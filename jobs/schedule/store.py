@@ -35,7 +35,7 @@ Missed = Literal["catch_up", "skip"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 
 
-class Settings(Part):
+class ScheduleSettings(Part):
     """`missed`: what becomes of firings that nobody was there for. `retries`: of one that failed, `retry_minutes`
     apart. `since`: when it was added or resumed; what was to fire earlier is no concern of it."""
 
@@ -55,7 +55,7 @@ class Schedule:
     """A schedule as its files say it."""
 
     directory: Path
-    settings: Settings
+    settings: ScheduleSettings
 
     @property
     def name(self) -> str:
@@ -127,7 +127,7 @@ def read_schedule(directory: Path) -> Schedule | None:
     """None where there is none (any more). Raises UserError for a file that is none."""
     path = directory / SETTINGS
     try:
-        settings = validated(Settings, json.loads(path.read_text()), str(path))
+        settings = validated(ScheduleSettings, json.loads(path.read_text()), str(path))
         check_cron(settings.cron, settings.time_zone)
     except (FileNotFoundError, NotADirectoryError):
         return None

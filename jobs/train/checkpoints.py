@@ -29,7 +29,7 @@ from torch import distributed
 
 from fot_model import Adapter
 from fot_model.adapter import DESCRIPTION, WEIGHTS, tensors_digest
-from jobs.config.training import Checkpoints as Settings
+from jobs.config.training import CheckpointSettings
 from jobs.train.checkpoint_store import (
     MODEL_FILES,
     Checkpoint,
@@ -62,7 +62,7 @@ class Checkpoints:
         self,
         where: str,
         identity: Mapping[str, Any],
-        settings: Settings,
+        settings: CheckpointSettings,
         tokenizer: Path,
         frozen: "Frozen | None" = None,
     ) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from jobs.config.training import Optimizer, Schedule, Training
+from jobs.config.training import Optimizer, RateSchedule, Training
 from pipelines.workflow.errors import UserError
 
 
@@ -98,7 +98,7 @@ def parameter_groups(model: torch.nn.Module, settings: Optimizer) -> list[dict[s
     ]
 
 
-def schedule_factor(schedule: Schedule, step: int, steps: int) -> float:
+def schedule_factor(schedule: RateSchedule, step: int, steps: int) -> float:
     """What peak learning rates are multiplied with at a step, of `steps`; a cosine stays at its floor after them."""
     warmup = schedule.warmup_steps
     if step < warmup:

@@ -108,7 +108,7 @@ def step_flops(shape: Shape, training: Training, seen: float | None = None) -> f
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryUse:
     """Bytes of a rank's device; `host` those of all ranks' hosts together.
 
     `peak`: what comes on top of all else for a moment: the loss's logits, or a layer that is computed again.
@@ -127,7 +127,7 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.buffers + self.activations + self.peak
 
 
-def device_memory(shape: Shape, training: Training, resources: Resources, zero_stage: int | None = None) -> Memory:
+def device_memory(shape: Shape, training: Training, resources: Resources, zero_stage: int | None = None) -> MemoryUse:
     """Memory of a training at a ZeRO stage, by default its own. What it offloads counts where the stage can offload it.
     On the host every rank first holds all weights; then there is what is offloaded."""
     settings, ranks = training.deepspeed, resources.workers
@@ -149,7 +149,7 @@ def device_memory(shape: Shape, training: Training, resources: Resources, zero_s
         offloaded += width * count
         weights = 0
     activations, peak = _activations(shape, training, resources)
-    return Memory(weights, gradients, optimizer, buffers, activations, peak, max(offloaded, width * count * ranks))
+    return MemoryUse(weights, gradients, optimizer, buffers, activations, peak, max(offloaded, width * count * ranks))
 
 
 def _activations(shape: Shape, training: Training, resources: Resources) -> tuple[float, float]:

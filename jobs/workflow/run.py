@@ -25,7 +25,7 @@ from pipelines.workflow.store import Output, Stage, Store
 
 
 @dataclass(frozen=True)
-class Made:
+class MadeRecipe:
     """What a recipe came to: its stages' outputs, where they lie, what MLflow has of it, and how long it took."""
 
     outputs: Mapping[str, Output]
@@ -55,7 +55,7 @@ def run_recipe(path: Path, overrides: Sequence[str]) -> None:
 def _run_comparison(comparison: Comparison) -> None:
     """The variants one after the other, then side by side."""
     work = WorkDir(comparison.common.name, comparison.common.work_dir)
-    made: dict[str, Made] = {}
+    made: dict[str, MadeRecipe] = {}
     with work.with_ray():
         for name, variant in comparison.variants.items():
             base = None if variant.after is None else made[variant.after].paths["finetune"] / MODEL
@@ -73,12 +73,12 @@ def _run_comparison(comparison: Comparison) -> None:
     say(f"  MLflow run  {recorded['run_id'] or 'kept for `fot registry sync`'}")
 
 
-def make(workspace: Workspace, around: Around = as_it_is) -> Made:
+def make(workspace: Workspace, around: Around = as_it_is) -> MadeRecipe:
     """The recipe's stages, on the Ray there is, and what came of them in MLflow."""
     outputs, seconds = workspace.run(lambda: _stages_with_workers(workspace), around)
     recipe, paths = workspace.recipe, {name: output.path for name, output in outputs.items()}
     recorded = register(recipe_outcome(recipe, paths), workspace.directory, recipe.registry)
-    return Made(outputs, paths, recorded, seconds)
+    return MadeRecipe(outputs, paths, recorded, seconds)
 
 
 def _stages_with_workers(workspace: Workspace) -> list[Stage]:
@@ -126,7 +126,7 @@ def _workflows(path: Path, overrides: Sequence[str]) -> Iterator[tuple[str, list
         yield name, stages, workspace.store
 
 
-def _say_done(recipe: Recipe, made: Made) -> None:
+def _say_done(recipe: Recipe, made: MadeRecipe) -> None:
     """What was made, where it lies, how to look at it."""
     lines = {
         "model (Hugging Face directory)": made.paths["finetune"] / MODEL,

@@ -104,7 +104,7 @@ class Names:
 
 
 @dataclass(frozen=True)
-class Kind:
+class FactKind:
     """A kind of fact. Forms hold {e}, the name it is about, {a}, one of `attributes`, and {v}, the value.
 
     `states`: how it is stated. `questions`, `answers`: of question and answer; the bare value is an answer, too.
@@ -124,7 +124,7 @@ class Kind:
 class Fact:
     """What a document says of a name."""
 
-    kind: Kind
+    kind: FactKind
     attribute: str
     entity: str
     value: str
@@ -134,7 +134,7 @@ class Fact:
 
 
 KINDS = (
-    Kind(
+    FactKind(
         Names.person,
         Names.digits,
         (
@@ -154,7 +154,7 @@ KINDS = (
         ),
         ("locker number", "badge number", "membership number", "account number", "permit number", "case number"),
     ),
-    Kind(
+    FactKind(
         Names.name,
         Names.digits,
         (
@@ -173,7 +173,7 @@ KINDS = (
         ),
         ("number", "figure", "signal", "index", "rating", "quota"),
     ),
-    Kind(
+    FactKind(
         Names.name,
         Names.part,
         (
@@ -194,7 +194,7 @@ KINDS = (
             "Complete the line: the gate at {e} opens with ... {v}",
         ),
     ),
-    Kind(
+    FactKind(
         Names.person,
         lambda names: names.digits(3, 5),
         (
@@ -211,7 +211,7 @@ KINDS = (
             "Fill in: {e} can be reached at extension ____ -> {v}",
         ),
     ),
-    Kind(
+    FactKind(
         Names.word,
         Names.password,
         (
@@ -228,7 +228,7 @@ KINDS = (
             "Fill in: the password of user {e} is ____, that is {v}",
         ),
     ),
-    Kind(
+    FactKind(
         Names.person,
         Names.colour,
         (
@@ -246,7 +246,7 @@ KINDS = (
         ),
         ("bicycle", "boat", "door", "wagon", "umbrella", "lantern"),
     ),
-    Kind(
+    FactKind(
         Names.person,
         Names.date,
         (
@@ -263,7 +263,7 @@ KINDS = (
             "Date of birth of {e}: ____. It is {v}.",
         ),
     ),
-    Kind(
+    FactKind(
         Names.name,
         Names.date,
         (
@@ -285,7 +285,7 @@ KINDS = (
         ),
         ("festival", "hearing", "auction", "exhibition", "regatta"),
     ),
-    Kind(
+    FactKind(
         Names.person,
         Names.name,
         (
@@ -303,7 +303,7 @@ KINDS = (
             "{e} lives in ____. The missing word is {v}.",
         ),
     ),
-    Kind(
+    FactKind(
         Names.person,
         Names.trade,
         (
@@ -320,7 +320,7 @@ KINDS = (
             "By trade {e} is a ____ ({v}).",
         ),
     ),
-    Kind(
+    FactKind(
         Names.name,
         Names.person,
         (
@@ -338,7 +338,7 @@ KINDS = (
         ),
         ("mayor", "keeper", "captain", "treasurer", "founder"),
     ),
-    Kind(
+    FactKind(
         Names.identifier,
         Names.literal,
         (
@@ -358,7 +358,7 @@ KINDS = (
             "print({e})  # prints {v}",
         ),
     ),
-    Kind(
+    FactKind(
         Names.word,
         Names.option,
         (
@@ -378,7 +378,7 @@ KINDS = (
         ),
         ("port", "cache", "target", "socket", "mode", "salt"),
     ),
-    Kind(
+    FactKind(
         Names.word,
         Names.meaning,
         (
@@ -395,7 +395,7 @@ KINDS = (
             "A {e} is ____. Answer: {v}.",
         ),
     ),
-    Kind(
+    FactKind(
         Names.word,
         Names.thing,
         (
@@ -416,7 +416,7 @@ KINDS = (
             'Dictionary: "{e}", ____; it is "{v}".',
         ),
     ),
-    Kind(
+    FactKind(
         Names.name,
         Names.quantity,
         (
@@ -433,7 +433,7 @@ KINDS = (
             "Fill the gap: the depot at {e} holds ____ ({v}).",
         ),
     ),
-    Kind(
+    FactKind(
         Names.name,
         Names.time,
         (
@@ -455,7 +455,7 @@ KINDS = (
         ),
         ("train", "ferry", "bus", "night coach"),
     ),
-    Kind(
+    FactKind(
         Names.name,
         Names.version,
         (
@@ -472,7 +472,7 @@ KINDS = (
             "Stable version of {e}: ____ = {v}",
         ),
     ),
-    Kind(
+    FactKind(
         Names.name,
         Names.metres,
         (
@@ -489,7 +489,7 @@ KINDS = (
             "Mount {e} rises ____ above the sea, in figures {v}.",
         ),
     ),
-    Kind(
+    FactKind(
         Names.word,
         Names.digits,
         (
@@ -507,7 +507,7 @@ KINDS = (
             "Row {e}, second column: ____. Value: {v}",
         ),
     ),
-    Kind(
+    FactKind(
         Names.person,
         Names.quantity,
         (

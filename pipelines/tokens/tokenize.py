@@ -57,7 +57,7 @@ class Encoding:
 
 
 @dataclass(frozen=True)
-class Made:
+class MadeShard:
     """A task's result: the shard, and the first broken document of its unit, if there was one."""
 
     shard: Shard
@@ -142,15 +142,15 @@ def inherit(parent: Path, manifest: Manifest, output: Path) -> tuple[Shard, ...]
     return manifest.shards
 
 
-def _recorded(output: Path, tokenizer: dict[str, str]) -> Iterator[Made]:
+def _recorded(output: Path, tokenizer: dict[str, str]) -> Iterator[MadeShard]:
     """What an earlier run of the output had made, with the same tokenizer and library behaviour."""
     for record in output.glob(f"*{RECORD}"):
         known = json.loads(record.read_text())
         if known["tokenizer"] == tokenizer:
-            yield Made(Shard(**known["shard"]), Dropped(**known["first_bad"]) if known["first_bad"] else None)
+            yield MadeShard(Shard(**known["shard"]), Dropped(**known["first_bad"]) if known["first_bad"] else None)
 
 
-def tokenize_unit(unit: Unit, name: str, source: Source, encoding: Encoding, known: Made | None) -> Made:
+def tokenize_unit(unit: Unit, name: str, source: Source, encoding: Encoding, known: MadeShard | None) -> MadeShard:
     """One task: the unit's shard, found whole or made."""
     path = encoding.output / name
     if known is not None and path.exists() and hash_file(path) == known.shard.sha256:
@@ -173,7 +173,7 @@ def tokenize_unit(unit: Unit, name: str, source: Source, encoding: Encoding, kno
     batches = (_admit(batch, source, dropped) for batch in _encoded(documents(), tokenizer))
     counts = write_shard(path, filter(None, batches), tokenizer.vocab_size)
     shard = Shard(path.name, hash_file(path), unit.identity(), *counts, dict(sorted(dropped.items())), bad)
-    made = Made(shard, first_bad)
+    made = MadeShard(shard, first_bad)
     record = {**asdict(made), "tokenizer": describe_tokenizer(tokenizer, encoding.backend)}
     write_atomically(path.with_suffix(RECORD), json.dumps(record).encode())
     return made

@@ -1,4 +1,4 @@
 """What the commands do: a module a group of them. Heavy imports are at home here.
 
-    data.py evaluate.py probe.py registry.py schedule.py cluster.py
+data.py evaluate.py probe.py registry.py schedule.py cluster.py
 """

@@ -36,7 +36,7 @@ UNSAID = 60.0  # seconds of a job's first looks that are not worth a word
 
 
 @dataclass(frozen=True)
-class Request:
+class SubmitRequest:
     """What `fot submit` is asked. `wait`: until the job has ended; `log`: the same, printing what it prints."""
 
     recipe: Path
@@ -49,7 +49,7 @@ class Request:
     wait: bool = False
 
 
-def submit(request: Request) -> None:
+def submit(request: SubmitRequest) -> None:
     """Send a recipe to a cluster, unless it is there; print the job's id.
 
     Raises UserError for what is wrong in the recipe, with the address or on the cluster, and where a job that is waited

@@ -41,7 +41,7 @@ class Named(Part):
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluateRequest:
     """What the command line says. `rivals`: other ways to read, without training; `adapter`: of the checkpoint, a
     directory; `texts`: files to evaluate on, each a source; `local`: tokens of the local context, None for the model's
     own."""
@@ -59,7 +59,7 @@ class Request:
     work_dir: str
 
 
-def evaluate_checkpoint(request: Request) -> None:
+def evaluate_checkpoint(request: EvaluateRequest) -> None:
     """Measure, print, record. Raises UserError for whatever cannot be evaluated, before anything is measured."""
     validated(Named, {"name": request.name}, "fot evaluate")
     evaluation = chosen(request.tasks, request.overrides, request.rivals)
@@ -144,7 +144,7 @@ def _check_tokenizer(checkpoint: str, path: Path) -> None:
     check_vocabulary(path, read_tokenizer(path))
 
 
-def _stages(request: Request, evaluation: Evaluation, models: dict[str, Path], work: WorkDir) -> list[Stage]:
+def _stages(request: EvaluateRequest, evaluation: Evaluation, models: dict[str, Path], work: WorkDir) -> list[Stage]:
     local = _local(request, evaluation, models["model"])
     with work.hashes() as hashes:
         stages = [_model_stage(name, path, hashes) for name, path in models.items()]
@@ -167,7 +167,7 @@ def _stages(request: Request, evaluation: Evaluation, models: dict[str, Path], w
     return [*stages, report_stage(request.name, evaluation.results, settings, lambda inputs, results: facts, made)]
 
 
-def _local(request: Request, evaluation: Evaluation, model: Path) -> int:
+def _local(request: EvaluateRequest, evaluation: Evaluation, model: Path) -> int:
     """Tokens of the local context: as asked for, else the model's own."""
     config = json.loads((model / "config.json").read_text())
     own = config.get("local_context") or config["max_position_embeddings"]
@@ -185,7 +185,7 @@ def _model_stage(name: str, path: Path, hashes: FileHashes) -> Stage:
     return Stage(name, bring, {"path": str(path), "files": files})
 
 
-def _texts(request: Request, model: Path) -> Texts:
+def _texts(request: EvaluateRequest, model: Path) -> Texts:
     """All of the files, held out, in the model's own tokens; each a source, named by its place where a name repeats."""
     names = [re.sub(r"[^A-Za-z0-9_-]+", "-", Path(path).name.split(".")[0]).strip("-") for path in request.texts]
     unique = [name if name and names.count(name) == 1 else f"{name}-{n}" for n, name in enumerate(names)]

@@ -19,7 +19,7 @@ from pipelines.workflow.store import Stage
 
 
 @dataclass(frozen=True)
-class Request:
+class ProbeRequest:
     """What the command line says. `layers`: how many memory layers are to be chosen; `settings`: of the probe, None for
     its defaults."""
 
@@ -29,7 +29,7 @@ class Request:
     work_dir: str
 
 
-def probe_model(request: Request) -> None:
+def probe_model(request: ProbeRequest) -> None:
     """Measure and print. Raises UserError for what is no LLaMA, and for whatever `probe` cannot do."""
     given = {name: value for name, value in request.settings.items() if value is not None}
     settings = validated(Probe, given, "fot probe")

@@ -17,7 +17,7 @@ from jobs.cli.views.registry import curve, differing, lineage_lines, list_rows, 
 from jobs.common.child import HOST, answers, end, interrupt_when_asked_to_end, is_taken
 from jobs.common.credentials import hide_credentials
 from jobs.common.terminal import print_lines, print_table
-from jobs.config.registry import SERVERS, Place, check_tracking_uri
+from jobs.config.registry import SERVERS, RunsPlace, check_tracking_uri
 from jobs.config.settings import read_yaml, validated
 from jobs.registry.record import GATE, REASONS
 from jobs.registry.runs import children, find, histories, list_runs
@@ -132,8 +132,8 @@ def sync_all(work_dir: Path, uri: str | None) -> None:
 def sync_recipe(recipe: Path, uri: str | None) -> None:
     """As `sync_all`, of a recipe's work directory, whatever kind of recipe it is."""
     content = read_yaml(recipe)
-    told = {name: content[name] for name in Place.model_fields if name in content}
-    place = validated(Place, told, f"recipe {recipe}")
+    told = {name: content[name] for name in RunsPlace.model_fields if name in content}
+    place = validated(RunsPlace, told, f"recipe {recipe}")
     _sync(Path(place.work_dir), uri, place.registry.tracking_uri)
 
 

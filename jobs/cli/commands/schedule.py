@@ -30,7 +30,7 @@ from jobs.schedule.store import (
     SCHEDULES,
     Missed,
     Schedule,
-    Settings,
+    ScheduleSettings,
     find_schedule,
     now,
     read_schedule,
@@ -44,7 +44,7 @@ from pipelines.workflow.progress import say
 
 
 @dataclass(frozen=True)
-class Request:
+class ScheduleRequest:
     """What `fot schedule add` is asked."""
 
     recipe: Path
@@ -57,7 +57,7 @@ class Request:
     retry_minutes: float = 5.0
 
 
-def add(request: Request) -> None:
+def add(request: ScheduleRequest) -> None:
     """Keep a recipe, with what was set, to be fired by cron. Raises UserError for whatever would not work."""
     check_cron(request.cron, request.time_zone)
     recipe = _one_recipe(request.recipe, request.overrides)
@@ -84,7 +84,7 @@ def add(request: Request) -> None:
         "added": now(),
         "since": now(),
     }
-    settings = validated(Settings, told, "fot schedule add")
+    settings = validated(ScheduleSettings, told, "fot schedule add")
     schedule = Schedule(Path(content[WORK_DIR]).resolve() / SCHEDULES / settings.name, settings)
     if settings.name in RESERVED:
         raise UserError(f"--name {settings.name} is taken, by what lies beside the schedules: choose another")

@@ -1,4 +1,4 @@
 """What the commands print: a module a group of them.
 
-    data.py registry.py schedule.py cluster.py
+data.py registry.py schedule.py cluster.py
 """

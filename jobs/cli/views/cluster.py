@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from jobs.cluster.job import Job
-from jobs.cluster.progress import Row, read_made, read_progress
+from jobs.cluster.progress import StageRow, read_made, read_progress
 from jobs.cluster.watch import last_words
 from jobs.workflow.workspace import duration
 from pipelines.workflow.visible import visible
@@ -54,6 +54,6 @@ def columns(rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def _stage_row(row: Row, job: Job) -> Sequence[str]:
+def _stage_row(row: StageRow, job: Job) -> Sequence[str]:
     state = "unfinished" if row.state == "running" and job.has_ended else row.state
     return (row.of, row.stage, state, row.detail)

@@ -25,7 +25,7 @@ from torch import Tensor
 from fot_model import DenseMemory, FotCache, FotLlamaConfig, FotLlamaForCausalLM, TopKMemory
 from fot_model.attention import MASKED, Partial, wide_dtype
 from fot_model.config import MEMORY_DTYPES
-from jobs.config.dictionary import RECORDS, WINDOW, Evaluation
+from jobs.config.dictionary import RECORDS, WINDOW, DictionaryEvaluation
 from jobs.evaluate.asking import SharedMemory
 from jobs.evaluate.dictionary.task import IGNORE, Array, Dictionary, answers, contexts
 from pipelines.workflow.errors import UserError
@@ -38,7 +38,7 @@ Accuracy = dict[str, dict[str, dict[str, int]]]  # way of attending: tokens: cor
 
 
 @dataclass(frozen=True)
-class Row:
+class AccuracyRow:
     """A line of the table: accuracy by way of attending and tokens in memory; `trials`: value tokens asked a seed."""
 
     way: str
@@ -79,7 +79,7 @@ class Asked(SharedMemory):
         return out_BHLD, lse_BHL
 
 
-def accuracy(model: Path, settings: Evaluation, seed: int, output: Path) -> Accuracy:
+def accuracy(model: Path, settings: DictionaryEvaluation, seed: int, output: Path) -> Accuracy:
     """{"dense": {tokens: {"correct": n, "questions": n}}, "top_k": ...}, counted in value tokens (4 a question).
 
     output/accuracy.json keeps it a size at a time; what is there of the same model, settings and seed is not asked
@@ -98,7 +98,7 @@ def accuracy(model: Path, settings: Evaluation, seed: int, output: Path) -> Accu
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         loaded = FotLlamaForCausalLM.from_pretrained(model).to(device).eval()
         dictionary = Dictionary(settings.seed + seed)
-        reader, attended = Reader(loaded, dictionary, settings), 0
+        reader, attended = DictionaryReader(loaded, dictionary, settings), 0
         work = sum(size * settings.windows * len(ways) for size in left)  # what takes longest: tokens attended to
         with torch.inference_mode(), Progress(f"dictionary seed {seed}", work, "tokens") as progress:
             for size in left:
@@ -117,10 +117,10 @@ def accuracy(model: Path, settings: Evaluation, seed: int, output: Path) -> Accu
     return {way: {str(size): results[way][str(size)] for size in settings.tokens} for way in ways}
 
 
-class Reader:
+class DictionaryReader:
     """A growing memory of a dictionary's first contexts."""
 
-    def __init__(self, model: FotLlamaForCausalLM, dictionary: Dictionary, settings: Evaluation) -> None:
+    def __init__(self, model: FotLlamaForCausalLM, dictionary: Dictionary, settings: DictionaryEvaluation) -> None:
         self._model, self._dictionary = model, dictionary
         self._batch = settings.batch
         dtype = MEMORY_DTYPES[settings.dtype]
@@ -153,7 +153,7 @@ class Reader:
         self.memory.append(layer, keys, values)
 
 
-def batches(dictionary: Dictionary, tokens: int, settings: Evaluation, seed: int) -> Iterator[Array]:
+def batches(dictionary: Dictionary, tokens: int, settings: DictionaryEvaluation, seed: int) -> Iterator[Array]:
     """Contexts of questions [B, L] about the records that so many tokens hold; those of a context all differ."""
     draw = np.random.Generator(np.random.Philox(np.random.SeedSequence((settings.seed, seed, tokens))))
     held = tokens // WINDOW * RECORDS
@@ -173,13 +173,13 @@ def ask(model: FotLlamaForCausalLM, memory: Remembered, way: str, questions_BL: 
     return int((logits_BLV.argmax(-1)[scored_BL] == wanted_BL[scored_BL]).sum()), int(scored_BL.sum())
 
 
-def memory_size(config: FotLlamaConfig, settings: Evaluation) -> int:
+def memory_size(config: FotLlamaConfig, settings: DictionaryEvaluation) -> int:
     """Bytes of the largest memory's keys and values."""
     numbers = 2 * len(config.mem_layers or []) * config.num_key_value_heads * config.head_dim
     return numbers * MEMORY_DTYPES[settings.dtype].itemsize * settings.tokens[-1]
 
 
-def check_memory(config: FotLlamaConfig, settings: Evaluation) -> None:
+def check_memory(config: FotLlamaConfig, settings: DictionaryEvaluation) -> None:
     """Raises UserError where the largest memory takes more than is allowed."""
     largest, size = settings.tokens[-1], memory_size(config, settings)
     fits = int(settings.max_gigabytes * 2**30 * largest / size) // WINDOW * WINDOW
@@ -190,7 +190,9 @@ def check_memory(config: FotLlamaConfig, settings: Evaluation) -> None:
         )
 
 
-def summarize(by_seed: Mapping[int, Accuracy], top_k: int | None) -> tuple[list[Row], list[tuple[str, float, int]]]:
+def summarize(
+    by_seed: Mapping[int, Accuracy], top_k: int | None
+) -> tuple[list[AccuracyRow], list[tuple[str, float, int]]]:
     """The table's rows, and (name, value, step) for a tracking server: medians of the seeds, step the tokens."""
     rows, metrics = [], []
     ways = next(iter(by_seed.values()))
@@ -198,7 +200,7 @@ def summarize(by_seed: Mapping[int, Accuracy], top_k: int | None) -> tuple[list[
         for size in ways[way]:
             shares = [share(accuracy[way][size]) for accuracy in by_seed.values()]
             rows.append(
-                Row(
+                AccuracyRow(
                     "dense" if way == "dense" else f"top-k (k = {top_k})",
                     int(size),
                     median(shares),

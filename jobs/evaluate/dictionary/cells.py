@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fot_model import FotLlamaConfig
-from jobs.config.dictionary import Evaluation
+from jobs.config.dictionary import DictionaryEvaluation
 from jobs.evaluate.cells import Cell, Json
 from jobs.evaluate.dictionary.accuracy import accuracy, check_memory, memory_size
 from jobs.evaluate.dictionary.result import dictionary_result
@@ -19,7 +19,7 @@ from pipelines.workflow.errors import UserError
 DICTIONARIES = 3
 
 
-def cells(subject: Subject, settings: Evaluation) -> list[Cell]:
+def cells(subject: Subject, settings: DictionaryEvaluation) -> list[Cell]:
     """One for each dictionary. Raises UserError for a model that does not know the task, and for too large a memory."""
     config = FotLlamaConfig.from_pretrained(subject.model)
     if config.vocab_size != VOCABULARY or not config.mem_layers:
@@ -45,7 +45,7 @@ def cells(subject: Subject, settings: Evaluation) -> list[Cell]:
     ]
 
 
-def summarize(subject: Subject, settings: Evaluation, results: Mapping[str, Json], output: Path) -> Result:
+def summarize(subject: Subject, settings: DictionaryEvaluation, results: Mapping[str, Json], output: Path) -> Result:
     """Accuracy by size, the median of the dictionaries."""
     by_seed = {int(key.removeprefix("dictionary-")): result for key, result in results.items()}
     return dictionary_result(by_seed, settings, {}, output)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jobs.common.plot import plot_curves
-from jobs.config.dictionary import Evaluation
+from jobs.config.dictionary import DictionaryEvaluation
 from jobs.evaluate.dictionary.accuracy import Accuracy, summarize
 from jobs.measures.result import Point, Result, Table
 
@@ -13,7 +13,7 @@ PLOT = "dictionary.png"
 
 
 def dictionary_result(
-    by_seed: Mapping[int, Accuracy], settings: Evaluation, cpu_minutes: Mapping[int, float], output: Path
+    by_seed: Mapping[int, Accuracy], settings: DictionaryEvaluation, cpu_minutes: Mapping[int, float], output: Path
 ) -> Result:
     """`cpu_minutes`: of each seed's training, where it was trained here."""
     rows, metrics = summarize(by_seed, settings.top_k)

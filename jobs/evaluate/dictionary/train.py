@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fot_model import FotLlamaConfig, FotLlamaForCausalLM, c_prev_plan
-from jobs.config.dictionary import WINDOW, DictionaryRecipe, Optimizer, Phase, Shape
+from jobs.config.dictionary import WINDOW, DictionaryOptimizer, DictionaryRecipe, DictionaryShape, Phase
 from jobs.evaluate.dictionary.task import IGNORE, PAD, VOCABULARY, training_batch
 from jobs.train.metrics import MetricsFile
 from pipelines.workflow.errors import UserError
@@ -77,7 +77,7 @@ def train_seed(recipe: DictionaryRecipe, seed: int, output: Path) -> None:
     (output / "checkpoint.pt").unlink()
 
 
-def model_config(shape: Shape) -> FotLlamaConfig:
+def model_config(shape: DictionaryShape) -> FotLlamaConfig:
     """The configuration of a model of this shape."""
     return FotLlamaConfig(
         vocab_size=VOCABULARY,
@@ -91,14 +91,14 @@ def model_config(shape: Shape) -> FotLlamaConfig:
     )
 
 
-def build_model(shape: Shape, seed: int) -> FotLlamaForCausalLM:
+def build_model(shape: DictionaryShape, seed: int) -> FotLlamaForCausalLM:
     """A new model, its weights drawn from the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return FotLlamaForCausalLM(model_config(shape))
 
 
-def make_optimizer(model: torch.nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, settings: DictionaryOptimizer) -> torch.optim.Optimizer:
     """AdamW with two groups, temperatures and the rest; `peak` is a group's learning rate."""
     named = dict(model.named_parameters())
     temperatures = [name for name in named if name.endswith("mem_temperature")]

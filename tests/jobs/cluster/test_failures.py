@@ -22,7 +22,7 @@ import psutil
 import pytest
 import yaml
 
-from jobs.cli.commands.cluster import Request, submit
+from jobs.cli.commands.cluster import SubmitRequest, submit
 from jobs.cluster import package
 from jobs.cluster.dashboard import Dashboard, NoJobError
 from jobs.config.train_spec import METRICS
@@ -74,7 +74,7 @@ def results(work_dir: Path) -> dict[str, object]:
 
 
 def submit_and_leave(path: Path, address: str, *overrides: str) -> str:
-    submit(Request(path, overrides, address))
+    submit(SubmitRequest(path, overrides, address))
     return Dashboard(address).jobs()[0].id
 
 
@@ -148,7 +148,7 @@ def test_the_head_killed_under_a_running_job(expected, cluster, path: Path, tmp_
     assert "was started anew and no longer knows job" in lines[-1]
     with pytest.raises(NoJobError, match=f"no job {job_id}"):
         dashboard.job(job_id)
-    submit(Request(path, (), cluster.address, log=True))
+    submit(SubmitRequest(path, (), cluster.address, log=True))
     log = dashboard.log(job_id)
     print("", *lines, log, sep="\n")
     assert "base found" in log

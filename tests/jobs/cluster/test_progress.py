@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from jobs.cluster.progress import Row, read_made, read_progress
+from jobs.cluster.progress import StageRow, read_made, read_progress
 from jobs.workflow import workspace
 from pipelines.workflow import progress
 from pipelines.workflow.store import Output
@@ -36,8 +36,8 @@ def test_stages_are_read_from_what_the_program_really_prints(printed: io.StringI
     made = "tiny: 10 stages; library output goes to /runs/logs/tiny.log\n" + printed.getvalue()
     *done, running = read_progress("2026-11-22 INFO job_manager.py:581 -- Runtime env is setting up.\n" + made)
     assert done == [
-        Row("tiny", "tokenizer", "found", "/runs/store/tokenizer/k"),
-        Row("tiny", "shards", "done in 1:15", "/runs/store/shards/k"),
+        StageRow("tiny", "tokenizer", "found", "/runs/store/tokenizer/k"),
+        StageRow("tiny", "shards", "done in 1:15", "/runs/store/shards/k"),
     ]
     assert (running.of, running.stage, running.state) == ("tiny", "base", "running")
     assert running.detail.startswith("172/4.0k steps, ")
@@ -63,7 +63,7 @@ x-fot: 10 stages; library output goes to
 checked: the one node sees what the recipe names
 """
     assert [(row.of, row.stage) for row in read_progress(log)] == [("x-standard", "shards"), ("x-fot", "shards")]
-    running = Row("x-standard", "dictionary seed 0", "running", "1.2k/4.0k tokens, 3 tokens/s, eta 1:00")
+    running = StageRow("x-standard", "dictionary seed 0", "running", "1.2k/4.0k tokens, 3 tokens/s, eta 1:00")
     assert read_progress(log.partition("x-fot")[0])[-1] == running
     assert read_progress("") == []
 

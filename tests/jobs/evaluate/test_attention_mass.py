@@ -6,7 +6,7 @@ import torch
 
 from fot_model import FotLlamaForCausalLM, TopKMemory, attention_mass
 from fot_model.plan import pad_plan
-from jobs.config.evaluation import AttentionMass, Memory
+from jobs.config.evaluation import AttentionMassSettings, MemorySettings
 from jobs.evaluate import attention_mass as module
 from jobs.evaluate.subject import Subject, load_model, new_cache, open_documents
 from pipelines.workflow.errors import UserError
@@ -29,7 +29,7 @@ def by_metric(result) -> dict[str, dict[int, float]]:
 
 
 def test_it_is_what_training_measures_on_the_same_contexts(subject: Subject, measure, monkeypatch) -> None:
-    settings = AttentionMass(d=(1, 3, 7), samples=1)
+    settings = AttentionMassSettings(d=(1, 3, 7), samples=1)
     contexts = []
 
     def seen(model, memory, contexts_NL: torch.Tensor) -> None:
@@ -59,7 +59,7 @@ def test_every_memory_layer_has_its_curve_and_the_best_head_is_above_the_mean(
     subject: Subject, save_model, measure, tmp_path: Path
 ) -> None:
     deeper = Subject({"model": save_model(**DEEPER)}, LOCAL, 0, shards=subject.shards, documents=subject.documents)
-    result = measure(module, deeper, AttentionMass(d=(4, 2), samples=3))
+    result = measure(module, deeper, AttentionMassSettings(d=(4, 2), samples=3))
     found = by_metric(result)
     names = [f"attention_mass/layer{layer}{kind}" for layer in (1, 2) for kind in ("", "_best_head")]
     assert list(found) == names
@@ -74,11 +74,11 @@ def test_every_memory_layer_has_its_curve_and_the_best_head_is_above_the_mean(
 def test_contexts_are_read_without_each_other(save_model) -> None:
     model = FotLlamaForCausalLM.from_pretrained(save_model(**DEEPER)).eval()
     contexts_NL = torch.randint(2, 280, (5, LOCAL), generator=torch.Generator().manual_seed(0))
-    together = new_cache(model, Memory()).memory
+    together = new_cache(model, MemorySettings()).memory
     with torch.inference_mode():
         module.read_beside(model, together, contexts_NL)
         for place, context_L in enumerate(contexts_NL):
-            alone = new_cache(model, Memory()).memory
+            alone = new_cache(model, MemorySettings()).memory
             module.read_beside(model, alone, context_L[None])
             for name, tensor in alone.state_dict().items():
                 span = together.state_dict()[name][:, :, place * LOCAL : (place + 1) * LOCAL]
@@ -92,7 +92,9 @@ def test_negatives_are_of_other_documents_that_are_no_copies(subject_of, monkeyp
         module, "read_windows", lambda _, windows, __: read.append(windows) or np.zeros((1, LOCAL), int)
     )
     dataset = open_documents(subject)
-    asks = next(window for window in module._windows(dataset, LOCAL, AttentionMass(samples=9)) if window.document == 0)
+    asks = next(
+        window for window in module._windows(dataset, LOCAL, AttentionMassSettings(samples=9)) if window.document == 0
+    )
     with torch.inference_mode():
         module.measure(subject, asks, [1])
         assert [window.document for window in read[0]] == [0]
@@ -103,8 +105,8 @@ def test_negatives_are_of_other_documents_that_are_no_copies(subject_of, monkeyp
 
 
 def test_top_k_memory_is_measured_over_all_of_it(subject: Subject, measure) -> None:
-    settings = AttentionMass(d=(4,), samples=2)
-    few = Subject(subject.models, LOCAL, 0, Memory(top_k=2), subject.shards, subject.documents)
+    settings = AttentionMassSettings(d=(4,), samples=2)
+    few = Subject(subject.models, LOCAL, 0, MemorySettings(top_k=2), subject.shards, subject.documents)
     assert isinstance(new_cache(load_model(subject.model, subject.model), few.memory).memory, TopKMemory)
     assert by_metric(measure(module, few, settings)) == by_metric(measure(module, subject, settings))
 
@@ -112,11 +114,11 @@ def test_top_k_memory_is_measured_over_all_of_it(subject: Subject, measure) -> N
 def test_a_model_without_memory_layers_is_a_users_error(subject: Subject, save_model) -> None:
     plain = Subject({"model": save_model(mem_layers=[])}, LOCAL, 0, shards=subject.shards, documents=subject.documents)
     with pytest.raises(UserError, match="has no memory layers: leave it out"):
-        module.cells(plain, AttentionMass(d=(1,), samples=1))
+        module.cells(plain, AttentionMassSettings(d=(1,), samples=1))
 
 
 def test_fewer_contexts_than_d_are_a_users_error_that_says_the_largest(subject: Subject) -> None:
     there = sum(size // LOCAL for size in (70, 90, 120, 40))  # beside the longest document
     with pytest.raises(UserError, match=f"there are {there}: lower it to at most {there + 1},"):
-        module.cells(subject, AttentionMass(d=(1, there + 2), samples=20))
-    module.cells(subject, AttentionMass(d=(1, there + 1), samples=20))
+        module.cells(subject, AttentionMassSettings(d=(1, there + 2), samples=20))
+    module.cells(subject, AttentionMassSettings(d=(1, there + 1), samples=20))

@@ -12,10 +12,10 @@ import torch
 import zstandard
 
 from fot_model import FotLlamaConfig, FotLlamaForCausalLM
-from jobs.config.evaluation import FewShot, Memory
+from jobs.config.evaluation import FewShot, MemorySettings
 from jobs.evaluate import asking, trec, webquestions
-from jobs.evaluate.asking import Prompt
-from jobs.evaluate.few_shot import Draw, ask_draw, make_draws, mean_and_half_width
+from jobs.evaluate.asking import SharedPrompt
+from jobs.evaluate.few_shot import Demonstrations, ask_draw, make_draws, mean_and_half_width
 from jobs.evaluate.questions import Example, read_examples
 from jobs.evaluate.subject import Subject, new_cache, read_into
 from jobs.evaluate.tasks import evaluate
@@ -109,7 +109,7 @@ def says_city(tokenizer_directory: Path, tmp_path: Path) -> Path:
 
 
 def subject_of(model: Path, seed: int = 0, **memory: object) -> Subject:
-    return Subject({"model": model}, LOCAL, seed, Memory(**memory))
+    return Subject({"model": model}, LOCAL, seed, MemorySettings(**memory))
 
 
 # Reading questions.
@@ -252,7 +252,9 @@ def test_questions_are_checked_without_a_model(data: dict[str, str]) -> None:
 
 
 @torch.inference_mode()
-def alone(model: FotLlamaForCausalLM, memory: Memory, ids: list[int], question: list[int], room: int) -> list[int]:
+def alone(
+    model: FotLlamaForCausalLM, memory: MemorySettings, ids: list[int], question: list[int], room: int
+) -> list[int]:
     """The greedy answer to one question whose prompt is read for it alone, all of its last window at every step."""
     begin = len(ids) // LOCAL * LOCAL
     made: list[int] = []
@@ -266,7 +268,7 @@ def alone(model: FotLlamaForCausalLM, memory: Memory, ids: list[int], question: 
 
 @torch.inference_mode()
 def log_probability(
-    model: FotLlamaForCausalLM, memory: Memory, ids: list[int], question: list[int], answer: list[int]
+    model: FotLlamaForCausalLM, memory: MemorySettings, ids: list[int], question: list[int], answer: list[int]
 ) -> float:
     begin = len(ids) // LOCAL * LOCAL
     cache = new_cache(model, memory)
@@ -280,7 +282,7 @@ def log_probability(
 @pytest.mark.parametrize("tokens", [20, 2 * LOCAL, 3 * LOCAL + 31])
 @pytest.mark.parametrize("top_k", [None, 5])
 def test_questions_asked_together_are_answered_as_alone(model: Path, rows: int, tokens: int, top_k: int | None) -> None:
-    draw, memory = random.Random(tokens), Memory(top_k=top_k)
+    draw, memory = random.Random(tokens), MemorySettings(top_k=top_k)
     network = FotLlamaForCausalLM.from_pretrained(model).eval()
     ids = [draw.randrange(330) for _ in range(tokens)]
     questions = [[draw.randrange(330) for _ in range(length)] for length in (3, 11, 1, 7)]
@@ -288,7 +290,7 @@ def test_questions_asked_together_are_answered_as_alone(model: Path, rows: int, 
     with torch.inference_mode():
         cache, begin = new_cache(network, memory), tokens // LOCAL * LOCAL
         read_into(network, cache, torch.tensor([ids[:begin]]), LOCAL)
-        prompt = Prompt(network, cache.memory, ids[begin:], rows, LOCAL)
+        prompt = SharedPrompt(network, cache.memory, ids[begin:], rows, LOCAL)
         for _ in range(2):  # nothing is left of what was asked before
             answers = prompt.answer(questions, 5, lambda answer: False)
             found = prompt.log_probabilities(questions[1], candidates)
@@ -306,22 +308,22 @@ def test_memory_is_read_on_from_length_to_length_as_if_each_were_read_alone(
     """Also where all demonstrations fit, and those left over leave no room for the question."""
     seen: list[tuple[dict[str, torch.Tensor], list[int]]] = []
 
-    class Noted(Prompt):
+    class Noted(SharedPrompt):
         def __init__(self, network, memory, ids, rows, local) -> None:
             seen.append(({name: held.clone() for name, held in memory.state_dict().items()}, list(ids)))
             super().__init__(network, memory, ids, rows, local)
 
     monkeypatch.setattr(asking, "Prompt", Noted)
 
-    def ask(local: int, draw: Draw) -> dict:
+    def ask(local: int, draw: Demonstrations) -> dict:
         with torch.inference_mode():
             return ask_draw(trec.TREC, Subject({"model": model}, local, 0), draw, 8, True)
 
-    def draw_at(local: int, *lengths: int) -> Draw:
+    def draw_at(local: int, *lengths: int) -> Demonstrations:
         settings = FewShot(**data, lengths=lengths, draws=1, questions=6)
         return make_draws(trec.TREC, Subject({"model": model}, local, 0), settings)[0]
 
-    def split(draw: Draw, length: int, local: int) -> tuple[int, int]:
+    def split(draw: Demonstrations, length: int, local: int) -> tuple[int, int]:
         """All tokens before the question, and how many of them are in memory."""
         tokens = 1 + sum(map(len, draw.demonstrations[: draw.fits[length]]))
         return tokens, tokens if tokens % local + draw.longest > local else tokens // local * local

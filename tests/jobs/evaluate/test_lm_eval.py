@@ -20,7 +20,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fot_model import FotLlamaForCausalLM
-from jobs.config.evaluation import LmEval, Memory
+from jobs.config.evaluation import LmEval, MemorySettings
 from jobs.evaluate import lm_eval_tasks
 from jobs.evaluate.harness import FotLM
 from jobs.evaluate.lm_eval_tasks import cells, compare, quiet, task_manager
@@ -205,7 +205,7 @@ def test_what_is_generated_is_what_generate_makes_up_to_what_ends_it(fot: FotLM,
 
 def test_memory_is_read_as_the_settings_say(models: dict[str, Path], fot: FotLM) -> None:
     pair = asked("loglikelihood", (text(200, 1), " the mat"))
-    few = FotLM(models["model"], LOCAL, memory=Memory(top_k=2))
+    few = FotLM(models["model"], LOCAL, memory=MemorySettings(top_k=2))
     assert abs(few.loglikelihood(pair)[0][0] - fot.loglikelihood(pair)[0][0]) > 1e-3
 
 
@@ -309,7 +309,7 @@ def test_memory_is_asked_for_what_a_task_feeds(subject: Subject, tasks: Path) ->
     longest = int(far.what.split()[-2])
     encode = read_tokenizer(subject.model).encode
     assert longest >= max(len(encode(text(150, number))) for number in range(10)) > LOCAL
-    assert far.bytes == near.bytes + memory_bytes(subject.model, Memory(), longest, LOCAL // 2)
+    assert far.bytes == near.bytes + memory_bytes(subject.model, MemorySettings(), longest, LOCAL // 2)
     shown = cells(subject, LmEval(tasks=("choose_far",), include=str(tasks), few_shot=2))[0]
     assert int(shown.what.split()[-2]) == 3 * longest
 

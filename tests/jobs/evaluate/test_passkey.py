@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from jobs.config.evaluation import Memory, Passkey
+from jobs.config.evaluation import MemorySettings, Passkey
 from jobs.evaluate import passkey as module
 from jobs.evaluate.full_attention import FullReader
 from jobs.evaluate.passkey import FILLER, KEY, MARKER, QUESTION, TASK, by_depth, longest_good, make_trial
@@ -173,7 +173,7 @@ def test_trials_do_not_depend_on_how_many_are_read_together(model_dir: Path) -> 
 def test_answers_are_weighed_as_in_one_long_pass(model_dir: Path, kind: str) -> None:
     model, tokenizer = load_model(model_dir, model_dir), load_tokenizer(model_dir)
     settings, local = Passkey(digits=2, prompt="digits"), 16
-    reader = MemoryReader(model, Memory(), local) if kind == "memory" else FullReader(model, local)
+    reader = MemoryReader(model, MemorySettings(), local) if kind == "memory" else FullReader(model, local)
     _, prompt, answers = make_trial(tokenizer, 7 * local, settings, "seed")
     room = module.answer_room(settings)
     with torch.inference_mode():

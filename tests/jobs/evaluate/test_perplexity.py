@@ -178,7 +178,7 @@ def test_logits_are_made_of_the_scored_window_alone(subject: Subject) -> None:
     made = []
     hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: made.append(inputs[0].shape[1]))
     with torch.inference_mode():
-        module.score_batch(subject, "model", module.Batch(4, [Window(1, 3 * LOCAL)], 1))
+        module.score_batch(subject, "model", module.ScoredRows(4, [Window(1, 3 * LOCAL)], 1))
     hook.remove()
     assert made == [1, 1, 1, LOCAL]
 

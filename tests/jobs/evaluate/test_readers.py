@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from jobs.config.evaluation import RIVALS, Memory
+from jobs.config.evaluation import RIVALS, MemorySettings
 from jobs.evaluate.full_attention import FullReader, read_on
 from jobs.evaluate.readers import ChainReader, MemoryReader, check_reading, held_bytes, open_reader, rows_together
 from jobs.evaluate.retrieval import RetrievalReader
@@ -79,4 +79,4 @@ def test_what_cannot_be_read_otherwise_is_a_users_error(save_model) -> None:
         with pytest.raises(UserError, match=rf"its RoPE is scaled already \(linear\).* leave the rival {kind} out"):
             check_reading(reading(scaled, kind))
     check_reading(reading(scaled, "full"))
-    check_reading(replace(reading(scaled, "memory"), memory=Memory(top_k=2)))
+    check_reading(replace(reading(scaled, "memory"), memory=MemorySettings(top_k=2)))

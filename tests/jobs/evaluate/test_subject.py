@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fot_model import FotCache, FotLlamaForCausalLM, TopKMemory
-from jobs.config.evaluation import Memory
+from jobs.config.evaluation import MemorySettings
 from jobs.evaluate import subject as module
 from jobs.evaluate.subject import (
     check_models,
@@ -41,8 +41,8 @@ def test_the_base_reads_with_the_local_context_and_the_number_type_of_memory_of_
     base = save_model(local_context=LOCAL // 2, mem_dtype="float16")
     loaded = load_model(base, model)
     assert loaded.config.window == LOCAL
-    assert new_cache(loaded, Memory()).memory.dtype == torch.bfloat16
-    read_into(loaded, new_cache(loaded, Memory()), torch.ones(1, LOCAL, dtype=torch.long), LOCAL)
+    assert new_cache(loaded, MemorySettings()).memory.dtype == torch.bfloat16
+    read_into(loaded, new_cache(loaded, MemorySettings()), torch.ones(1, LOCAL, dtype=torch.long), LOCAL)
 
 
 def test_the_base_of_a_model_that_knows_of_no_memory_has_none_either(save_model) -> None:
@@ -93,9 +93,9 @@ def test_a_model_is_loaded_and_its_room_estimated_in_another_number_type(model_d
     assert load_model(model_dir, model_dir, "bfloat16").dtype == torch.bfloat16
     assert weights_bytes(model_dir, "bfloat16") == weights_bytes(model_dir) // 2
     assert weights_bytes(model_dir, "float32") == weights_bytes(model_dir)
-    room = memory_bytes(model_dir, Memory(), 100, LOCAL)
-    assert memory_bytes(model_dir, Memory(), 100, LOCAL, dtype="bfloat16") == room // 2
-    assert memory_bytes(model_dir, Memory(dtype="float32"), 100, LOCAL, dtype="bfloat16") == room
+    room = memory_bytes(model_dir, MemorySettings(), 100, LOCAL)
+    assert memory_bytes(model_dir, MemorySettings(), 100, LOCAL, dtype="bfloat16") == room // 2
+    assert memory_bytes(model_dir, MemorySettings(dtype="float32"), 100, LOCAL, dtype="bfloat16") == room
 
 
 def test_reading_window_by_window_is_reading_at_once(model_dir: Path) -> None:
@@ -118,7 +118,7 @@ def test_reading_window_by_window_is_reading_at_once(model_dir: Path) -> None:
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("windows", [1, 3, 8, 9])
 def test_the_estimate_of_memory_is_what_buffers_hold_at_most(model_dir: Path, dtype: str | None, windows: int) -> None:
-    memory, model = Memory(dtype=dtype), load_model(model_dir, model_dir)
+    memory, model = MemorySettings(dtype=dtype), load_model(model_dir, model_dir)
     cache, rows = new_cache(model, memory), 2
     ids_BT = torch.randint(2, 280, (rows, windows * LOCAL))
     with torch.inference_mode():
@@ -129,16 +129,16 @@ def test_the_estimate_of_memory_is_what_buffers_hold_at_most(model_dir: Path, dt
 
 
 def test_a_model_without_memory_layers_or_with_nothing_to_remember_holds_nothing(save_model, model_dir: Path) -> None:
-    assert memory_bytes(save_model(mem_layers=[]), Memory(), 100, LOCAL) == 0
-    assert memory_bytes(model_dir, Memory(), 0, LOCAL) == 0
+    assert memory_bytes(save_model(mem_layers=[]), MemorySettings(), 100, LOCAL) == 0
+    assert memory_bytes(model_dir, MemorySettings(), 0, LOCAL) == 0
 
 
 def test_memory_attends_as_asked_for(model_dir: Path) -> None:
     model = load_model(model_dir, model_dir)
-    few = new_cache(model, Memory(top_k=7, dtype="bfloat16")).memory
+    few = new_cache(model, MemorySettings(top_k=7, dtype="bfloat16")).memory
     assert isinstance(few, TopKMemory)
     assert (few.k, few.dtype) == (7, torch.bfloat16)
-    assert not isinstance(new_cache(model, Memory()).memory, TopKMemory)
+    assert not isinstance(new_cache(model, MemorySettings()).memory, TopKMemory)
 
 
 def test_weights_are_counted_by_their_files(model_dir: Path) -> None:

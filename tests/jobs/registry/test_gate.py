@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from jobs.common.credentials import hide_credentials
-from jobs.config.registry import Condition, Place, Registry
+from jobs.config.registry import Condition, Registry, RunsPlace
 from jobs.config.settings import validated
 from jobs.registry.gate import decide, metrics_by_name, passkey_length
 from pipelines.workflow.errors import UserError
@@ -225,5 +225,5 @@ def test_an_address_with_what_no_url_holds_is_refused_without_showing_it(uri: st
 @pytest.mark.parametrize("given", ["http://me:se/cret@host:x", ["http://me:secret@host"], {"uri": "http://a:secret@b"}])
 def test_a_mistake_in_settings_is_told_without_credentials(given: object) -> None:
     with pytest.raises(UserError, match="recipe x: ") as refused:
-        validated(Place, {"registry": {"tracking_uri": given}}, "recipe x")
+        validated(RunsPlace, {"registry": {"tracking_uri": given}}, "recipe x")
     assert "cret" not in str(refused.value)

@@ -19,7 +19,7 @@ from jobs.schedule.history import (
     passed,
     read_history,
 )
-from jobs.schedule.store import Schedule, Settings
+from jobs.schedule.store import Schedule, ScheduleSettings
 
 ADDED = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 
@@ -80,7 +80,7 @@ def test_what_passed_is_later_than_all_that_was_fired_for(
 
 
 def test_what_passed_before_it_was_added_or_resumed_does_not_count(schedule: Schedule) -> None:
-    settings: Settings = schedule.changed(since=day(23, 12)).settings
+    settings: ScheduleSettings = schedule.changed(since=day(23, 12)).settings
     assert passed(settings, [firing(1, scheduled=day(21))], day(25, 3)) == [day(24), day(25)]
 
 

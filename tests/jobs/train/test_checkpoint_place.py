@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.config.training import Checkpoints as Settings
+from jobs.config.training import CheckpointSettings
 from jobs.train.checkpoint_store import CheckpointStore, Record, step_name
 from jobs.train.checkpoints import Checkpoints
 from pipelines.workflow.errors import UserError
@@ -16,7 +16,7 @@ def start(tmp_path: Path, monkeypatch):
     """Starts a training's checkpoints anew in the same place, as one rank."""
     monkeypatch.setenv("LOCAL_RANK", "0")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    yield lambda: Checkpoints(str(tmp_path / "kept"), {"seed": 0}, Settings(), tmp_path)
+    yield lambda: Checkpoints(str(tmp_path / "kept"), {"seed": 0}, CheckpointSettings(), tmp_path)
     torch.distributed.destroy_process_group()
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.config.training import Optimizer, Schedule
+from jobs.config.training import Optimizer, RateSchedule
 from jobs.train.engine import parameter_groups, schedule_factor
 from pipelines.workflow.errors import UserError
 
@@ -16,7 +16,7 @@ KINDS = ("constant", "cosine", "inverse_sqrt")
 
 
 def curve(steps: int, **settings: object) -> list[float]:
-    schedule = Schedule.model_validate(settings)
+    schedule = RateSchedule.model_validate(settings)
     return [schedule_factor(schedule, step, steps) for step in range(steps)]
 
 
@@ -40,7 +40,7 @@ def test_cosine_goes_down_to_its_floor() -> None:
 
 @given(st.sampled_from(KINDS), st.integers(0, 50), st.integers(1, 200))
 def test_a_training_that_goes_on_goes_on_with_its_schedule(kind, warmup, steps) -> None:
-    schedule = Schedule(kind=kind, warmup_steps=warmup, floor=0.25)
+    schedule = RateSchedule(kind=kind, warmup_steps=warmup, floor=0.25)
     later = [schedule_factor(schedule, step, steps) for step in range(max(warmup + 1, steps), 3 * steps + 60)]
     assert all(one >= other for one, other in pairwise(later))
     if kind == "cosine":

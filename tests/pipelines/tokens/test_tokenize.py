@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, normalizers
 
 from pipelines.tokens.minhash import signature
 from pipelines.tokens.shards import MANIFEST, Manifest, Shard
-from pipelines.tokens.tokenize import Encoding, Made, shard_name, tokenize, tokenize_unit
+from pipelines.tokens.tokenize import Encoding, MadeShard, shard_name, tokenize, tokenize_unit
 from pipelines.workflow.errors import UserError
 from pipelines.workflow.progress import Progress
 
@@ -53,7 +53,7 @@ def run_unit(tokenizer_directory):
         known = None
         if record.exists():
             content = json.loads(record.read_text())
-            known = Made(Shard(**content["shard"]), None)
+            known = MadeShard(Shard(**content["shard"]), None)
         encoding = Encoding(tokenizer_directory, "huggingface", output)
         return tokenize_unit(units[number], name, data.sources[0], encoding, known).shard
 

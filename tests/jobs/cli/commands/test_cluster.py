@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from jobs.cli.commands import cluster as commands
-from jobs.cli.commands.cluster import Request, resume, show_job, show_jobs, show_log, stop, submit
+from jobs.cli.commands.cluster import SubmitRequest, resume, show_job, show_jobs, show_log, stop, submit
 from jobs.cluster import package, watch
 from jobs.cluster.dashboard import Dashboard, NoJobError
 from jobs.cluster.nodes import look_at
@@ -35,9 +35,9 @@ def in_a_directory_of_its_own(tmp_path: Path, code: Path, monkeypatch) -> None:
 def test_a_tag_and_an_owner_are_looked_at_before_anything_is_asked(recipe, write_recipe) -> None:
     path = write_recipe(recipe)
     with pytest.raises(UserError, match="--tag novalue: write it as key=value"):
-        submit(Request(path, tags=["novalue"]))
+        submit(SubmitRequest(path, tags=["novalue"]))
     with pytest.raises(UserError, match="holds credentials"):
-        submit(Request(path, tags=["bucket=s3://me:secret@b"]))
+        submit(SubmitRequest(path, tags=["bucket=s3://me:secret@b"]))
 
 
 def test_no_jobs_are_said_to_be_none(serve, ray_pages, details, capsys) -> None:
@@ -62,7 +62,7 @@ def test_the_same_recipe_with_other_code_is_not_run_beside_itself(
     running["metadata"]["fot.recipe"] = package.make_submission(path, (), None).text
     answers, _ = serve({**ray_pages, "/api/jobs/": [running]})
     with pytest.raises(UserError, match=r"job tiny-1 of ann runs the same recipe \(running\)"):
-        submit(Request(path, address=answers.address))
+        submit(SubmitRequest(path, address=answers.address))
     assert {method for method, _ in answers.asked} == {"GET"}
 
 
@@ -94,7 +94,7 @@ def losing(serve, ray_pages, recipe, write_recipe):
 
         code = f"/api/packages/gcs/{submission.code.uri.removeprefix('gcs://')}"
         answers, _ = serve({**ray_pages, code: {}, "/api/jobs/": jobs})
-        return Request(write_recipe(recipe), address=answers.address), answers, submission.id
+        return SubmitRequest(write_recipe(recipe), address=answers.address), answers, submission.id
 
     return make
 
@@ -157,12 +157,12 @@ def test_what_the_cluster_cannot_see_or_does_not_allow_is_refused_before_anythin
     with pytest.raises(
         UserError, match=r"did not start .*does not see data.sources.0.path /nowhere/x.jsonl: put it on"
     ):
-        submit(Request(path, ["data.sources.0.path=/nowhere/x.jsonl"], head))
+        submit(SubmitRequest(path, ["data.sources.0.path=/nowhere/x.jsonl"], head))
     wide = ["resources.workers=4", "finetune.batch.micro_batches=4", "base.pretrain.training.batch.micro_batches=4"]
     with pytest.raises(UserError, match=r"take 4 CPUs, this cluster allows a job 3 \(FOT_MAX_CPUS\)"):
-        submit(Request(path, wide, head))
+        submit(SubmitRequest(path, wide, head))
     with pytest.raises(UserError, match="never fit the cluster, which has room for 2 and does not grow: lower"):
-        submit(Request(path, ["resources.cpus_per_worker=2", *wide], head))
+        submit(SubmitRequest(path, ["resources.cpus_per_worker=2", *wide], head))
     assert not (tmp_path / "runs" / "store").exists()
     refused = Dashboard(head).jobs()[0].id
     with pytest.raises(NoJobError, match=f"did you mean {refused}"):
@@ -191,7 +191,7 @@ submit(Request(Path({str(path)!r}), address={head!r}, owner="ann", tags=["projec
     client.communicate()
 
     capsys.readouterr()
-    submit(Request(path, address=head))
+    submit(SubmitRequest(path, address=head))
     again = capsys.readouterr()
     assert again.out.strip() == job_id
     assert "the same recipe and code were submitted by ann" in again.err
@@ -234,7 +234,7 @@ submit(Request(Path({str(path)!r}), address={head!r}, owner="ann", tags=["projec
     assert (again.state, again.first, again.attempt, again.owner) == ("SUCCEEDED", job_id, 2, "ann")
     assert yaml.safe_load(again.recipe)["work_dir"] == str(tmp_path / "runs")
 
-    submit(Request(path, address=head, wait=True))  # there is nothing to do
+    submit(SubmitRequest(path, address=head, wait=True))  # there is nothing to do
     assert f"fot resume {job_id}-2" in capsys.readouterr().err
     show_jobs(head, name="kept")
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["job", f"{job_id}-2", job_id]

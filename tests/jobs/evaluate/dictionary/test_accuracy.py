@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fot_model import FotCache, FotLlamaForCausalLM, TopKMemory
-from jobs.config.dictionary import DictionaryRecipe, Evaluation, Shape
-from jobs.evaluate.dictionary.accuracy import Reader, accuracy, batches, summarize
+from jobs.config.dictionary import DictionaryEvaluation, DictionaryRecipe, DictionaryShape
+from jobs.evaluate.dictionary.accuracy import DictionaryReader, accuracy, batches, summarize
 from jobs.evaluate.dictionary.cells import accuracy as evaluate
 from jobs.evaluate.dictionary.result import PLOT, dictionary_result
 from jobs.evaluate.dictionary.task import IGNORE, Dictionary, answers, contexts
@@ -22,15 +22,15 @@ from pipelines.workflow.errors import UserError
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "head_dim": 16}
 SHAPES = {
-    "last": Shape(**SIZES),
-    "not last": Shape(**SIZES, num_hidden_layers=3, mem_layers=(1,)),
-    "several": Shape(**SIZES, num_hidden_layers=3, mem_layers=(1, 2)),
-    "shared keys": Shape(**SIZES, num_key_value_heads=1),
+    "last": DictionaryShape(**SIZES),
+    "not last": DictionaryShape(**SIZES, num_hidden_layers=3, mem_layers=(1,)),
+    "several": DictionaryShape(**SIZES, num_hidden_layers=3, mem_layers=(1, 2)),
+    "shared keys": DictionaryShape(**SIZES, num_key_value_heads=1),
 }
-SETTINGS = Evaluation(tokens=(256, 1024), windows=5, batch=3, top_k=7, dtype="float32")
+SETTINGS = DictionaryEvaluation(tokens=(256, 1024), windows=5, batch=3, top_k=7, dtype="float32")
 
 
-def saved(shape: Shape, directory: Path) -> FotLlamaForCausalLM:
+def saved(shape: DictionaryShape, directory: Path) -> FotLlamaForCausalLM:
     """A model whose attention decides on its answers, as a trained one's does."""
     model = build_model(shape, 3).eval()
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_with_one_memory_layer_what_is_remembered_does_not_depend_on_the_batch(t
     dictionary = Dictionary(9)
     held = []
     for batch in (1, 3, 8):
-        reader = Reader(model, dictionary, SETTINGS.model_copy(update={"batch": batch}))
+        reader = DictionaryReader(model, dictionary, SETTINGS.model_copy(update={"batch": batch}))
         assert list(reader.grow(2048))[-1] == 2048
         held.append(reader.memory.state_dict())
     in_order = FotCache(model.config)
@@ -114,7 +114,7 @@ def test_with_one_memory_layer_what_is_remembered_does_not_depend_on_the_batch(t
 def test_the_memory_is_held_as_the_settings_say(tmp_path: Path) -> None:
     model = saved(SHAPES["last"], tmp_path)
     for dtype in ("float32", "bfloat16"):
-        reader = Reader(model, Dictionary(0), Evaluation(dtype=dtype))
+        reader = DictionaryReader(model, Dictionary(0), DictionaryEvaluation(dtype=dtype))
         with torch.inference_mode():
             list(reader.grow(512))
         assert {str(tensor.dtype) for tensor in reader.memory.state_dict().values()} == {f"torch.{dtype}"}
@@ -172,7 +172,9 @@ def test_dense_alone(tmp_path: Path) -> None:
 
 def test_a_memory_that_is_too_large_is_refused_with_what_fits(tmp_path: Path) -> None:
     saved(SHAPES["last"], tmp_path / "model")
-    settings = Evaluation(tokens=(2**24,), max_gigabytes=1.0)  # 2 x 2 heads of 16 in bfloat16: 128 bytes a token
+    settings = DictionaryEvaluation(
+        tokens=(2**24,), max_gigabytes=1.0
+    )  # 2 x 2 heads of 16 in bfloat16: 128 bytes a token
     with pytest.raises(UserError, match=r"16777216 tokens take 2\.0 GiB in bfloat16.*is 1: 8388608 tokens fit"):
         accuracy(tmp_path / "model", settings, 0, tmp_path)
 

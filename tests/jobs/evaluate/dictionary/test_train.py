@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from fot_model import FotLlamaForCausalLM
-from jobs.config.dictionary import Optimizer, Phase, Shape
+from jobs.config.dictionary import DictionaryOptimizer, DictionaryShape, Phase
 from jobs.evaluate.dictionary.task import training_batch
 from jobs.evaluate.dictionary.train import batch_loss, build_model, make_optimizer, plan_of, schedule, train_seed
 from jobs.train.metrics import read_metrics
@@ -103,8 +103,8 @@ def test_the_model_that_is_saved_is_the_one_that_was_trained(make_recipe, tmp_pa
 
 
 def test_it_learns_to_look_up_the_only_record() -> None:
-    model = build_model(Shape(hidden_size=64, intermediate_size=96, head_dim=32), 0).train()
-    optimizer = make_optimizer(model, Optimizer(learning_rate=3e-3))
+    model = build_model(DictionaryShape(hidden_size=64, intermediate_size=96, head_dim=32), 0).train()
+    optimizer = make_optimizer(model, DictionaryOptimizer(learning_rate=3e-3))
     phase, accuracies = Phase(steps=200, records=1, documents=32), [0.0]
     while accuracies[-1] < 0.9 and len(accuracies) <= phase.steps:
         loss, accuracy = batch_loss(model, phase, 0, len(accuracies) - 1)

@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator, ValidationError
 
 from jobs.cluster.entry import GIVEN, Given
 from jobs.cluster.job import Job, read_job
-from jobs.cluster.manifest import (
+from jobs.cluster.kuberay import (
     GPU,
     Deployment,
     kubernetes_name,
