@@ -5,5 +5,5 @@ dashboard.py  Ray's dashboard over HTTP; nodes.py: what a cluster is
 plan.py       `fot plan`: what a recipe's trainings take; needs.py: what a job needs of a cluster
 entry.py      the driver on the cluster; preflight.py: what it checks first
 watch.py      logs, followed; progress.py: stages, read from a log
-manifest.py   `fot manifest`: a recipe as a KubeRay RayJob or RayCronJob
+kuberay.py    `fot manifest`: a recipe as a KubeRay RayJob or RayCronJob
 """

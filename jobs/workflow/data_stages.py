@@ -1,7 +1,7 @@
-"""The stages that make a recipe's batches: (checkpoint ->) tokenizer -> shards -> documents -> groups.
+"""The stages that make a recipe's batches: (checkpoint ->) tokenizer -> shards -> index -> groups.
 
 `checkpoint` is there where the base, whose tokenizer is taken, is no Hugging Face directory yet. `shards` are the
-tokens, `documents` the index of what each is used for, `groups` the packing for one shape of training.
+tokens, `index` what each document is used for, `groups` the packing for one shape of training.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ from pipelines.workflow.running import finished_outputs
 from pipelines.workflow.store import Output, Stage, Store
 
 Inputs = Mapping[str, Path]
-SHARDS, DOCUMENTS = "shards", "documents"
+SHARDS, INDEX = "shards", "index"
 SAMPLED_UNITS, SAMPLED_TEXTS = 20, 20
 # Names begin so.
 TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "chat_template", "vocab", "merges", "config")
@@ -92,7 +92,7 @@ def data_stages(recipe: Recipe, corpus: Corpus, start: Start | None = None) -> l
     """From the corpus to what the recipe's trainings read; with a `start` the base is there already."""
     trainings = recipe.trainings if start is None else {"finetune": recipe.finetune}
     groups = [groups_stage(recipe, f"{name}-groups", training, start) for name, training in trainings.items()]
-    return [*corpus.first, shards_stage(recipe, corpus), documents_stage(recipe), *groups]
+    return [*corpus.first, shards_stage(recipe, corpus), index_stage(recipe), *groups]
 
 
 def finished_data_sets(store: Store) -> Iterator[tuple[Path, Manifest, Output]]:
@@ -248,11 +248,11 @@ def _say(*lines: str) -> None:
         say(f"{'':>15} {line}")
 
 
-def documents_stage(recipe: Texts) -> Stage:
+def index_stage(recipe: Texts) -> Stage:
     """The index: what each document is used for."""
 
     def run(output: Path, inputs: Inputs) -> None:
-        with Progress(DOCUMENTS, 1, "indexes") as progress:
+        with Progress(INDEX, 1, "indexes") as progress:
             report = index_documents(inputs[SHARDS], recipe.data, output)
             progress.advance(1)
         for name, source in report.items():
@@ -265,7 +265,7 @@ def documents_stage(recipe: Texts) -> Stage:
         "duplicates": recipe.data.duplicates,
         "similarity": recipe.data.similarity,
     }
-    return Stage(DOCUMENTS, run, params, inputs=(SHARDS,))
+    return Stage(INDEX, run, params, inputs=(SHARDS,), formerly="documents")
 
 
 def groups_stage(recipe: Texts, name: str, training: Training, start: Start | None = None) -> Stage:
@@ -276,9 +276,9 @@ def groups_stage(recipe: Texts, name: str, training: Training, start: Start | No
         sources = [source.name for source in recipe.data.sources]
         with Progress(name, 1, "packings") as progress:
             earlier = None if start is None else start.data
-            report = pack_dataset(inputs[SHARDS], inputs[DOCUMENTS], sources, shape.group_tokens, output, earlier)
+            report = pack_dataset(inputs[SHARDS], inputs[INDEX], sources, shape.group_tokens, output, earlier)
             progress.advance(1)
-        dataset = TokenDataset(inputs[SHARDS], inputs[DOCUMENTS])
+        dataset = TokenDataset(inputs[SHARDS], inputs[INDEX])
         # Found out now, not after hours of training.
         make_sampler(dataset, output, training, recipe.data, recipe.seed, start)
         for source, counts in report.items():
@@ -299,7 +299,7 @@ def groups_stage(recipe: Texts, name: str, training: Training, start: Start | No
     }
     if start is not None:
         params |= {"earlier": start.manifest, "replay": start.replay}
-    return Stage(name, run, params, inputs=(SHARDS, DOCUMENTS))
+    return Stage(name, run, params, inputs=(SHARDS, INDEX))
 
 
 def held_out(recipe: Texts) -> dict[str, float]:

@@ -11,7 +11,7 @@ from jobs.evaluate.side_by_side import Measured, side_by_side
 from jobs.evaluate.subject import Reading, Subject
 from jobs.evaluate.tasks import READ_DOCUMENTS, SEE_BASE, check_installed, evaluate
 from jobs.measures.result import RESULT, Result
-from jobs.workflow.data_stages import DOCUMENTS, SHARDS, Inputs, directory_files
+from jobs.workflow.data_stages import INDEX, SHARDS, Inputs, directory_files
 from pipelines.config import Part
 from pipelines.sources.file_hashes import FileHashes
 from pipelines.workflow.errors import UserError
@@ -48,7 +48,7 @@ def _stage(
 ) -> Stage:
     settings = evaluation.tasks[name]
     seen = {who: stage for who, stage in models.items() if who == "model" or name in SEE_BASE}
-    texts = (SHARDS, DOCUMENTS) if name in READ_DOCUMENTS else ()
+    texts = (SHARDS, INDEX) if name in READ_DOCUMENTS else ()
     reading = Reading(evaluation.reader) if name in READERS_TASKS else Reading()
 
     def run(output: Path, inputs: Inputs) -> None:
@@ -87,7 +87,7 @@ def _rival_stage(evaluation: Evaluation, task: str, rival: str, base: str, local
     if isinstance(settings, Perplexity):
         settings = settings.model_copy(update={"others": ()})  # read into memory, which rivals have not
     reading = Reading(rival, up_to, max(within))
-    texts = (SHARDS, DOCUMENTS) if task in READ_DOCUMENTS else ()
+    texts = (SHARDS, INDEX) if task in READ_DOCUMENTS else ()
 
     def run(output: Path, inputs: Inputs) -> None:
         evaluate(task, _subject(inputs, {"model": base}, local, seed, evaluation, reading), settings, output)
@@ -129,7 +129,7 @@ def _subject(
         seed=seed,
         memory=evaluation.memory,
         shards=inputs.get(SHARDS),
-        documents=inputs.get(DOCUMENTS),
+        documents=inputs.get(INDEX),
         reading=reading,
         dtype=evaluation.dtype,
     )

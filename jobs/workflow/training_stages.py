@@ -39,7 +39,7 @@ from jobs.train.batches import last_step, make_sampler
 from jobs.train.checkpoint_store import CheckpointStore, place_of
 from jobs.train.export import ADAPTER_FILES, check_adapter
 from jobs.train.launch import train
-from jobs.workflow.data_stages import DOCUMENTS, SHARDS, Corpus, Inputs, directory_files
+from jobs.workflow.data_stages import INDEX, SHARDS, Corpus, Inputs, directory_files
 from jobs.workflow.workspace import Workspace
 from pipelines.batches.dataset import TokenDataset
 from pipelines.sources.file_hashes import FileHashes
@@ -69,7 +69,7 @@ def base_stages(workspace: Workspace, corpus: Corpus, hashes: FileHashes, start:
             _run_training(workspace, "base", pretrain.training, pretrain.shape, output, inputs)
 
         params = {"pretrain": {"shape": _dump(pretrain.shape), "training": _deciding(pretrain.training)}}
-        inputs = ("tokenizer", SHARDS, DOCUMENTS, "base-groups")
+        inputs = ("tokenizer", SHARDS, INDEX, "base-groups")
         return [Stage("base", make, {**params, **_what_else_decides(recipe)}, inputs=inputs, content=MODEL)]
 
     if start is not None:
@@ -124,7 +124,7 @@ def finetune_stage(workspace: Workspace, start: Start | None = None) -> Stage:
         _run_training(workspace, "finetune", training, inputs["base"] / MODEL, output, inputs, start)
 
     params = {"training": _deciding(recipe.finetune), **_what_else_decides(recipe), **_continuing(start)}
-    inputs = ("tokenizer", SHARDS, DOCUMENTS, "finetune-groups", "base", *probes)
+    inputs = ("tokenizer", SHARDS, INDEX, "finetune-groups", "base", *probes)
     return Stage("finetune", run, params, inputs=inputs, content=MODEL)
 
 
@@ -139,12 +139,12 @@ def _run_training(
 ) -> None:
     """The training as an MLflow run, which a training that goes on after a crash continues."""
     recipe, manifest, groups = workspace.recipe, Manifest.read(inputs[SHARDS]), inputs[f"{name}-groups"]
-    dataset = TokenDataset(inputs[SHARDS], inputs[DOCUMENTS])
+    dataset = TokenDataset(inputs[SHARDS], inputs[INDEX])
     _check_data(recipe, training, dataset, inputs)
     sampler = make_sampler(dataset, groups, training, recipe.data, recipe.seed, start)
     key = f"{name}-{output.stem}"
     where = training.checkpoints.path or str(workspace.directory / CHECKPOINTS)
-    read = {"base": "base", "held_out and duplicates": DOCUMENTS, "packing": f"{name}-groups"}
+    read = {"base": "base", "held_out and duplicates": INDEX, "packing": f"{name}-groups"}
     identity = {
         "manifest": manifest.hash,
         **{what: _content(inputs[stage]) for what, stage in read.items() if stage in inputs},
@@ -162,7 +162,7 @@ def _run_training(
         seed=recipe.seed,
         base=base,
         shards=inputs[SHARDS],
-        documents=inputs[DOCUMENTS],
+        documents=inputs[INDEX],
         groups=groups,
         tokenizer=inputs["tokenizer"],
         output=output,

@@ -32,7 +32,8 @@ class Stage:
 
     `version` changes when the code makes something else of the same inputs. `params` is JSON. `content` names the part
     of the output that later stages depend on, where the rest (logs of a training, say) differs from run to run. A stage
-    that `mends` is given its damaged output without the damaged files and makes these again; others begin anew.
+    that `mends` is given its damaged output without the damaged files and makes these again; others begin anew. One
+    that was renamed goes by the name it had, `formerly`, in keys, and finds what lies under it.
     """
 
     name: str
@@ -42,6 +43,12 @@ class Stage:
     version: int = 1
     content: str = ""
     mends: bool = False
+    formerly: str = ""
+
+    @property
+    def known_as(self) -> str:
+        """The name in keys."""
+        return self.formerly or self.name
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,8 @@ class Output:
     """A finished stage.
 
     `seconds`: time spent in all its runs, killed ones excepted; `files`: sha256 and size of each file, by name; `hash`
-    names the content; `params` and `inputs` (the key of each input) are what it was made of.
+    names the content; `params` and `inputs` (the key of each input) are what it was made of; `known_as` is the stage's
+    name in keys.
     """
 
     stage: str
@@ -60,6 +68,7 @@ class Output:
     hash: str
     params: Mapping[str, Any] = field(repr=False)
     inputs: Mapping[str, str] = field(repr=False)
+    known_as: str = field(repr=False)
     reused: bool = False
 
 
@@ -72,12 +81,18 @@ class Store:
     def key(self, stage: Stage, outputs: Mapping[str, Output]) -> str:
         return hash_json(
             {
-                "stage": stage.name,
+                "stage": stage.known_as,
                 "version": stage.version,
                 "params": stage.params,
-                "inputs": {name: outputs[name].hash for name in stage.inputs},
+                "inputs": {outputs[name].known_as: outputs[name].hash for name in stage.inputs},
             }
         )[:16]
+
+    def _place(self, stage: Stage, key: str) -> Path:
+        """Where the output is, or is to be."""
+        here, before = (self.root / name / key for name in (stage.name, stage.known_as))
+        begun = (path.with_name(f"{key}{end}") for path in (here, before) for end in ("", ".partial"))
+        return next((path.with_name(key) for path in begun if path.exists()), here)
 
     def build(self, stage: Stage, outputs: Mapping[str, Output], warn: Callable[[str], None]) -> Output:
         """The stage's output, found and verified or made now.
@@ -86,7 +101,7 @@ class Store:
         stays in the partial directory.
         """
         key = self.key(stage, outputs)
-        path = self.root / stage.name / key
+        path = self._place(stage, key)
         partial = path.with_name(f"{key}.partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
         with self.locked(path):
@@ -113,7 +128,8 @@ class Store:
             files = _checksums(partial)
             content = {name: file for name, file in files.items() if name.startswith(stage.content)}
             made_of = {name: outputs[name].key for name in stage.inputs}
-            output = Output(stage.name, key, path, files, seconds, hash_json(content), stage.params, made_of)
+            named = hash_json(content)
+            output = Output(stage.name, key, path, files, seconds, named, stage.params, made_of, stage.known_as)
             record = {**asdict(output), "path": None, "version": stage.version}
             write_atomically(partial / RECORD, json.dumps(record, indent=1, sort_keys=True).encode())
             os.rename(partial, path)
@@ -124,7 +140,7 @@ class Store:
         try:
             record = json.loads((path / RECORD).read_text())
             fields = [record[name] for name in ("files", "seconds", "hash", "params", "inputs")]
-            return Output(record["stage"], record["key"], path, *fields)
+            return Output(record["stage"], record["key"], path, *fields, record.get("known_as", record["stage"]))
         except (OSError, ValueError, KeyError):
             return None
 
@@ -138,7 +154,7 @@ class Store:
         """(state, seconds spent, where) of a stage, without running or verifying anything."""
         if any(name not in outputs for name in stage.inputs):
             return "waiting", 0.0, None
-        path = self.root / stage.name / self.key(stage, outputs)
+        path = self._place(stage, self.key(stage, outputs))
         partial = path.with_name(f"{path.name}.partial")
         if (output := self.read(path)) is not None:
             return "done", output.seconds, path

@@ -9,7 +9,7 @@ from jobs.common.terminal import print_lines
 from jobs.config.recipe import load_recipe
 from jobs.train.batches import last_step, make_sampler
 from jobs.workflow.data_stages import (
-    DOCUMENTS,
+    INDEX,
     SHARDS,
     Corpus,
     data_stages,
@@ -100,7 +100,7 @@ def inspect(path: Path, overrides: Sequence[str], training: str) -> None:
     batch = sampler.micro_batch(first, 0)
     manifest = Manifest.read(outputs[SHARDS].path)
     views = [
-        source_view(outputs[DOCUMENTS].path, recipe.data.sources),
+        source_view(outputs[INDEX].path, recipe.data.sources),
         *([licence_view(manifest)] if manifest.licences else []),
         training_view(sampler, training, last),
         sample_view(sampler, load_tokenizer(outputs["tokenizer"].path), SAMPLES),
@@ -121,9 +121,9 @@ def _open(
     groups = f"{training}-groups"
     if groups not in outputs:
         raise UserError(f"the data is not packed for {training} yet: make it with `fot data prepare {path}`")
-    if damaged := [*damage_of(outputs[DOCUMENTS]), *damage_of(outputs[groups])]:
+    if damaged := [*damage_of(outputs[INDEX]), *damage_of(outputs[groups])]:
         raise UserError(f"{damaged[0]} is damaged: mend it with `fot data repair {path}`")
-    dataset = TokenDataset(outputs[SHARDS].path, outputs[DOCUMENTS].path)
+    dataset = TokenDataset(outputs[SHARDS].path, outputs[INDEX].path)
     settings = recipe.trainings[training]
     sampler = make_sampler(dataset, outputs[groups].path, settings, recipe.data, recipe.seed, workspace.start)
     return workspace, sampler, outputs

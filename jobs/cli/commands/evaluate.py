@@ -20,7 +20,7 @@ from jobs.models.base import check_vocabulary, look_at_checkpoint
 from jobs.registry.record import register
 from jobs.registry.server import locked
 from jobs.train.export import merge_adapter
-from jobs.workflow.data_stages import Inputs, directory_files, documents_stage, look_at_corpus, shards_stage
+from jobs.workflow.data_stages import Inputs, directory_files, index_stage, look_at_corpus, shards_stage
 from jobs.workflow.evaluation_stages import evaluation_stages, read_results
 from jobs.workflow.outcome import REPORT, make_outcome, report_stage
 from jobs.workflow.workspace import MODELS, WorkDir, duration
@@ -151,7 +151,7 @@ def _stages(request: EvaluateRequest, evaluation: Evaluation, models: dict[str, 
         if request.texts:
             texts = _texts(request, models["model"])
             corpus = look_at_corpus(texts, work.store, hashes)
-            stages += [corpus.tokenizer, shards_stage(texts, corpus), documents_stage(texts)]
+            stages += [corpus.tokenizer, shards_stage(texts, corpus), index_stage(texts)]
         stages += evaluation_stages(evaluation, {name: name for name in models}, local, request.seed, hashes)
     settings = {
         "checkpoint": request.checkpoint,

@@ -9,7 +9,7 @@ from jobs.registry.runs import RunFacts
 
 Metrics = Mapping[str, Mapping[int, float]]
 FILES = 5  # of a source that are named
-LINEAGE = ("tokenizer", "shards", "documents", "base-groups", "finetune-groups", "base", "finetune")
+LINEAGE = ("tokenizer", "shards", "index", "documents", "base-groups", "finetune-groups", "base", "finetune")
 
 
 def list_rows(runs: Sequence[RunFacts]) -> tuple[Sequence[str], list[Sequence[str]]]:

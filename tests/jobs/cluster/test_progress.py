@@ -22,7 +22,7 @@ def printed(monkeypatch) -> io.StringIO:
 
 
 def output(stage: str, reused: bool = False) -> Output:
-    return Output(stage, "k", Path(f"/runs/store/{stage}/k"), {}, 75.0, "h", {}, {}, reused)
+    return Output(stage, "k", Path(f"/runs/store/{stage}/k"), {}, 75.0, "h", {}, {}, stage, reused)
 
 
 def test_stages_are_read_from_what_the_program_really_prints(printed: io.StringIO) -> None:

@@ -140,11 +140,11 @@ def stages(recipe: dict, write_recipe, llama: Path, tmp_path: Path, monkeypatch:
 
 def test_a_base_that_is_given_comes_before_anything_is_tokenized(stages, recipe: dict) -> None:
     names = [stage.name for stage in stages()]
-    assert names[:4] == ["tokenizer", "base", "shards", "documents"]
+    assert names[:4] == ["tokenizer", "base", "shards", "index"]
     standard = {**recipe["finetune"], "objective": {"kind": "standard", "context": 16}}
     recipe["base"] = {"pretrain": {"shape": SHAPE, "training": standard}}
     names = [stage.name for stage in stages()]
-    assert names[:3] == ["tokenizer", "shards", "documents"]
+    assert names[:3] == ["tokenizer", "shards", "index"]
     assert names.index("base") < names.index("finetune")
 
 

@@ -83,7 +83,7 @@ def test_all_read_the_same_and_stand_side_by_side(
             "rivals_up_to": 384,
         }
     )
-    inputs = {"shards": subject.shards, "documents": subject.documents}
+    inputs = {"shards": subject.shards, "index": subject.documents}
     for name, path in {"finetune": model, "base": base}.items():
         inputs[name] = tmp_path / name
         inputs[name].mkdir()

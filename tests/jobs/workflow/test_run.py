@@ -23,7 +23,7 @@ from jobs.train.metrics import last_metrics, read_metrics
 from pipelines.tokens.tokenizer import train_tokenizer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-DATA = ["tokenizer", "shards", "documents", "base-groups", "finetune-groups"]
+DATA = ["tokenizer", "shards", "index", "base-groups", "finetune-groups"]
 STAGES = [*DATA, "base", "finetune", "perplexity", "passkey", "report"]
 
 

@@ -55,6 +55,24 @@ def build(store, run, *, warn=no_warning, outputs=None, name="stage", params=Non
     return store.build(Stage(name, run, params or {}, **options), outputs or {}, warn)
 
 
+# Renamed
+
+
+def test_a_renamed_stage_finds_its_old_outputs_and_those_that_were_made_of_them(store):
+    maker, reader = Maker(), Maker()
+    old = build(store, maker, name="documents")
+    made = build(store, reader, name="reader", inputs=("documents",), outputs={"documents": old})
+    index = build(store, maker, name="index", formerly="documents")
+    again = build(store, reader, name="reader", inputs=("index",), outputs={"index": index})
+    assert (index.path, again.path) == (old.path, made.path)
+    assert (maker.runs, reader.runs) == (1, 1)
+    new = build(store, maker, name="index", formerly="documents", params={"more": 1})
+    assert new.path.parent.name == "index"
+    assert build(store, maker, name="index", formerly="documents", params={"more": 1}).reused
+    read = build(store, reader, name="reader", inputs=("index",), outputs={"index": store.read(new.path)})
+    assert read.key == build(store, reader, name="reader", inputs=("documents",), outputs={"documents": new}).key
+
+
 # Once and again
 
 

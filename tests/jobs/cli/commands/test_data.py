@@ -96,7 +96,7 @@ def test_data_is_made_looked_at_broken_mended_and_grown(fot_here, data_recipe: P
     broken, gone = (first / manifest.shards[n].file for n in (0, 1))
     broken.write_bytes(broken.read_bytes()[:-9] + b"otherwise")
     gone.unlink()
-    index = next((tmp_path / STORE / "documents").glob("*/documents.arrow"))
+    index = next((tmp_path / STORE / "index").glob("*/documents.arrow"))
     index.write_bytes(index.read_bytes()[:-1])
     damaged = fot_here("data", "verify", data_recipe)
     assert damaged.returncode == 2
@@ -113,7 +113,7 @@ def test_data_is_made_looked_at_broken_mended_and_grown(fot_here, data_recipe: P
     shutil.rmtree(index.parent)
     missing = fot_here("data", "verify", data_recipe)
     assert missing.returncode == 2
-    assert "documents does not have what this recipe needs" in missing.stdout
+    assert "index does not have what this recipe needs" in missing.stdout
     assert fot_here("data", "repair", data_recipe).returncode == 0
     after = contents(tmp_path / STORE)
     assert {n for n, c in after.items() if before[n] != c} <= {n for n in before if n.endswith(("stage.json", ".lock"))}
@@ -132,7 +132,7 @@ def test_data_is_made_looked_at_broken_mended_and_grown(fot_here, data_recipe: P
     assert (larger.parent, larger.generations) == (manifest.hash, [len(manifest.shards), 1])
     again = fot_here("data", "prepare", data_recipe)
     assert again.stdout.splitlines()[-1] == grown.stdout.splitlines()[-1]
-    assert all(f"{stage} found" in again.stdout for stage in ("shards", "documents", "finetune-groups"))
+    assert all(f"{stage} found" in again.stdout for stage in ("shards", "index", "finetune-groups"))
 
 
 def test_a_damaged_manifest_is_named_and_the_data_set_made_again(fot_here, data_recipe: Path, tmp_path: Path) -> None:
