@@ -5,8 +5,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pipelines.shares import too_small
-
 STDLIB, SITE_PACKAGES, RECALL = "python:stdlib", "python:site-packages", "synthetic:recall"
 MAX_LEFT_OUT = 0.1
 LEAST_CHARACTERS = 4000  # of a recall document: they hold 20 facts, their questions and some text between
@@ -150,6 +148,8 @@ class Data(Part):
             raise ValueError(
                 f"data.sources: {without[0]!r} has no weight, others do: give all sources a weight or none"
             )
+        from pipelines.shares import too_small  # numpy, which `fot --help` need not wait for
+
         weights = {source.name: source.weight for source in self.sources if source.weight is not None}
         if weights and (wrong := too_small(weights)) is not None:
             raise ValueError(wrong)

@@ -8,6 +8,7 @@ from pipelines.workflow.environment import prepare_environment
 prepare_environment()
 settings.register_profile("fot", deadline=None, max_examples=60, print_blob=True)
 settings.load_profile("fot")
+pytest_plugins = ("fixtures.subjects",)
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ from jobs.config.recipe import Recipe, load_recipe
 from jobs.config.settings import Content, read_overridden
 from jobs.config.variants import load_comparison
 from pipelines.config import BUILT_IN
-from pipelines.sources.storage import is_url
+from pipelines.sources.formats import is_url
 from pipelines.workflow.errors import UserError
 from pipelines.workflow.hashing import hash_json
 

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from pipelines.sources.storage import is_url
+from pipelines.sources.formats import is_url
 
 SECRET = re.compile(r"[?&]([^=&#]*(sign|token|secret|passw|pwd|auth|key)[^=&#]*|sig)=", re.IGNORECASE)  # in a query
 USER_IN_URL = re.compile(r"(?<!abfs)(?<!abfss)://[^/?#\s]*@|://[^/?#\s]*:[^/?#\s]*@")  # abfs://CONTAINER@ACCOUNT

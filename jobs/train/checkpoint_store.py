@@ -22,7 +22,8 @@ from typing import IO, Any
 import pyarrow as pa
 from pyarrow import fs
 
-from pipelines.sources.storage import BLOCK, is_url
+from pipelines.sources.formats import is_url
+from pipelines.sources.storage import BLOCK
 from pipelines.workflow.errors import UserError
 from pipelines.workflow.files import write_atomically
 

@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
-from pipelines.sources.storage import Item, is_url, open_binary, printable, readable, storage_of
+from pipelines.sources.formats import is_url
+from pipelines.sources.storage import Item, open_binary, printable, readable, storage_of
 from pipelines.workflow.errors import UserError
 from pipelines.workflow.files import write_atomically
 

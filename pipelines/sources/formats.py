@@ -2,6 +2,7 @@
 
 import os
 import posixpath
+import re
 
 LINES = (".jsonl", ".json")  # a JSON object a line
 TABLES = (".parquet", ".arrow")
@@ -41,6 +42,10 @@ MEDIA = (
     *(".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ico", ".mp3", ".wav", ".flac", ".ogg"),
     *(".mp4", ".avi", ".mov", ".mkv", ".webm", ".ttf", ".otf", ".woff", ".woff2"),
 )
+
+
+def is_url(path: str) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
 
 
 def suffix_and_codec(name: str) -> tuple[str, str | None]:

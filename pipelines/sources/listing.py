@@ -21,8 +21,8 @@ from pipelines.sources.corpus import Entry, File
 from pipelines.sources.directories import look_into
 from pipelines.sources.distributions import find_distributions, site_packages
 from pipelines.sources.file_hashes import FileHashes
-from pipelines.sources.formats import IN_TREES, holds_records, suffix_and_codec, unread
-from pipelines.sources.storage import Item, is_url, open_binary, printable, readable, storage_of
+from pipelines.sources.formats import IN_TREES, holds_records, is_url, suffix_and_codec, unread
+from pipelines.sources.storage import Item, open_binary, printable, readable, storage_of
 from pipelines.sources.synthetic import SYNTHETIC, TAG, recall_names
 from pipelines.sources.trees import beginning, import_order, random_order
 from pipelines.workflow.errors import UserError

@@ -7,7 +7,6 @@ for remote storage come from the environment alone; what a driver says in an err
 import errno
 import io
 import os
-import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import IO, Any, Protocol
 import pyarrow as pa
 
 from pipelines.sources.compression import Decompressed
-from pipelines.sources.formats import suffix_and_codec
+from pipelines.sources.formats import is_url, suffix_and_codec
 from pipelines.sources.synthetic import is_synthetic, synthetic_text
 from pipelines.workflow.errors import UserError
 
@@ -63,10 +62,6 @@ class Storage(Protocol):
 def storage_of(path: str) -> Storage:
     """The storage that holds `path`, listed afresh."""
     return _Remote(path) if is_url(path) else _Local()
-
-
-def is_url(path: str) -> bool:
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
 
 
 def printable(name: str) -> str:

@@ -15,11 +15,10 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.sources.formats import suffix_and_codec
+from pipelines.sources.formats import is_url, suffix_and_codec
 from pipelines.sources.storage import (
     BLOCK,
     POINTER,
-    is_url,
     open_binary,
     open_decompressed,
     printable,

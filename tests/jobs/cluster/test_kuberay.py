@@ -27,7 +27,7 @@ from jobs.config.recipe import Recipe, load_recipe
 from jobs.config.training import Resources
 from pipelines.workflow.errors import UserError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SCHEMA = json.loads(Path(__file__).with_name("data").joinpath("kuberay_schema.json").read_text())
 HERE = Deployment("registry/fot:1", "fot-shared")
 NIGHTLY = Deployment(

@@ -12,7 +12,7 @@ from jobs.models.base import read_llama_config
 from pipelines.tokens.tokenizer import train_tokenizer
 from pipelines.workflow.errors import UserError
 
-LONGLLAMA_3B = Path(__file__).parents[2] / "recipes" / "longllama_3b.yaml"
+LONGLLAMA_3B = Path(__file__).parents[3] / "recipes" / "longllama_3b.yaml"
 OPEN_LLAMA_3B = {  # as its config.json has it: nothing that transformers would add by itself
     "model_type": "llama",
     "hidden_size": 3200,

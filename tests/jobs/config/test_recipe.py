@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from jobs.config.recipe import load_recipe
 from pipelines.workflow.errors import UserError
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[3] / "recipes"
 
 
 def test_the_finetune_recipe_says_what_it_needs() -> None:

@@ -19,7 +19,7 @@ from pipelines.batches.mixture import BLOCK, Mixture
 from pipelines.tokens.tokenizer import train_tokenizer
 from pipelines.workflow.errors import UserError
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 PAPER = {  # arXiv 2307.03170, appendix: percent of the tokens, and the least length of a document
     "arxiv": (25, 1),
     "python": (25, 4096),

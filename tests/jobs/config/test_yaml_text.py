@@ -5,7 +5,7 @@ import yaml
 
 from jobs.config.yaml_text import YamlError, read_text, read_value
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[3] / "recipes"
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,7 @@ def test_memory_is_read_on_from_length_to_length_as_if_each_were_read_alone(
             seen.append(({name: held.clone() for name, held in memory.state_dict().items()}, list(ids)))
             super().__init__(network, memory, ids, rows, local)
 
-    monkeypatch.setattr(asking, "Prompt", Noted)
+    monkeypatch.setattr(asking, "SharedPrompt", Noted)
 
     def ask(local: int, draw: Demonstrations) -> dict:
         with torch.inference_mode():

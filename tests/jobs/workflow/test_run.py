@@ -22,7 +22,7 @@ from jobs.registry.tracking import RUN
 from jobs.train.metrics import last_metrics, read_metrics
 from pipelines.tokens.tokenizer import train_tokenizer
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[3] / "recipes"
 DATA = ["tokenizer", "shards", "index", "base-groups", "finetune-groups"]
 STAGES = [*DATA, "base", "finetune", "perplexity", "passkey", "report"]
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fot_model import FotCache, FotLlamaForCausalLM, TopKMemory
 from jobs.config.dictionary import DictionaryEvaluation, DictionaryRecipe, DictionaryShape
+from jobs.evaluate.dictionary import accuracy as module
 from jobs.evaluate.dictionary.accuracy import DictionaryReader, accuracy, batches, summarize
-from jobs.evaluate.dictionary.cells import accuracy as evaluate
 from jobs.evaluate.dictionary.result import PLOT, dictionary_result
 from jobs.evaluate.dictionary.task import IGNORE, Dictionary, answers, contexts
 from jobs.evaluate.dictionary.train import build_model
@@ -73,7 +73,7 @@ def test_it_equals_one_made_by_hand(shape: str, tmp_path: Path, monkeypatch) -> 
 
     def listening(self, *args, **kwargs):
         output = forward(self, *args, **kwargs)
-        if isinstance(kwargs["past_key_values"].memory, evaluate.Asked):
+        if isinstance(kwargs["past_key_values"].memory, module.Asked):
             scored = (answers(args[0].numpy()) != IGNORE)[:, 1:]
             logits.extend(
                 row[torch.from_numpy(mask)].clone() for row, mask in zip(output.logits[:, :-1], scored, strict=True)
@@ -138,7 +138,7 @@ def test_questions_are_of_what_is_held_and_differ_by_seed_and_size() -> None:
 def test_what_was_asked_is_not_asked_again(tmp_path: Path, monkeypatch) -> None:
     saved(SHAPES["last"], tmp_path / "model")
     asked: list[tuple[int, str]] = []
-    ask = evaluate.ask
+    ask = module.ask
 
     def counting(model, memory, way, questions):
         if len(memory) == 1024 and "stop" in asked:
@@ -146,7 +146,7 @@ def test_what_was_asked_is_not_asked_again(tmp_path: Path, monkeypatch) -> None:
         asked.append((len(memory), way))
         return ask(model, memory, way, questions)
 
-    monkeypatch.setattr(evaluate, "ask", counting)
+    monkeypatch.setattr(module, "ask", counting)
     asked.append("stop")
     with pytest.raises(KeyboardInterrupt):
         accuracy(tmp_path / "model", SETTINGS, 0, tmp_path)
