@@ -8,7 +8,9 @@ from pipelines.workflow.environment import prepare_environment
 prepare_environment()
 settings.register_profile("fot", deadline=None, max_examples=60, print_blob=True)
 settings.load_profile("fot")
-pytest_plugins = ("fixtures.subjects",)
+pytest_plugins = [
+    f"fixtures.{name}" for name in ("cluster", "dictionary", "registry", "schedule", "subjects", "training")
+]
 
 
 @pytest.fixture(scope="session")

@@ -32,9 +32,9 @@ FOLDERS = sorted({path.parent for top in ("fot_model", "pipelines", "jobs") for 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: str(folder.relative_to(ROOT)))
 def test_a_folder_says_what_lives_in_it(folder: Path) -> None:
     said = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
-    modules = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
-    folders = {f"{path.parent.name}/" for path in folder.glob("*/__init__.py")}
-    assert {name for name in modules | folders if name not in said} == set()
+    modules = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    folders = {path.parent.name for path in folder.glob("*/__init__.py")}
+    assert {name for name in modules | folders if not re.search(rf"\b{name}\b", said)} == set()
 
 
 def test_the_readme_names_every_folder() -> None:

@@ -139,8 +139,9 @@ class Store:
         """A finished output from its directory, None if its record is missing or damaged."""
         try:
             record = json.loads((path / RECORD).read_text())
-            fields = [record[name] for name in ("files", "seconds", "hash", "params", "inputs")]
-            return Output(record["stage"], record["key"], path, *fields, record.get("known_as", record["stage"]))
+            record.setdefault("known_as", record["stage"])
+            fields = [record[name] for name in ("files", "seconds", "hash", "params", "inputs", "known_as")]
+            return Output(record["stage"], record["key"], path, *fields)
         except (OSError, ValueError, KeyError):
             return None
 
