@@ -46,7 +46,7 @@ VARIANTS = {
     "smollm2_rivals": ["fot", "memorizing", "transformer-xl", "longer-context"],
 }
 
-SMOLLM2 = ("smollm2", "smollm2_gpu")
+SMOLLM2 = ("smollm2", "smollm2_further", "smollm2_gpu")
 
 
 def shipped(name: str) -> Path:
