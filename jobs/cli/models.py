@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from jobs.cli.options import rebuild_option
+
 
 @click.command()
 @click.argument("checkpoint")
@@ -42,6 +44,7 @@ def export(checkpoint: str, directory: Path, dtype: str | None, adapter: bool, b
 )
 @click.option("--name", default="evaluation", show_default=True, help="The experiment's name.")
 @click.option("--seed", default=0, show_default=True)
+@rebuild_option
 @click.option("--work-dir", default="runs", show_default=True, metavar="DIR", help="Holds all that is made.")
 def evaluate(checkpoint: str, tasks: tuple[str, ...], texts: tuple[str, ...], **settings: Any) -> None:
     """Measure CHECKPOINT (a Hugging Face directory, a hub id, a .gguf file, package:NAME/FILE, models:/fot/NAME@ALIAS)

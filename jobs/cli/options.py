@@ -11,3 +11,6 @@ set_option = click.option(
 work_dir_option = click.option(
     "--work-dir", default="runs", show_default=True, type=click.Path(path_type=Path), help="A recipe's work_dir."
 )
+rebuild_option = click.option(
+    "--rebuild", is_flag=True, help="Make anew what is damaged and took long; what is there is set aside."
+)

@@ -5,20 +5,18 @@ from typing import Any
 
 import click
 
-from jobs.cli.options import (
-    recipe_argument,
-    set_option,
-)
+from jobs.cli.options import rebuild_option, recipe_argument, set_option
 
 
 @click.command()
 @recipe_argument
 @set_option
-def run(recipe: Path, overrides: tuple[str, ...]) -> None:
+@rebuild_option
+def run(recipe: Path, overrides: tuple[str, ...], rebuild: bool) -> None:
     """Run a recipe from corpus to registered model. Finished stages are not run again."""
     from jobs.workflow.run import run_recipe
 
-    run_recipe(recipe, overrides)
+    run_recipe(recipe, overrides, rebuild)
 
 
 @click.command()

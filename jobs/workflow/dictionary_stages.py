@@ -22,10 +22,12 @@ from pipelines.workflow.store import Stage
 ACCURACY = "accuracy.json"
 
 
-def run_dictionary(recipe: DictionaryRecipe) -> None:
-    """Train, ask, print, record. Raises UserError where the largest memory does not fit."""
+def run_dictionary(recipe: DictionaryRecipe, rebuild: bool) -> None:
+    """Train, ask, print, record; with `rebuild` anew what took long and is damaged.
+
+    Raises UserError where the largest memory does not fit."""
     check_memory(model_config(recipe.model), recipe.evaluation)
-    work, first = WorkDir(recipe.name, recipe.work_dir), f"train-{recipe.seeds[0]}"
+    work, first = WorkDir(recipe.name, recipe.work_dir, rebuild=rebuild), f"train-{recipe.seeds[0]}"
     with work.with_ray():
         outputs, seconds = work.run(lambda: dictionary_stages(recipe))
         made = {name: output.path for name, output in outputs.items()}

@@ -34,32 +34,32 @@ class MadeRecipe:
     seconds: float
 
 
-def run_recipe(path: Path, overrides: Sequence[str]) -> None:
-    """Run everything that is not done yet and print what was made.
+def run_recipe(path: Path, overrides: Sequence[str], rebuild: bool = False) -> None:
+    """Run everything that is not done yet and print what was made; with `rebuild` also what took long and is damaged.
 
     Raises UserError for a mistake in recipe, corpus, checkpoint or machine.
     """
     if (dictionary := load_dictionary(path, overrides)) is not None:
-        run_dictionary(dictionary)
+        run_dictionary(dictionary, rebuild)
         return
     if (comparison := load_comparison(path, overrides)) is not None:
-        _run_comparison(comparison)
+        _run_comparison(comparison, rebuild)
         return
-    workspace = Workspace(load_recipe(path, overrides))
+    workspace = Workspace(load_recipe(path, overrides), rebuild=rebuild)
     with workspace.with_ray():
         made = make(workspace)
     print_results(read_results(measured_stages(workspace.recipe, made.paths), made.paths))
     _say_done(workspace.recipe, made)
 
 
-def _run_comparison(comparison: Comparison) -> None:
+def _run_comparison(comparison: Comparison, rebuild: bool) -> None:
     """The variants one after the other, then side by side."""
-    work = WorkDir(comparison.common.name, comparison.common.work_dir)
+    work = WorkDir(comparison.common.name, comparison.common.work_dir, rebuild=rebuild)
     made: dict[str, MadeRecipe] = {}
     with work.with_ray():
         for name, variant in comparison.variants.items():
             base = None if variant.after is None else made[variant.after].paths["finetune"] / MODEL
-            workspace = Workspace(comparison.recipe(name, base))
+            workspace = Workspace(comparison.recipe(name, base), rebuild=rebuild)
             made[name] = make(workspace)
             _say_done(workspace.recipe, made[name])
         stages, outputs = comparison_stages(comparison, {name: each.outputs for name, each in made.items()})

@@ -26,17 +26,18 @@ MODELS = "models"  # of work_dir: registered models that were fetched
 
 class WorkDir:
     """The directories of a work_dir, by absolute path: workers have working directories of their own. `name`: of what
-    is run in it; `log`: the file for what libraries print, named so if nothing else is said.
+    is run in it; `log`: the file for what libraries print, named so if nothing else is said; `rebuild`: what took long
+    is made anew where it is damaged.
 
     Raises UserError for a path that cannot be part of an address.
     """
 
-    def __init__(self, name: str, work_dir: str, log: Path | None = None) -> None:
+    def __init__(self, name: str, work_dir: str, log: Path | None = None, rebuild: bool = False) -> None:
         self.name = name
         self.directory = Path(work_dir).resolve()
         if "?" in str(self.directory):
             raise UserError(f"work_dir {self.directory} holds a ?, where MLflow's address of it ends: set another one")
-        self.store = Store(self.directory / "store")
+        self.store = Store(self.directory / "store", rebuild)
         self.logs = self.directory / "logs"
         self.log = log or self.logs / f"{name}.log"
 
@@ -90,8 +91,8 @@ class WorkDir:
 class Workspace(WorkDir):
     """A recipe's. A base that is a registered model is fetched into it, and the recipe then names that directory."""
 
-    def __init__(self, recipe: Recipe, log: Path | None = None) -> None:
-        super().__init__(recipe.name, recipe.work_dir, log)
+    def __init__(self, recipe: Recipe, log: Path | None = None, rebuild: bool = False) -> None:
+        super().__init__(recipe.name, recipe.work_dir, log, rebuild)
         checkpoint = recipe.base.checkpoint
         if checkpoint is not None and is_model_uri(checkpoint):
             from jobs.registry.server import tracking_uri

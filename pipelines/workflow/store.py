@@ -3,8 +3,9 @@
 A stage's key is the hash of everything that makes its output: name, version, parameters, and the hashes of the outputs
 it reads. Its output is a directory `<root>/<stage>/<key>`; it is built as `<key>.partial`, where an interrupted stage
 finds what it had done, and renamed when complete. A finished stage is not run again: its files are verified by size and
-checksum, and built anew if they differ. Nothing else is needed (no server, no database), so the same stages run
-in-process, in a Ray job, or under an orchestrator.
+checksum. Nothing finished is ever deleted: what is damaged is made anew beside it and then set aside as
+`<key>.damaged-<number>`, and what took long is made anew only where that is asked for. Nothing else is needed (no
+server, no database), so the same stages run in-process, in a Ray job, or under an orchestrator.
 """
 
 import fcntl
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -23,6 +25,8 @@ from pipelines.workflow.files import write_atomically
 from pipelines.workflow.hashing import hash_file, hash_json
 
 RECORD = "stage.json"
+FORMAT = 2  # of the record; 1 had no `known_as`
+LONG = 300.0  # seconds: what took longer is not made anew unasked
 State = Literal["done", "running", "interrupted", "to do", "waiting"]
 
 
@@ -32,7 +36,7 @@ class Stage:
 
     `version` changes when the code makes something else of the same inputs. `params` is JSON. `content` names the part
     of the output that later stages depend on, where the rest (logs of a training, say) differs from run to run. A stage
-    that `mends` is given its damaged output without the damaged files and makes these again; others begin anew. One
+    that `mends` is given what is whole of its damaged output and makes the rest again; others begin anew. One
     that was renamed goes by the name it had, `formerly`, in keys, and finds what lies under it.
     """
 
@@ -73,10 +77,10 @@ class Output:
 
 
 class Store:
-    """The store under `root`."""
+    """The store under `root`; with `rebuild` what took long is made anew, too, where it is damaged."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, rebuild: bool = False) -> None:
+        self.root, self._rebuild = root, rebuild
 
     def key(self, stage: Stage, outputs: Mapping[str, Output]) -> str:
         return hash_json(
@@ -97,26 +101,17 @@ class Store:
     def build(self, stage: Stage, outputs: Mapping[str, Output], warn: Callable[[str], None]) -> Output:
         """The stage's output, found and verified or made now.
 
-        Raises UserError while another process builds it, and whatever the stage raises; then what was done so far
-        stays in the partial directory.
+        Raises UserError while another process builds it, where what is damaged took long to make, and whatever the
+        stage raises; then what was done so far stays in the partial directory.
         """
         key = self.key(stage, outputs)
         path = self._place(stage, key)
         partial = path.with_name(f"{key}.partial")
         partial.parent.mkdir(parents=True, exist_ok=True)
         with self.locked(path):
-            if path.exists():
-                output = self.read(path)
-                damage = damage_of(output) if output is not None else {path / RECORD: "missing or damaged"}
-                if output is not None and not damage:
-                    return replace(output, reused=True)
-                file, what = next(iter(damage.items()))
-                more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
-                warn(f"stage {stage.name}: {file} is {what}{more}; it is made again")
-                _take_back(path, partial, damage if stage.mends else None)
-            partial.mkdir(exist_ok=True)
-            (partial / RECORD).unlink(missing_ok=True)
-            _remove_temporaries(partial)
+            if path.exists() and (output := self._verified(stage, path, warn)) is not None:
+                return replace(output, reused=True)
+            _begin(partial, path if stage.mends else None)
             began, before = time.monotonic(), _read_seconds(partial)
             try:
                 stage.run(partial, {name: outputs[name].path for name in stage.inputs})
@@ -130,19 +125,48 @@ class Store:
             made_of = {name: outputs[name].key for name in stage.inputs}
             named = hash_json(content)
             output = Output(stage.name, key, path, files, seconds, named, stage.params, made_of, stage.known_as)
-            record = {**asdict(output), "path": None, "version": stage.version}
+            record = {**asdict(output), "path": None, "version": stage.version, "format": FORMAT}
             write_atomically(partial / RECORD, json.dumps(record, indent=1, sort_keys=True).encode())
+            if path.exists():
+                os.rename(path, _aside(path))
             os.rename(partial, path)
             return output
 
+    def _verified(self, stage: Stage, path: Path, warn: Callable[[str], None]) -> Output | None:
+        """The output that is there, unless it is to be made anew."""
+        output = self.read(path)
+        damage = {path / RECORD: "missing or damaged"} if output is None else damage_of(output)
+        if not damage:
+            return output
+        file, what = next(iter(damage.items()))
+        found = f"stage {stage.name}: {file} is {what}" + (f" (and {len(damage) - 1} more)" if len(damage) > 1 else "")
+        aside = f"what is there stays as {_aside(path).name}"
+        took_long = output is None or (output.seconds > LONG and not stage.mends)
+        if took_long and output is not None and not _decide(damage, path, stage.content):
+            warn(f"{found}; no later stage reads it, and all else is whole: it is left so")
+            return output
+        if took_long and not self._rebuild:
+            how_long = "" if output is None else f", and took {output.seconds / 60:.0f} minutes to make"
+            raise UserError(
+                f"{found}{how_long}: bring the file back, or have it made again, by `fot run` or `fot evaluate` with "
+                f"--rebuild ({aside}), or by moving {path} away"
+            )
+        warn(f"{found}; it is made again, {aside}")
+        return None
+
     def read(self, path: Path) -> Output | None:
-        """A finished output from its directory, None if its record is missing or damaged."""
+        """A finished output from its directory, None if its record is missing or damaged.
+
+        Raises UserError where later code than this wrote it.
+        """
         try:
             record = json.loads((path / RECORD).read_text())
+            if record.get("format", 1) > FORMAT:
+                raise UserError(f"{path} was made by a later version of fot: use that, or another work_dir")
             record.setdefault("known_as", record["stage"])
             fields = [record[name] for name in ("files", "seconds", "hash", "params", "inputs", "known_as")]
             return Output(record["stage"], record["key"], path, *fields)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, AttributeError):
             return None
 
     def finished(self, stage: str) -> Iterator[Output]:
@@ -238,12 +262,33 @@ def damage_of(output: Output) -> dict[Path, str]:
     return damage
 
 
-def _take_back(path: Path, partial: Path, damage: Mapping[Path, str] | None) -> None:
-    """Make a finished output an unfinished one: without the damaged files, or with nothing in it."""
-    if damage is None:
-        shutil.rmtree(path)
+def _decide(damage: Mapping[Path, str], path: Path, content: str) -> bool:
+    """Whether any of what is damaged is part of the content."""
+    return any(str(file.relative_to(path)).startswith(content) for file in damage)
+
+
+def _aside(path: Path) -> Path:
+    """A name beside it that is not taken."""
+    return next(each for number in count(1) if not (each := path.with_name(f"{path.name}.damaged-{number}")).exists())
+
+
+def _begin(partial: Path, whole: Path | None) -> None:
+    """A directory to build in: what an interrupted run left, or nothing, and with `whole`, a finished output that is
+    mended, links to those of its files that are what its record says."""
+    partial.mkdir(exist_ok=True)
+    (partial / RECORD).unlink(missing_ok=True)
+    _remove_temporaries(partial)
+    if whole is None or not whole.exists():
         return
-    for file in damage:
-        file.unlink(missing_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    os.rename(path, partial)
+    for name, (checksum, size) in _recorded_files(whole).items():
+        file, here = whole / name, partial / name
+        if not here.exists() and file.is_file() and file.stat().st_size == size and hash_file(file) == checksum:
+            here.parent.mkdir(parents=True, exist_ok=True)
+            os.link(file, here)
+
+
+def _recorded_files(path: Path) -> dict[str, list[Any]]:
+    try:
+        return dict(json.loads((path / RECORD).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

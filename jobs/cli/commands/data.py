@@ -67,7 +67,7 @@ def verify(path: Path, overrides: Sequence[str]) -> None:
 
 def repair(path: Path, overrides: Sequence[str]) -> None:
     """Make what is damaged again, as it was. Raises UserError where it cannot be."""
-    workspace = Workspace(load_recipe(path, overrides))
+    workspace = Workspace(load_recipe(path, overrides), rebuild=True)
     corpus, outputs = _newest(workspace)
     directory = outputs[SHARDS].path
     with workspace.with_ray():

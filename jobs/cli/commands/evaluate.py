@@ -44,7 +44,7 @@ class Named(Part):
 class EvaluateRequest:
     """What the command line says. `rivals`: other ways to read, without training; `adapter`: of the checkpoint, a
     directory; `texts`: files to evaluate on, each a source; `local`: tokens of the local context, None for the model's
-    own."""
+    own; `rebuild`: what is damaged and took long is measured anew."""
 
     checkpoint: str
     tasks: Sequence[str]
@@ -57,6 +57,7 @@ class EvaluateRequest:
     name: str
     seed: int
     work_dir: str
+    rebuild: bool = False
 
 
 def evaluate_checkpoint(request: EvaluateRequest) -> None:
@@ -66,7 +67,7 @@ def evaluate_checkpoint(request: EvaluateRequest) -> None:
     check_installed(evaluation.rivals)
     if needy := sorted(READ_DOCUMENTS & set(evaluation.tasks)) if not request.texts else []:
         raise UserError(f"{needy[0]} is measured on text: give some with --data FILES")
-    work = WorkDir(request.name, request.work_dir)
+    work = WorkDir(request.name, request.work_dir, rebuild=request.rebuild)
     with work.with_ray():
         if request.adapter and request.rivals and request.base is None:
             request = replace(request, base=request.checkpoint)  # rivals are the base's, without what was trained

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from pipelines.workflow.errors import UserError
-from pipelines.workflow.store import RECORD, Stage, Store, link
+from pipelines.workflow.store import LONG, RECORD, Stage, Store, link
 
 # A stage that writes one complete file and half of another, then waits for a line.
 SLOW_STAGE = """
@@ -132,7 +132,7 @@ def truncate(path):
     os.truncate(path, 3)
 
 
-@pytest.mark.parametrize("file", ["a.txt", "deep/b.txt", RECORD])
+@pytest.mark.parametrize("file", ["a.txt", "deep/b.txt"])
 @pytest.mark.parametrize("damage", [flip_a_byte, truncate, os.unlink])
 def test_a_damaged_output_is_made_again_with_a_warning(store, file, damage):
     run, warnings = Maker(**{"a.txt": "content a", "deep__b.txt": "content b"}), []
@@ -145,7 +145,103 @@ def test_a_damaged_output_is_made_again_with_a_warning(store, file, damage):
     assert (again.path / "a.txt").read_text() + (again.path / "deep/b.txt").read_text() == "content acontent b"
     assert len(warnings) == 1
     assert str(output.path / file) in warnings[0]
+    aside = output.path.with_name(f"{output.key}.damaged-1")
+    assert f"stays as {aside.name}" in warnings[0]
+    assert (aside / RECORD).exists()
     assert build(store, run).reused
+    damage(output.path / file)
+    build(store, run, warn=warnings.append)
+    assert aside.with_name(f"{output.key}.damaged-2").exists()
+
+
+def took(output, seconds):
+    """Have a finished output say that it took so long."""
+    record = json.loads((output.path / RECORD).read_text())
+    (output.path / RECORD).write_text(json.dumps(record | {"seconds": seconds}))
+
+
+@pytest.fixture
+def trained(store):
+    """An output that took long, of which `model/` is what later stages read."""
+    run = Maker(**{"model__weights": "weights", "metrics.jsonl": "a line"})
+    output = build(store, run, content="model/")
+    took(output, LONG + 1)
+    return run, output
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, truncate, os.unlink])
+def test_what_no_later_stage_reads_costs_no_training(store, trained, damage):
+    run, output = trained
+    damage(output.path / "metrics.jsonl")
+    warnings = []
+    again = build(store, run, content="model/", warn=warnings.append)
+    assert again.reused
+    assert run.runs == 1
+    assert len(warnings) == 1
+    assert "metrics.jsonl is" in warnings[0]
+    assert "it is left so" in warnings[0]
+
+
+@pytest.mark.parametrize("file", ["model/weights", RECORD])
+@pytest.mark.parametrize("damage", [flip_a_byte, truncate, os.unlink])
+def test_what_took_long_is_made_again_only_where_that_is_asked_for_and_never_deleted(store, trained, file, damage):
+    run, output = trained
+    kept = {path.name: path.read_bytes() for path in output.path.rglob("*") if path.is_file()}
+    damage(output.path / file)
+    there = {path.name: path.read_bytes() for path in output.path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"is (corrupt|missing).*bring the file back, or have it made again.*--rebuild"):
+        build(store, run, content="model/")
+    assert {path.name: path.read_bytes() for path in output.path.rglob("*") if path.is_file()} == there
+    again = build(Store(store.root, rebuild=True), run, content="model/", warn=[].append)
+    assert run.runs == 2
+    assert (again.path, again.hash) == (output.path, output.hash)
+    aside = output.path.with_name(f"{output.key}.damaged-1")
+    assert {path.name: path.read_bytes() for path in aside.rglob("*") if path.is_file()} == there
+    assert len(there) >= len(kept) - 1
+
+
+def test_a_rebuild_that_fails_leaves_what_is_there(store, trained):
+    _, output = trained
+    truncate(output.path / "model/weights")
+
+    def fail(directory, inputs):
+        raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        build(Store(store.root, rebuild=True), fail, content="model/", warn=[].append)
+    assert (output.path / "model/weights").read_text() == "wei"
+    assert not list(output.path.parent.glob("*.damaged-*"))
+
+
+def test_a_stage_that_mends_finds_what_is_whole_and_its_readers_keep_what_they_opened(store):
+    seen = []
+
+    def mend(output, inputs):
+        seen.append(sorted(path.name for path in output.iterdir() if path.name != ".seconds"))
+        for name in ("a", "b"):
+            if not (output / name).exists():
+                (output / name).write_text(f"content {name}")
+
+    output = build(store, mend, mends=True)
+    took(output, LONG + 1)
+    with open(output.path / "b") as reader:
+        truncate(output.path / "a")
+        again = build(store, mend, mends=True, warn=[].append)
+        assert reader.read() == "content b"
+    assert seen == [[], ["b"]]
+    assert again.hash == output.hash
+
+
+def test_a_record_of_an_older_format_is_understood_and_one_of_a_later_refused(store):
+    output = build(store, Maker())
+    record = json.loads((output.path / RECORD).read_text())
+    older = {name: value for name, value in record.items() if name not in ("format", "known_as")}
+    (output.path / RECORD).write_text(json.dumps(older))
+    assert build(store, Maker()).reused
+    (output.path / RECORD).write_text(json.dumps(record | {"format": record["format"] + 1}))
+    with pytest.raises(UserError, match="was made by a later version of fot"):
+        build(store, Maker())
+    assert (output.path / "out.txt").read_text() == "content"
 
 
 def test_a_link_goes_on_being_right_when_the_store_is_moved_and_is_mended_when_it_leads_nowhere(store, tmp_path):
