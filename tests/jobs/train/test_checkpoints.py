@@ -53,7 +53,7 @@ from fot_model import Adapter, FotLlamaConfig, FotLlamaForCausalLM, cross_batch_
 from fot_model.adapter import settings_of
 from jobs.train.checkpoint_store import CheckpointStore
 from jobs.train.checkpoints import Checkpoints, Frozen
-from jobs.config.training import Checkpoints as Settings
+from jobs.config.training import CheckpointSettings
 from pipelines.workflow.errors import UserError
 
 torch.set_num_threads(1)
@@ -117,7 +117,7 @@ def make_checkpoints(where, identity=None, base_seed=0, **settings):
         if rank == 0 and not path.exists():
             base.save_pretrained(path)
         frozen = Frozen(path, Adapter(fingerprint(base), settings_of(base.config)))
-    return Checkpoints(str(where), identity or {"case": str(where)}, Settings(**settings), here / "tokenizer", frozen)
+    return Checkpoints(str(where), identity or {"case": str(where)}, CheckpointSettings(**settings), here / "tokenizer", frozen)
 
 def write_weights(engine, path):
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):

@@ -180,9 +180,9 @@ def test_a_job_outlives_who_sent_it_stops_when_asked_and_goes_on_to_its_end(
 import sys
 from pathlib import Path
 from jobs.cluster import package
-from jobs.cli.commands.cluster import Request, submit
+from jobs.cli.commands.cluster import SubmitRequest, submit
 package.ROOT = Path({str(code)!r})
-submit(Request(Path({str(path)!r}), address={head!r}, owner="ann", tags=["project=code"], log=True))
+submit(SubmitRequest(Path({str(path)!r}), address={head!r}, owner="ann", tags=["project=code"], log=True))
 """
     client = subprocess.Popen([sys.executable, "-c", asked], stdout=subprocess.PIPE, text=True, start_new_session=True)
     job_id = client.stdout.readline().strip()
