@@ -38,7 +38,7 @@ def read_unit(unit: Unit, source: Source) -> Iterator[Document | Dropped]:
     """
     for entry in unit.entries:
         if unit.span is None:
-            yield from _read_whole(entry)
+            yield from _read_whole(entry, source.text_field)
         elif (suffix := suffix_and_codec(entry.files[0].path)[0]) in TABLES:
             yield from _read_rows(entry, unit.span, source)
         elif suffix in SEPARATED:
@@ -61,7 +61,7 @@ def describe(dropped: Dropped) -> str:
     return f"{path}, line {newlines + 1}: {what}"
 
 
-def _read_whole(entry: Entry) -> Iterator[Document | Dropped]:
+def _read_whole(entry: Entry, text_field: str) -> Iterator[Document | Dropped]:
     """The entry's files as one document."""
     if not entry.files:
         yield Dropped("every file larger than max_tree_bytes", entry.name)
@@ -83,6 +83,9 @@ def _read_whole(entry: Entry) -> Iterator[Document | Dropped]:
         if not entry.tree and content.startswith(POINTER):
             yield Dropped("git-lfs pointer, not the file", file.path, bad=True)
             continue
+        if not entry.tree and not bad and _is_json_lines(text, text_field):
+            yield Dropped("records, JSON lines, without an ending that says so (name it .jsonl)", file.path, bad=True)
+            continue
         texts.append(text)
     text = "\n".join(texts)
     encoded = text.encode()
@@ -93,6 +96,17 @@ def _read_whole(entry: Entry) -> Iterator[Document | Dropped]:
         yield Document(name, entry.source, text, entry.name, 0, len(encoded), content_hash)
     elif texts:
         yield Dropped("empty", entry.files[0].path if len(entry.files) == 1 else entry.name)
+
+
+def _is_json_lines(text: str, text_field: str) -> bool:
+    """Whether a text's first two lines that are not blank, or the only one, are JSON objects with a text: part-00000 of
+    what Spark and its like write."""
+    lines = [line for line in text[: 2 * BEGINNING].split("\n", 4)[:4] if line.strip()][:2]
+    try:
+        objects = [json.loads(line) for line in lines]
+    except ValueError:
+        return False
+    return bool(objects) and all(isinstance(each, dict) and text_field in each for each in objects)
 
 
 def _is_prose(path: str, in_tree: bool) -> bool:

@@ -278,6 +278,29 @@ def test_a_table_without_the_text_column_is_a_mistake(tmp_path, read, suffix):
     assert texts(read(tmp_path / f"a{suffix}", text_field="title")) == ["y"]
 
 
+def test_records_without_an_ending_are_named_and_no_document(tmp_path, read):
+    lines = '{"text": "one"}\n\n{"text": "two"}\n'
+    for name, content in {
+        "part-00000": lines,
+        "log.out": lines,
+        "code.rs": '{"text": 1}, x\n',
+        "b": '{"a": 1}\n',
+    }.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "notes.txt").write_text(lines)  # which can only be meant as text
+    items = read(tmp_path)
+    assert sorted(document.file for document in items if isinstance(document, Document)) == [
+        "b",
+        "code.rs",
+        "notes.txt",
+    ]
+    assert sorted(describe(each) for each in dropped(items)) == [
+        f"{tmp_path / name}: records, JSON lines, without an ending that says so (name it .jsonl)"
+        for name in ("log.out", "part-00000")
+    ]
+    assert all(each.bad for each in dropped(items))
+
+
 # Damage
 
 
