@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from fot_model import DenseMemory, FotCache, FotLlamaConfig, FotLlamaForCausalLM, TopKMemory
-from fot_model.cache_file import fingerprint
+from fot_model.cache_file import sampled_fingerprint
 
 VOCABULARY, WINDOW = 40, 8
 TINY: dict[str, Any] = {
@@ -754,20 +754,20 @@ def test_the_file_of_another_model_is_refused(other: Callable[[], FotLlamaForCau
 
 def test_each_end_of_every_parameter_tells_models_apart() -> None:
     model = focused()
-    names = {fingerprint(model)}
+    names = {sampled_fingerprint(model)}
     for parameter in model.parameters():
         flat = parameter.view(-1)
         for end in (flat[: len(flat) // 2], flat[len(flat) // 2 :]):
             kept = end.clone()
             end.mul_(1.05)
-            names.add(fingerprint(model))
+            names.add(sampled_fingerprint(model))
             end.copy_(kept)
     assert len(names) == 1 + 2 * len(list(model.parameters()))
-    assert fingerprint(model) in names
+    assert sampled_fingerprint(model) in names
 
 
 def test_how_much_is_read_at_once_does_not_tell_models_apart() -> None:
-    assert fingerprint(focused()) == fingerprint(focused(local_context=16, last_context_length=2))
+    assert sampled_fingerprint(focused()) == sampled_fingerprint(focused(local_context=16, last_context_length=2))
 
 
 def test_a_checkpoint_has_one_fingerprint_in_float32_and_in_bfloat16(tmp_path: Path) -> None:
@@ -775,7 +775,7 @@ def test_a_checkpoint_has_one_fingerprint_in_float32_and_in_bfloat16(tmp_path: P
     model.save_pretrained(tmp_path)
     rounded = FotLlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert rounded.dtype == torch.bfloat16
-    assert fingerprint(rounded) == fingerprint(model)
+    assert sampled_fingerprint(rounded) == sampled_fingerprint(model)
 
 
 @pytest.mark.parametrize("kept", [None, 4])
@@ -845,7 +845,7 @@ def written_before(path: Path, model: FotLlamaForCausalLM, change: Callable[[dic
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dict
     change(tensors)
-    metadata = {"format": "fot-cache-1", "model": fingerprint(model), "left": "12"}
+    metadata = {"format": "fot-cache-1", "model": sampled_fingerprint(model), "left": "12"}
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
     return cache
 
@@ -928,7 +928,7 @@ def test_a_file_says_what_it_is(tmp_path: Path) -> None:
     with safe_open(tmp_path / "book", framework="pt") as file:
         said = file.metadata()
     assert said.pop("digest")
-    assert said == {"format": "fot-cache-2", "model": fingerprint(model), "left": "16"}
+    assert said == {"format": "fot-cache-2", "model": sampled_fingerprint(model), "left": "16"}
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fot_model import FotCache, FotLlamaConfig, FotLlamaForCausalLM
-from fot_model.cache_file import fingerprint
+from fot_model.cache_file import sampled_fingerprint
 
 TINY: dict[str, Any] = {
     "vocab_size": 40,
@@ -72,25 +72,29 @@ def test_compiled_or_in_a_wrapper_it_is_the_same_model() -> None:
 
     for changes in ({}, {"tie_word_embeddings": True}):
         model: Any = focused(**changes)
-        assert fingerprint(Wrapper(model)) == fingerprint(torch.compile(model)) == fingerprint(model)
+        assert (
+            sampled_fingerprint(Wrapper(model))
+            == sampled_fingerprint(torch.compile(model))
+            == sampled_fingerprint(model)
+        )
 
 
 def test_an_adapter_counts_where_it_is_on_merged_or_not() -> None:
     from peft import LoraConfig, get_peft_model
 
-    base = fingerprint(focused())
+    base = sampled_fingerprint(focused())
     settings = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, modules_to_save=["lm_head"])
     model = get_peft_model(focused(), settings).eval()
-    on = fingerprint(model)
+    on = sampled_fingerprint(model)
     assert on != base
     with model.disable_adapter():
-        assert fingerprint(model) == base
+        assert sampled_fingerprint(model) == base
     model.merge_adapter()
-    assert fingerprint(model) == on
+    assert sampled_fingerprint(model) == on
     model.unmerge_adapter()
     merged = copy.deepcopy(model).merge_and_unload()
     assert type(merged) is FotLlamaForCausalLM
-    assert fingerprint(merged) == on
+    assert sampled_fingerprint(merged) == on
 
 
 def test_what_is_read_with_an_adapter_is_refused_without_it_and_read_on_where_it_is_merged(tmp_path: Path) -> None:
@@ -109,13 +113,13 @@ def test_a_model_offloaded_to_disk_has_the_same_fingerprint_and_reads_on(tmp_pat
     from accelerate import disk_offload
 
     model = focused()
-    whole = fingerprint(model)
+    whole = sampled_fingerprint(model)
     cache = fresh(model)
     cache.save(tmp_path / "book", model)
     wanted = goes_on(model, cache)
     disk_offload(model, str(tmp_path / "offloaded"), execution_device=torch.device("cpu"))
     assert any(parameter.is_meta for parameter in model.parameters())
-    assert fingerprint(model) == whole
+    assert sampled_fingerprint(model) == whole
     assert_same(goes_on(model, FotCache.load(tmp_path / "book", model)), wanted)
     fresh(model).save(tmp_path / "again", model)
     assert_same(goes_on(model, FotCache.load(tmp_path / "again", model)), wanted)
@@ -147,9 +151,9 @@ def test_quantized_weights_are_told_apart_by_what_they_stand_for() -> None:
         model = focused()
         up = model.model.layers[0].mlp.up_proj
         up.weight = nn.Parameter(Quantized(up.weight.data + change), requires_grad=False)
-        names.add(fingerprint(model))
+        names.add(sampled_fingerprint(model))
         up.weight = nn.Parameter(up.weight.dequantize())
-        names.add(fingerprint(model))
+        names.add(sampled_fingerprint(model))
     assert len(names) == 2
 
 

@@ -14,7 +14,7 @@ WORKER = """
 import json, sys
 import deepspeed, torch
 from fot_model import FotLlamaConfig, FotLlamaForCausalLM, cross_batch_plan
-from fot_model.cache_file import fingerprint
+from fot_model.cache_file import sampled_fingerprint
 
 output, stage, checkpointing, steps = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True", int(sys.argv[4])
 torch.set_num_threads(1)
@@ -44,7 +44,7 @@ if stage < 0:  # plain torch
 else:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
-    rank, whole = torch.distributed.get_rank(), fingerprint(model)
+    rank, whole = torch.distributed.get_rank(), sampled_fingerprint(model)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config={
         "train_micro_batch_size_per_gpu": 4, "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
@@ -52,7 +52,7 @@ else:
     })[0]
     partitioned = all(hasattr(parameter, "ds_id") for parameter in engine.module.parameters())
     assert partitioned, "ZeRO-3 left a parameter whole"
-    assert fingerprint(engine.module) == whole, "memory files would be those of another model"
+    assert sampled_fingerprint(engine.module) == whole, "memory files would be those of another model"
     assert type(engine.module.lm_head.weight) is torch.nn.Parameter, "the loss would hold all logits"
     for step in range(steps):
         loss = loss_of(engine, ids[step, rank])

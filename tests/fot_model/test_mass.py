@@ -355,7 +355,7 @@ def test_keys_that_are_ahead_of_the_window_take_the_same_part_of_the_softmax() -
         cache.evict(3)
         level = copy.deepcopy(cache)
         assert level._lead_B1.tolist() == [[7]]
-        level._turn_back(rotation(level._rope, level._lead_B1, level._reach))
+        level._turn_back(rotation(level._rope, level._lead_B1, level._positions_used))
         level._lead_B1, masses = None, []
         for each in (cache, level):
             with memory_mass(model, range(2)) as mass:

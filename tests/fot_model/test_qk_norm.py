@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from fot_model import DenseMemory, FotCache, FotLlamaConfig, FotLlamaForCausalLM, TopKMemory, attention_mass
-from fot_model.cache_file import SHAPE, fingerprint
+from fot_model.cache_file import DECIDING, sampled_fingerprint
 from fot_model.layer import TEMPERATURE, unit
 from fot_model.plan import pad_plan
 
@@ -233,7 +233,7 @@ def test_the_longllama_layout_does_not_speak_of_it(tmp_path) -> None:
 
 def test_a_memory_belongs_to_models_that_score_alike(tmp_path) -> None:
     model, ids = cosine(), tokens(1, 9)
-    with_it, without = fingerprint(model), fingerprint(cosine(mem_qk_norm=False))
+    with_it, without = sampled_fingerprint(model), sampled_fingerprint(cosine(mem_qk_norm=False))
     assert with_it != without
     cache = FotCache(model.config)
     model(ids, past_key_values=cache)
@@ -259,12 +259,12 @@ def test_a_vector_of_zeros_stays_one() -> None:
 def test_the_fingerprint_of_a_model_without_it_is_what_it_was_before_there_was_such_a_thing() -> None:
     model = cosine(mem_qk_norm=False)
     digest = hashlib.sha256()
-    shape = {name: getattr(model.config, name) for name in SHAPE if name != "mem_qk_norm"}
+    shape = {name: getattr(model.config, name) for name in DECIDING if name != "mem_qk_norm"}
     digest.update(json.dumps(shape, sort_keys=True).encode())
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.bfloat16).contiguous()
         digest.update(f"{name}{list(parameter.shape)}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
-    assert fingerprint(model) == digest.hexdigest()
-    assert fingerprint(cosine()) != digest.hexdigest()
+    assert sampled_fingerprint(model) == digest.hexdigest()
+    assert sampled_fingerprint(cosine()) != digest.hexdigest()
