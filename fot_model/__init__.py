@@ -1,4 +1,15 @@
-"""The Focused Transformer (arXiv 2307.03170) in any LLaMA. Needs torch and transformers, nothing else."""
+"""The Focused Transformer (arXiv 2307.03170) in any LLaMA. Needs torch and transformers (which brings safetensors),
+nothing else of this repository.
+
+- The model: `config` (which layers are memory layers), `layer` (their attention), `loss` (head and loss), `modeling`
+  (the whole).
+- Training: `plan` (who sees whom), `cross_batch` (attention to additional contexts), `gather` (those of other ranks).
+- Reading: `reading` (inputs of any length, in windows), `cache` (local context and memory), `memory` (what left the
+  local context), `cache_file` (kept on disk).
+- Beneath both: `attention` (parts of one softmax), `rope` (positions turned, and turned back).
+- Weights: `checkpoint` (nothing missing, nothing left over), `adapter` (what was trained, apart from its base).
+- Measured: `mass` (what attention goes to a document's own tokens), `ablation` (what a layer's far attention is worth).
+"""
 
 from transformers import AutoConfig, AutoModelForCausalLM
 

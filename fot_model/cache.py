@@ -9,7 +9,7 @@ Moving down turns no key: RoPE tells distances only, so queries and keys that co
 lead) as those before have moved down. Not before the lead exceeds a window are keys turned back by it, so that a key is
 rounded three times at most, when it enters, once between and when it leaves, however many times something left.
 
-Shapes: B batch, Hk key/value heads, L tokens, P tokens read, D head size.
+Shapes: B batch, Hk key/value heads, L tokens, P tokens read, D head size, C hidden size.
 """
 
 import copy
@@ -49,7 +49,7 @@ class FotCache(DynamicCache):
         self._turns_memory_layers = config.mem_positionals
         self._rope = LlamaRotaryEmbedding(config)
         self._left = len(self.memory)  # tokens that left the local context
-        self._reach = 0  # positions used while the local context's keys were rotated
+        self._positions_used = 0  # positions used while the local context's keys were rotated
         self._tail = Tail()
         self._undo: Undo | None = None
 
@@ -84,7 +84,7 @@ class FotCache(DynamicCache):
         """Make room for `length` new tokens; `seen_BL` is False where they are padding. Returns their positions
         [B or 1, length]: in the local context, padding not counted. `angles` are theirs until the next ones."""
         start = self.local_length
-        self._reach = max(self._reach if start else 0, start + length)
+        self._positions_used = max(self._positions_used if start else 0, start + length)
         if seen_BL is not None or self.seen_BL is not None:
             all_seen = torch.ones(rows, start + length, dtype=torch.bool, device=device)
             past = all_seen[:, :start] if self.seen_BL is None else self.seen_BL
@@ -92,7 +92,7 @@ class FotCache(DynamicCache):
         positions = self._positions(start + length, device)[:, start:]
         self.angles = None
         if self._lead_B1 is not None:
-            cos, sin = rotation(self._rope, positions + self._lead_B1.to(device), self._reach)
+            cos, sin = rotation(self._rope, positions + self._lead_B1.to(device), self._positions_used)
             self.angles = cos * self._rope.attention_scaling, sin * self._rope.attention_scaling
         return positions
 
@@ -118,7 +118,7 @@ class FotCache(DynamicCache):
             self.seen_BL = seen_BP[:, self._left :]
             back = before - self._positions(length, seen_BP.device)
             if back.any():  # what follows a hidden token moves down
-                self._turn_back(rotation(self._rope, back, self._reach))
+                self._turn_back(rotation(self._rope, back, self._positions_used))
         self._tail.hide(seen_BP[:, seen_BP.shape[1] - len(self._tail) :])
 
     def evict(self, count: int) -> None:
@@ -132,7 +132,7 @@ class FotCache(DynamicCache):
         positions = self._positions(length, device)
         gone_BL = None if self.seen_BL is None else self.seen_BL[:, :count]
         lead_B1 = positions.new_zeros((1, 1)) if self._lead_B1 is None else self._lead_B1.to(device)
-        back_to_start = rotation(self._rope, positions[:, :count] + lead_B1, self._reach)
+        back_to_start = rotation(self._rope, positions[:, :count] + lead_B1, self._positions_used)
         for number, layer in enumerate(self.layers):
             keys, values = layer.keys, layer.values
             if number in self._mem_layers:
@@ -151,7 +151,7 @@ class FotCache(DynamicCache):
         if count < length:
             self._lead_B1 = lead_B1 + (count if gone_BL is None else gone_BL.sum(1, keepdim=True))
             if self._lead_B1.max() > self._window:
-                self._turn_back(rotation(self._rope, self._lead_B1, self._reach))
+                self._turn_back(rotation(self._rope, self._lead_B1, self._positions_used))
                 self._lead_B1 = None
 
     def flush(self) -> None:
@@ -270,14 +270,14 @@ class FotCache(DynamicCache):
         cache.seen_BL, cache._lead_B1 = tensors.get("seen"), tensors.get("lead")
         if "tail.embeddings" in tensors:
             cache.note(tensors["tail.embeddings"].to(model.dtype), tensors["tail.seen"])
-        cache._reach = cache.local_length
+        cache._positions_used = cache.local_length
         return cache
 
     @contextmanager
     def undone_on_failure(self) -> Iterator[None]:
         """What is read inside is not there where it fails: the cache is as it was before. Costs nothing but, where
         something leaves the local context, that this is held a second time until the end."""
-        names = ("seen_BL", "angles", "_lead_B1", "_left", "_reach", "_tail")
+        names = ("seen_BL", "angles", "_lead_B1", "_left", "_positions_used", "_tail")
         before, tail = {name: getattr(self, name) for name in names}, len(self._tail)
         self._undo = undo = Undo(self.local_length)
         try:

@@ -1,7 +1,7 @@
 """A memory file: what a `FotCache` holds, as safetensors with metadata that say whose it is and what is in it.
 
-It belongs to one model, known by its fingerprint, and to the bit to one content, known by its digest. Nothing of it is
-believed: shapes and number types are held against the model's configuration before anything is read on.
+It belongs to one model, known by a fingerprint of samples, and to the bit to one content, known by its digest. Nothing
+of it is believed: shapes and number types are held against the model's configuration before anything is read on.
 
 Shapes: B batch, Hk key/value heads, L tokens, D head size.
 """
@@ -26,7 +26,7 @@ from fot_model.config import FotLlamaConfig
 FORMAT = "fot-cache-2"
 FORMATS = ("fot-cache-1", FORMAT)  # the first had no digest
 # What, beside the parameters, decides on keys and values.
-SHAPE = (
+DECIDING = (
     "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act", "rope_parameters",
     "mem_layers", "mem_positionals", "mem_gate", "mem_qk_norm",
 )  # fmt: skip
@@ -35,7 +35,7 @@ SHAPE = (
 def write(path: str | os.PathLike[str], model: PreTrainedModel, tensors: Mapping[str, Tensor], left: int) -> None:
     """`left`: tokens that left the local context. Raises OSError where the file cannot be written; what lay there
     stays then."""
-    metadata = {"format": FORMAT, "model": fingerprint(model), "left": json.dumps(left)}
+    metadata = {"format": FORMAT, "model": sampled_fingerprint(model), "left": json.dumps(left)}
     heads = HeadShards(model)
     whole = {key: heads.gathered(key, tensor).contiguous() for key, tensor in tensors.items()}
     try:
@@ -88,7 +88,7 @@ def check_origin(path: str | os.PathLike[str], metadata: Mapping[str, str], mode
     """Raises ValueError for a file of another kind, or of another model."""
     if metadata.get("format") not in FORMATS or "model" not in metadata:
         raise ValueError(f"{path} is no memory file: FotCache.save writes one")
-    if (theirs := metadata["model"]) != (ours := fingerprint(model)):
+    if (theirs := metadata["model"]) != (ours := sampled_fingerprint(model)):
         raise ValueError(
             f"{path} is the memory of another model (fingerprint {theirs[:12]}, this model's is {ours[:12]}): load "
             f"that model, or read the text again with this one"
@@ -151,15 +151,16 @@ def _digest(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """Names a model by its shape and a sample of every parameter, in bfloat16 so that it does not matter
-    whether it was loaded in float32 or bfloat16. Where its parameters are sharded, all ranks call it."""
+def sampled_fingerprint(model: PreTrainedModel) -> str:
+    """Names a model by its settings and a sample of every parameter, in bfloat16 so that it does not matter whether it
+    was loaded in float32 or bfloat16 (`adapter.fingerprint` takes every bit). Where its parameters are sharded, all
+    ranks call it."""
     digest = hashlib.sha256()
     config = model.config
-    shape = {name: getattr(config, name) for name in SHAPE}
-    if not shape["mem_qk_norm"]:
-        del shape["mem_qk_norm"]  # so that files saved before there was such a thing are still read
-    digest.update(json.dumps(shape, sort_keys=True).encode())
+    settings = {name: getattr(config, name) for name in DECIDING}
+    if not settings["mem_qk_norm"]:
+        del settings["mem_qk_norm"]  # so that files saved before there was such a thing are still read
+    digest.update(json.dumps(settings, sort_keys=True).encode())
     sampled = {name: (shape, sample) for name, shape, sample in samples(model)}
     for name, (size, sample) in sorted(sampled.items()):
         digest.update(f"{name}{size}".encode())

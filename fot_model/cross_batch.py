@@ -14,7 +14,7 @@ Under torch.compile the parts run outside the graph (a graph break in each memor
 derivatives.
 
 Shapes: R rows, F rows of all ranks (R on one), L tokens a context, d additional contexts, H query heads, Hk key/value
-heads, D head size, N contexts attended at once.
+heads, D head size, N contexts attended at once, M = N * L keys.
 """
 
 from functools import cache
@@ -149,9 +149,9 @@ def _joined(x_RHkLD: Tensor, rows: list[int]) -> Tensor:
     return torch.cat([x_RHkLD[row] for row in rows], dim=1)[None]
 
 
-def _apart(x_1HkND: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
+def _apart(x_1HkMD: Tensor, rows: list[int]) -> tuple[Tensor, ...]:
     """What `_joined` joined: N tensors [Hk, L, D]."""
-    return x_1HkND[0].chunk(len(rows), dim=1)
+    return x_1HkMD[0].chunk(len(rows), dim=1)
 
 
 def flex_cross_batch(
@@ -165,26 +165,26 @@ def flex_cross_batch(
     document_ids_RL: Tensor | None,
     local: bool,
 ) -> Tensor:
-    """The batch as one long sequence: R * L queries against R * L local and F * L far keys, of which a block mask
+    """The batch as one long sequence: Q = R * L queries against R * L local and F * L far keys, of which a block mask
     leaves those that the plan allows. See `cross_batch_attention`."""
     R, _, L, _ = q_RHLD.shape
     F = far_k_FHkLD.shape[0]
     plan_Rd = plan_Rd.to(q_RHLD.device, torch.long)
-    # By contexts of keys, R local ones and F far ones; the last column takes the padding.
-    sees_RC = torch.zeros(R, R + F + 1, dtype=torch.bool, device=q_RHLD.device)
-    sees_RC.scatter_(1, (R + plan_Rd).where(plan_Rd >= 0, R + F), True)
-    documents_N = (
+    # The K = R + F + 1 columns are contexts of keys, local and far ones; the last takes the padding.
+    sees_RK = torch.zeros(R, R + F + 1, dtype=torch.bool, device=q_RHLD.device)
+    sees_RK.scatter_(1, (R + plan_Rd).where(plan_Rd >= 0, R + F), True)
+    documents_Q = (
         torch.zeros(R * L, dtype=torch.long, device=q_RHLD.device)
         if document_ids_RL is None
         else document_ids_RL.flatten().to(q_RHLD.device)
     )
 
     def allowed(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        far = sees_RC[query // L, key // L]
+        far = sees_RK[query // L, key // L]
         if not local:
             return far
         near = (query // L == key // L) & (key <= query)
-        return far | near & (documents_N[query] == documents_N[key % (R * L)])
+        return far | near & (documents_Q[query] == documents_Q[key % (R * L)])
 
     compiled = q_RHLD.is_cuda
     block_mask, flex = _flex(compiled)

@@ -1,7 +1,7 @@
 """The attention layer of a FoT model: plain, in training (CrossBatch) and reading (local context and memory).
 
-Shapes: B batch (R rows of contexts in training), L tokens, M keys, H query heads, Hk key/value heads, D head size, C
-hidden size.
+Shapes: B batch (R rows of contexts in training), L tokens, d additional contexts, M keys, H query heads, Hk key/value
+heads, D head size, C hidden size.
 """
 
 from dataclasses import dataclass

@@ -6,8 +6,8 @@ hooks while the context manager is open, so it costs nothing when it is not. `at
 rows and their plan; `memory_mass` in reading, on what is in memory. `key_mass` measures any LLaMA in full attention:
 the mass of some queries on keys that are named for each.
 
-Shapes: B batch, R rows, F rows of all ranks (R on one), L tokens a context, M tokens in memory, H query heads, Hk
-key/value heads, D head size, C hidden size, Q some of the queries, S sets of keys.
+Shapes: B batch, R rows, F rows of all ranks (R on one), L tokens a context, N tokens of additional contexts, M keys, H
+query heads, Hk key/value heads, G = H / Hk, D head size, C hidden size, Q some of the queries, S sets of keys.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -156,8 +156,8 @@ def _key_mass(
 ) -> Tensor:
     unturned_q, unturned_k, _ = attention.project(hidden_1LC)
     q_BHLD, k_BHkLD = apply_rotary_pos_emb(unturned_q, unturned_k, *attention.angles(position_embeddings))
-    group, device = q_BHLD.shape[1] // k_BHkLD.shape[1], q_BHLD.device
-    keys_HDL = k_BHkLD[0].float().repeat_interleave(group, 0).transpose(-1, -2)
+    G, device = q_BHLD.shape[1] // k_BHkLD.shape[1], q_BHLD.device
+    keys_HDL = k_BHkLD[0].float().repeat_interleave(G, 0).transpose(-1, -2)
     places_L, parts = torch.arange(hidden_1LC.shape[1], device=device), []
     for some_Q, sets_SQL in zip(
         queries_Q.to(device).split(QUERIES_AT_ONCE), keys_SQL.split(QUERIES_AT_ONCE, dim=1), strict=True
@@ -245,7 +245,7 @@ def _mass(
         far_k_FHkLD = gather_rows(far_k_FHkLD, cross_batch.ranks)
         documents_FL = gather_rows(documents_RL.to(hidden_RLC.device), cross_batch.ranks)
     documents_RL, documents_FL = (each.to(hidden_RLC.device) for each in (documents_RL, documents_FL))
-    L, group = q_RHLD.shape[2], q_RHLD.shape[1] // k_RHkLD.shape[1]
+    L, G = q_RHLD.shape[2], q_RHLD.shape[1] // k_RHkLD.shape[1]
     causal_LL = torch.ones(L, L, dtype=torch.bool, device=q_RHLD.device).tril()
     positive_H = torch.zeros(q_RHLD.shape[1], dtype=torch.float64)
     additional_H = torch.zeros_like(positive_H)
@@ -258,7 +258,7 @@ def _mass(
             ids_L = cross_batch.document_ids[row].to(q_RHLD.device)
             own_LL = causal_LL & (ids_L[:, None] == ids_L[None, :])
         keys_HkMD = torch.cat([k_RHkLD[row], *(far_k_FHkLD[other] for other in others)], dim=1)
-        keys_HDM = keys_HkMD.repeat_interleave(group, 0).transpose(-1, -2)
+        keys_HDM = keys_HkMD.repeat_interleave(G, 0).transpose(-1, -2)
         gated = attention.mem_gate is not None and cross_batch.objective == "memorizing"  # two softmaxes
         documents_N = torch.cat([documents_FL[other] for other in others])
         for first in range(0, L, QUERIES_AT_ONCE):

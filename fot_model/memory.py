@@ -6,7 +6,8 @@ with the one over the local context: one softmax, as in training. `DenseMemory` 
 chunks, so peak memory does not grow with what is remembered, and both append into buffers that double when full:
 amortised O(1) a token.
 
-Shapes: B batch, H query heads, Hk key/value heads, G = H / Hk, L local tokens, M tokens in memory, D head size, K kept.
+Shapes: B batch, H query heads, Hk key/value heads, G = H / Hk, L local tokens, N = G * L, M tokens in memory, D head
+size, K kept.
 """
 
 from collections.abc import Iterator, Mapping

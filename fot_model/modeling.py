@@ -5,7 +5,8 @@ Reading: `model(input_ids)` and `model.generate(...)` with inputs of any length.
 windows; what leaves it goes to the memory of the memory layers (`cache.py`, `memory.py`).
 With neither plan nor memory, it is the plain LLaMA it was loaded from.
 
-Shapes: B batch (R rows of contexts in training), L tokens, d additional contexts, C hidden size.
+Shapes: B batch (R rows of contexts in training), L tokens, P tokens read before, d additional contexts, C hidden size,
+V vocabulary.
 """
 
 import os
@@ -188,9 +189,9 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
             skips = self.training if skip_logits is None else skip_logits
             wanted = Wanted(labels, shift_labels, num_items_in_batch, reduction, skips)
         if L == 0 and past_key_values is not None:
-            read = past_key_values.get_seq_length()
+            before = past_key_values.get_seq_length()
             raise ValueError(
-                f"no tokens are new: put the {read} that the cache has read before them, generate() wants all"
+                f"no tokens are new: put the {before} that the cache has read before them, generate() wants all"
             )
         if L == 0:
             raise ValueError("the input has no tokens: give at least one, such as the tokenizer's bos")

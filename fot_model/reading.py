@@ -4,7 +4,7 @@ A full local context moves its first half to memory, so what is near is always a
 how the input was split into calls. With `kept_local` (`last_context_length`) the windows follow LongLLaMA's code: of an
 input longer than that, all but its last `kept_local` tokens go to memory window by window.
 
-Shapes: B batch, L tokens, C hidden size.
+Shapes: B batch, L tokens, P tokens read before, C hidden size.
 """
 
 from collections.abc import Iterator

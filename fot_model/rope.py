@@ -1,6 +1,6 @@
 """Rotary positions (RoPE), and their turning back: a key moves to an earlier position without its hidden state.
 
-Shapes: B batch, Hk key/value heads, L tokens, D head size.
+Shapes: B batch, H query heads, Hk key/value heads, L tokens, D head size, F = D / 2 frequencies.
 """
 
 import torch
@@ -10,11 +10,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotat
 from fot_model.attention import wide_dtype
 
 
-def rotation(rope: LlamaRotaryEmbedding, by_BL: Tensor, window: int) -> tuple[Tensor, Tensor]:
+def rotation(rope: LlamaRotaryEmbedding, by_BL: Tensor, positions_used: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines [B, L, D] in float32 of RoPE's rotation by so many positions, without the scale that some kinds
-    of RoPE give them. `window`: positions in use, on which some kinds' frequencies depend."""
+    of RoPE give them. `positions_used`: on their number some kinds' frequencies depend."""
     if "dynamic" in rope.rope_type or rope.rope_type == "longrope":
-        rope(torch.empty(0, device=by_BL.device), by_BL.new_full((1, 1), window - 1))  # sets the frequencies
+        rope(torch.empty(0, device=by_BL.device), by_BL.new_full((1, 1), positions_used - 1))  # sets the frequencies
     angles_BLF = by_BL[..., None].float() * rope.inv_freq.to(by_BL.device, torch.float32)
     angles_BLD = torch.cat([angles_BLF, angles_BLF], dim=-1)
     return angles_BLD.cos(), angles_BLD.sin()

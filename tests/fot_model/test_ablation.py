@@ -1,26 +1,17 @@
+"""The passes with one layer changed, against hooks that change it in the model's own pass. Shapes: L tokens."""
+
 import pytest
 import torch
 
-from fot_model import FotLlamaConfig, FotLlamaForCausalLM
+from fot_model import FotLlamaForCausalLM
 from fot_model.ablation import near_mask, one_changed
 
-LAYERS, TOKENS, LOCAL = 3, 40, 8
+LAYERS, TOKENS, LOCAL = 3, 40, 8  # as many layers as the tiny shape has
 
 
 @pytest.fixture(scope="module")
-def model() -> FotLlamaForCausalLM:
-    torch.manual_seed(0)
-    config = FotLlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.5,
-    )
-    return FotLlamaForCausalLM(config).eval()
+def model(focused) -> FotLlamaForCausalLM:
+    return focused(num_key_value_heads=2, mem_layers=[])
 
 
 def test_near_is_a_window_and_the_first_token() -> None:
@@ -31,9 +22,9 @@ def test_near_is_a_window_and_the_first_token() -> None:
     assert seen.tolist() == expected.tolist()
 
 
-def test_each_layer_in_turn_has_the_other_mask(model: FotLlamaForCausalLM) -> None:
+def test_each_layer_in_turn_has_the_other_mask(tokens, model: FotLlamaForCausalLM) -> None:
     """Against hooks that put the mask into the model's own forward pass."""
-    ids_1L = torch.randint(50, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    ids_1L = tokens(1, TOKENS)
     near = near_mask(TOKENS, LOCAL, model.model.embed_tokens.weight)
 
     def plain(masks: list) -> torch.Tensor:

@@ -1,10 +1,9 @@
-"""Every test runs both ways: with torch's fused kernel, and with the formula written out.
+"""Every test runs both ways of doing a part on CPU (`way`).
 
 Shapes: B batch, H query heads, Hk key/value heads, G = H / Hk, L queries, M keys, D head size.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -17,7 +16,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fot_model import attention
 from fot_model.attention import MASKED, Partial, attend, attend_backward, merge, wide_dtype
 
 SCALE = 0.6
@@ -27,12 +25,7 @@ seeds = st.integers(0, 2**32)
 exact_dtypes = st.sampled_from(list(TOLERANCE))
 
 
-@pytest.fixture(autouse=True, scope="module", params=["fused kernel", "written out"])
-def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "written out":
-            patch.setattr(attention, "_fused", lambda _q_BHLD: False)
-        yield request.param
+pytestmark = pytest.mark.usefixtures("way")
 
 
 @dataclass

@@ -1,221 +1,254 @@
-"""Memory files of models that are wrapped, offloaded, or spread over two ranks (real processes over gloo).
-
-The file is also the script that starts the ranks, once for all.
+"""Memory files: what was saved is read on.
 
 Shapes: B batch, L tokens.
 """
 
 import copy
-import os
-import subprocess
-import sys
-from multiprocessing import get_context
+import re
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from safetensors import safe_open
 
-from fot_model import FotCache, FotLlamaConfig, FotLlamaForCausalLM
-from fot_model.cache_file import fingerprint
+from fot_model import DenseMemory, FotCache, FotLlamaForCausalLM, TopKMemory
+from fot_model.cache_file import sampled_fingerprint
 
-TINY: dict[str, Any] = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "local_context": 8,
-    "mem_layers": [1],
-    "initializer_range": 0.2,
+WINDOW = 8
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
+
+@pytest.fixture(scope="session")
+def focused(focused) -> Callable[..., FotLlamaForCausalLM]:
+    """Makes models with a local context of 8 tokens."""
+    return partial(focused, num_key_value_heads=2, local_context=WINDOW)
+
+
+MEMORIES: dict[str, tuple[Callable[[], DenseMemory | None], type]] = {  # and what names the file
+    "its own": (lambda: None, Path),
+    "its own, path as text": (lambda: None, str),
+    "dense": (DenseMemory, Path),
+    "top-k": (partial(TopKMemory, 3), Path),
 }
-KINDS: dict[str, dict[str, Any]] = {"plain": {}, "gate": {"mem_gate": True}, "norm": {"mem_qk_norm": True}}
-WORLD = 2
 
 
-def focused(**changes: Any) -> FotLlamaForCausalLM:
-    torch.manual_seed(0)
-    model = FotLlamaForCausalLM(FotLlamaConfig(**{**TINY, **changes})).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith(("mem_gate", "mem_temperature")):
-            parameter.data += torch.arange(4)
-    return model
-
-
-def tokens(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(1, 40, shape, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def fresh(model: Any) -> FotCache:
-    cache = FotCache(model.config)
-    model(tokens(2, 22), past_key_values=cache)
-    return cache
-
-
-@torch.no_grad()
-def goes_on(model: Any, cache: FotCache) -> Tensor:
-    return model(tokens(2, 9, seed=1), past_key_values=cache).logits
-
-
-def assert_same(got: Any, wanted: Any, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(got, wanted, rtol=0, atol=atol)
-
-
-def test_compiled_or_in_a_wrapper_it_is_the_same_model() -> None:
-    class Wrapper(nn.Module):
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.module, self.config = module, module.config
-
-    for changes in ({}, {"tie_word_embeddings": True}):
-        model: Any = focused(**changes)
-        assert fingerprint(Wrapper(model)) == fingerprint(torch.compile(model)) == fingerprint(model)
-
-
-def test_an_adapter_counts_where_it_is_on_merged_or_not() -> None:
-    from peft import LoraConfig, get_peft_model
-
-    base = fingerprint(focused())
-    settings = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, modules_to_save=["lm_head"])
-    model = get_peft_model(focused(), settings).eval()
-    on = fingerprint(model)
-    assert on != base
-    with model.disable_adapter():
-        assert fingerprint(model) == base
-    model.merge_adapter()
-    assert fingerprint(model) == on
-    model.unmerge_adapter()
-    merged = copy.deepcopy(model).merge_and_unload()
-    assert type(merged) is FotLlamaForCausalLM
-    assert fingerprint(merged) == on
-
-
-def test_what_is_read_with_an_adapter_is_refused_without_it_and_read_on_where_it_is_merged(tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(focused(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
-    cache = fresh(model)
-    cache.save(tmp_path / "book", model)
-    with model.disable_adapter(), pytest.raises(ValueError, match="another model"):
-        FotCache.load(tmp_path / "book", model)
-    merged = copy.deepcopy(model).merge_and_unload()
-    assert_same(goes_on(merged, FotCache.load(tmp_path / "book", merged)), goes_on(model, cache))
-
-
-def test_a_model_offloaded_to_disk_has_the_same_fingerprint_and_reads_on(tmp_path: Path) -> None:
-    from accelerate import disk_offload
-
-    model = focused()
-    whole = fingerprint(model)
-    cache = fresh(model)
-    cache.save(tmp_path / "book", model)
-    wanted = goes_on(model, cache)
-    disk_offload(model, str(tmp_path / "offloaded"), execution_device=torch.device("cpu"))
-    assert any(parameter.is_meta for parameter in model.parameters())
-    assert fingerprint(model) == whole
-    assert_same(goes_on(model, FotCache.load(tmp_path / "book", model)), wanted)
-    fresh(model).save(tmp_path / "again", model)
-    assert_same(goes_on(model, FotCache.load(tmp_path / "again", model)), wanted)
-
-
-class Quantized(Tensor):
-    """As torchao's kinds of tensors: of its own type, with a way back."""
-
-    @staticmethod
-    def __new__(cls, whole: Tensor) -> "Quantized":
-        return Tensor._make_wrapper_subclass(cls, whole.shape, dtype=whole.dtype)
-
-    def __init__(self, whole: Tensor) -> None:
-        self.numbers = (whole * 64).round()
-
-    def dequantize(self) -> Tensor:
-        return self.numbers / 64
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return args[0]
-        raise NotImplementedError(f"{func} of a quantized tensor")
-
-
-def test_quantized_weights_are_told_apart_by_what_they_stand_for() -> None:
-    names = set()
-    for change in (0.0, 0.5):
-        model = focused()
-        up = model.model.layers[0].mlp.up_proj
-        up.weight = nn.Parameter(Quantized(up.weight.data + change), requires_grad=False)
-        names.add(fingerprint(model))
-        up.weight = nn.Parameter(up.weight.dequantize())
-        names.add(fingerprint(model))
-    assert len(names) == 2
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """The directory, and what each of two ranks found."""
-    directory = tmp_path_factory.mktemp("ranks")
-    for name, changes in KINDS.items():
-        model = focused(**changes)
-        model.save_pretrained(directory / name)
-        fresh(model).save(directory / f"{name}.whole", model)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, __file__, str(directory)], env=environment, check=True)
-    return directory, [torch.load(directory / f"rank{rank}.pt") for rank in range(WORLD)]
-
-
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("how", ["tensor parallel", "FSDP"])
-def test_sharded_models_read_save_and_load_memory_as_a_whole_one_does(
-    how: str, name: str, ranks: tuple[Path, list[dict[str, Any]]]
+@pytest.mark.parametrize(("make", "kind_of_path"), MEMORIES.values(), ids=MEMORIES)
+def test_a_saved_cache_goes_on_bit_for_bit(
+    focused,
+    tokens,
+    left_padding,
+    fresh,
+    goes_on,
+    assert_same,
+    setup,
+    make: Callable[[], DenseMemory | None],
+    kind_of_path: type,
+    tmp_path: Path,
 ) -> None:
-    directory, found = ranks
-    model = focused(**KINDS[name])
-    wanted = goes_on(model, fresh(model))
-    for rank in range(WORLD):
-        for where in ("went on", "from its file", "from the whole model's file"):
-            assert_same(found[rank][how, name, where], wanted)
-    assert_same(goes_on(model, FotCache.load(directory / f"{name}.{how}", model)), wanted)
+    changes, is_padded = setup
+    model = focused(**changes)
+    path = kind_of_path(tmp_path / "book")
+    cache = fresh(model, tokens(3, 22), mask=left_padding(is_padded, 22), memory=make())
+    cache.save(path, model)
+    loaded = FotCache.load(path, focused(**changes), make())
+    assert [child.name for child in tmp_path.iterdir()] == ["book"]
+    assert (loaded.get_seq_length(), loaded.local_length, loaded.rows) == (22, cache.local_length, 3)
+    assert_same(loaded.memory.state_dict(), cache.memory.state_dict(), 0)
+    assert {name: held.dtype for name, held in loaded.memory.state_dict().items()} == {
+        name: held.dtype for name, held in cache.memory.state_dict().items()
+    }
+    assert_same(goes_on(model, loaded), goes_on(model, cache), 0)
+    loaded.truncate(25)
+    cache.truncate(25)
+    assert_same(goes_on(model, loaded), goes_on(model, cache), 0)
 
 
-def run_rank(rank: int, directory: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    store = distributed.FileStore(str(directory / "store"), WORLD)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    found: dict[Any, Tensor] = {}
-    mesh = init_device_mesh("cpu", (WORLD,))
-    for name, changes in KINDS.items():
-        for how in ("tensor parallel", "FSDP"):
-            if how == "FSDP":
-                model: Any = focused(**changes)
-                for layer in model.model.layers:
-                    fully_shard(layer, mesh=mesh)
-                fully_shard(model, mesh=mesh)
-                path = directory / f"{name}.{how}"
-                own = path if rank == 0 else path.with_suffix(f".{rank}")  # each rank its own rows
-            else:
-                model = FotLlamaForCausalLM.from_pretrained(directory / name, tp_plan="auto", tp_size=WORLD).eval()
-                own = directory / f"{name}.{how}"
-            cache = fresh(model)
-            cache.save(own, model)
-            found[how, name, "went on"] = goes_on(model, cache)
-            found[how, name, "from its file"] = goes_on(model, FotCache.load(own, model))
-            found[how, name, "from the whole model's file"] = goes_on(
-                model, FotCache.load(directory / f"{name}.whole", model)
-            )
-    torch.save(found, directory / f"rank{rank}.pt")
-    distributed.destroy_process_group()
+def test_what_a_dense_memory_saved_a_top_k_memory_takes(
+    focused, tokens, left_padding, fresh, goes_on, assert_same, setup, tmp_path: Path
+) -> None:
+    changes, is_padded = setup
+    model = focused(**changes)
+    cache = fresh(model, tokens(3, 22), mask=left_padding(is_padded, 22))
+    cache.save(tmp_path / "book", model)
+    loaded = FotCache.load(tmp_path / "book", model, TopKMemory(3))
+    top_k = TopKMemory(3)
+    top_k.load_state_dict(cache.memory.state_dict())
+    cache.memory = top_k
+    assert_same(goes_on(model, loaded), goes_on(model, cache), 0)
 
 
-if __name__ == "__main__":
-    processes = [get_context("fork").Process(target=run_rank, args=(rank, Path(sys.argv[1]))) for rank in range(WORLD)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    sys.exit(any(process.exitcode for process in processes))
+def test_a_cache_is_saved_as_it_is_after_rows_were_selected_tokens_cropped_and_a_document_ended(
+    focused, tokens, left_padding, fresh, read, assert_same, setup, tmp_path: Path
+) -> None:
+    changes, is_padded = setup
+    model = focused(**changes)
+    cache = fresh(model, tokens(3, 22), mask=left_padding(is_padded, 22))
+    changed = [
+        lambda: cache.reorder_cache(torch.tensor([1, 1, 0])),
+        lambda: cache.truncate(20),
+        cache.flush,
+        lambda: cache.truncate(5),
+        cache.reset,
+    ]
+    for change in changed:
+        change()
+        cache.save(tmp_path / "book", model)
+        loaded, kept = FotCache.load(tmp_path / "book", model), copy.deepcopy(cache)
+        assert loaded.get_seq_length() == kept.get_seq_length()
+        question_BL = tokens(3, 6, seed=1)
+        assert_same(read(model, loaded, question_BL), read(model, kept, question_BL), 0)
+
+
+def test_an_empty_cache_is_saved_too(focused, tokens, read, assert_same, tmp_path: Path) -> None:
+    model = focused()
+    FotCache(model.config).save(tmp_path / "book", model)
+    loaded = FotCache.load(tmp_path / "book", model)
+    assert (loaded.get_seq_length(), loaded.rows) == (0, None)
+    ids_BL = tokens(1, 19)
+    assert_same(read(model, loaded, ids_BL), read(model, FotCache(model.config), ids_BL), 0)
+
+
+def test_saving_changes_nothing_and_reading_on_changes_no_file(
+    focused, tokens, fresh, goes_on, assert_same, tmp_path: Path
+) -> None:
+    model = focused(last_context_length=4)
+    cache = fresh(model, tokens(2, 22))
+    cache.save(tmp_path / "book", model)
+    before = (tmp_path / "book").read_bytes()
+    loaded = FotCache.load(tmp_path / "book", model)
+    answers = goes_on(model, cache)
+    assert_same(answers, goes_on(model, fresh(model, tokens(2, 22))), 0)
+    assert_same(goes_on(model, loaded), answers, 0)
+    assert (tmp_path / "book").read_bytes() == before
+
+
+def test_saving_again_replaces_the_file_at_once_also_for_who_reads_the_old_one(
+    focused, tokens, fresh, tmp_path: Path
+) -> None:
+    model = focused()
+    fresh(model, tokens(1, 30)).save(tmp_path / "book", model)
+    before = (tmp_path / "book").read_bytes()
+    with open(tmp_path / "book", "rb") as reader:
+        fresh(model, tokens(1, 9)).save(tmp_path / "book", model)
+        assert reader.read() == before
+    assert FotCache.load(tmp_path / "book", model).get_seq_length() == 9
+    assert [child.name for child in tmp_path.iterdir()] == ["book"]
+
+
+@torch.enable_grad()
+def test_a_cache_read_without_switching_gradients_off_is_saved_too(
+    focused, tokens, fresh, goes_on, assert_same, tmp_path: Path
+) -> None:
+    model = focused(last_context_length=4)
+    cache = fresh(model, tokens(2, 22))
+    cache.save(tmp_path / "book", model)
+    assert_same(goes_on(model, FotCache.load(tmp_path / "book", model)), goes_on(model, cache), 0)
+
+
+def test_how_much_is_read_at_once_does_not_tell_models_apart(focused) -> None:
+    assert sampled_fingerprint(focused()) == sampled_fingerprint(focused(local_context=16, last_context_length=2))
+
+
+def test_a_checkpoint_has_one_fingerprint_in_float32_and_in_bfloat16(focused, tmp_path: Path) -> None:
+    model = focused()
+    model.save_pretrained(tmp_path)
+    rounded = FotLlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert rounded.dtype == torch.bfloat16
+    assert sampled_fingerprint(rounded) == sampled_fingerprint(model)
+
+
+@pytest.mark.parametrize("kept", [None, 4])
+@pytest.mark.parametrize("mem_dtype", [None, "bfloat16"])
+@pytest.mark.parametrize(
+    ("writes", "loads"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str
+)
+def test_what_a_model_saved_it_reads_on_in_another_number_type(
+    focused,
+    tokens,
+    fresh,
+    goes_on,
+    writes: torch.dtype,
+    loads: torch.dtype,
+    mem_dtype: str | None,
+    kept: int | None,
+    tmp_path: Path,
+) -> None:
+    writer, loader = (
+        focused(last_context_length=kept, mem_dtype=mem_dtype).bfloat16().to(it) for it in (writes, loads)
+    )
+    fresh(writer, tokens(2, 22)).save(tmp_path / "book", writer)
+    loaded = FotCache.load(tmp_path / "book", loader)
+    wanted = goes_on(loader, fresh(loader, tokens(2, 22)))
+    for got, logits in zip(goes_on(loader, loaded), wanted, strict=True):
+        assert got.dtype == loads
+        assert (got - logits).float().norm() < 0.1 * logits.float().norm()
+    assert {layer.keys.dtype for layer in loaded.layers} == {loads}
+
+
+def test_a_file_of_a_longer_local_context_is_read_on_in_a_shorter_one(
+    focused, tokens, fresh, goes_on, assert_same, tmp_path: Path
+) -> None:
+    longer, shorter = focused(local_context=16), focused(local_context=6)
+    cache = fresh(longer, tokens(2, 16))
+    cache.save(tmp_path / "book", longer)
+    cache.evict(16 - 3)  # as much as makes room for half of the shorter one
+    assert_same(goes_on(shorter, FotCache.load(tmp_path / "book", shorter)), goes_on(shorter, cache))
+
+
+def test_a_file_says_what_it_is(focused, tokens, fresh, tmp_path: Path) -> None:
+    model = focused()
+    fresh(model, tokens(1, 22)).save(tmp_path / "book", model)
+    with safe_open(tmp_path / "book", framework="pt") as file:
+        said = file.metadata()
+    assert said.pop("digest")
+    assert said == {"format": "fot-cache-2", "model": sampled_fingerprint(model), "left": "16"}
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file may grow beyond `room` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_fills_up_leaves_the_old_file_and_nothing_half_written(
+    focused, tokens, fresh, tmp_path: Path
+) -> None:
+    model, path = focused(), tmp_path / "book"
+    fresh(model, tokens(1, 9)).save(path, model)
+    before = path.read_bytes()
+    longer = fresh(model, tokens(3, 400))
+    with full_disk(20_000), pytest.raises((ValueError, OSError), match=re.escape(str(path))):
+        longer.save(path, model)
+    assert [child.name for child in tmp_path.iterdir()] == ["book"]
+    assert path.read_bytes() == before
+    longer.save(path, model)
+    assert FotCache.load(path, model).get_seq_length() == 400
+
+
+def test_saving_into_a_directory_that_is_not_there_is_refused_and_makes_nothing(
+    focused, tokens, fresh, tmp_path: Path
+) -> None:
+    model = focused()
+    path = tmp_path / "nowhere" / "book"
+    with pytest.raises((ValueError, OSError), match=re.escape(str(path.parent))):
+        fresh(model, tokens(1, 9)).save(path, model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_over_a_directory_is_refused_and_leaves_it_as_it_was(focused, tokens, fresh, tmp_path: Path) -> None:
+    model = focused()
+    (tmp_path / "book").mkdir()
+    (tmp_path / "book" / "page").touch()
+    with pytest.raises((ValueError, OSError), match=re.escape(str(tmp_path / "book"))):
+        fresh(model, tokens(1, 9)).save(tmp_path / "book", model)
+    assert [child.name for child in tmp_path.rglob("*")] == ["book", "page"]

@@ -1,29 +1,22 @@
-"""Shapes: R rows, L tokens a context, d additional contexts, H query heads, Hk key/value heads, D head size, C hidden
-size, V vocabulary."""
+"""A layer's attention in training, against one that goes query by query; gates.
 
+Shapes: R rows, L tokens a context, d additional contexts, H query heads, Hk key/value heads, D head size, C hidden
+size, V vocabulary.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fot_model import FotCache, FotLlamaConfig, FotLlamaForCausalLM, longllama_plan
 from fot_model.plan import pad_plan
 
-VOCABULARY = 40
-TINY: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "mem_layers": [1],
-}
 THETA = {"rope_theta": 10000.0}
 LONGROPE = {
     "rope_type": "longrope",
@@ -49,52 +42,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 PLAN = [[], [0], [1, 0]]
-
-
-def randomised(model: Any) -> Any:
-    """All parameters random: biases, norms and gates too, which start at constants."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
-
-
-def focused(**changes: Any) -> FotLlamaForCausalLM:
-    torch.manual_seed(0)
-    return randomised(FotLlamaForCausalLM(FotLlamaConfig(**{**TINY, **changes})))
-
-
-def plain(model: FotLlamaForCausalLM) -> LlamaForCausalLM:
-    """A LLaMA with the same weights."""
-    fields = model.config.to_dict()
-    base = LlamaForCausalLM(
-        LlamaConfig(**{name: fields[name] for name in LlamaConfig().to_dict() if name != "model_type"})
-    )
-    base.load_state_dict(model.state_dict())
-    return base.eval()
-
-
-def tokens(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def assert_same(got: Any, expected: Any, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(got, expected, rtol=0, atol=atol)
-
-
-def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Those of the last backward pass, which are forgotten."""
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
-
-
-def trained(model: FotLlamaForCausalLM, ids_RL: Tensor, labels_RL: Tensor | None = None, **how: Any) -> Any:
-    """Loss and gradients of a step."""
-    loss = model(ids_RL, labels=ids_RL if labels_RL is None else labels_RL, **how).loss
-    loss.backward()
-    return loss.detach(), gradients(model)
 
 
 def last_row_only(ids_RL: Tensor) -> Tensor:
@@ -165,49 +112,58 @@ class NaiveLayer:
         return torch.softmax(keys @ query_D / query_D.shape[0] ** 0.5, dim=0) @ values
 
 
-def check_layer(
-    model: FotLlamaForCausalLM,
-    layer: int,
-    objective: str,
-    plan: list[list[int]],
-    documents: list[list[int]] | None = None,
-) -> None:
+@pytest.fixture(scope="session")
+def check_layer(tokens, gradients, assert_same) -> Callable[..., None]:
     """The layer's output and the gradients of its input and parameters are the naive layer's."""
-    attention = model.model.layers[layer].self_attn
-    caught: dict[str, Tensor] = {}
 
-    def enter(_: Any, args: Any, kwargs: Any) -> Any:
-        caught["hidden"] = kwargs["hidden_states"].detach().requires_grad_()
-        return args, {**kwargs, "hidden_states": caught["hidden"]}
+    def check(
+        model: FotLlamaForCausalLM,
+        layer: int,
+        objective: str,
+        plan: list[list[int]],
+        documents: list[list[int]] | None = None,
+    ) -> None:
+        attention = model.model.layers[layer].self_attn
+        caught: dict[str, Tensor] = {}
 
-    hooks = [
-        attention.register_forward_pre_hook(enter, with_kwargs=True),
-        attention.o_proj.register_forward_pre_hook(lambda _, args: caught.update(attended=args[0])),
-    ]
-    ids_RL = tokens(len(plan), 4 if documents is None else len(documents[0]))
-    documents_RL = None if documents is None else torch.tensor(documents)
-    model(ids_RL, plan=pad_plan(plan), objective=objective, document_ids=documents_RL)
-    for hook in hooks:
-        hook.remove()
-    expected = NaiveLayer(model, layer, objective)(caught["hidden"], plan, documents)
-    assert_same(caught["attended"], expected)
-    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
-    outcomes = []
-    for attended in (caught["attended"], expected):
-        caught["hidden"].grad = None
-        (attended * weights).sum().backward(retain_graph=True)
-        outcomes.append({"hidden": caught["hidden"].grad.clone(), **gradients(attention)})
-    assert outcomes[0].keys() == outcomes[1].keys()
-    assert_same(outcomes[0], outcomes[1], 3e-5)
+        def enter(_: Any, args: Any, kwargs: Any) -> Any:
+            caught["hidden"] = kwargs["hidden_states"].detach().requires_grad_()
+            return args, {**kwargs, "hidden_states": caught["hidden"]}
+
+        hooks = [
+            attention.register_forward_pre_hook(enter, with_kwargs=True),
+            attention.o_proj.register_forward_pre_hook(lambda _, args: caught.update(attended=args[0])),
+        ]
+        ids_RL = tokens(len(plan), 4 if documents is None else len(documents[0]))
+        documents_RL = None if documents is None else torch.tensor(documents)
+        model(ids_RL, plan=pad_plan(plan), objective=objective, document_ids=documents_RL)
+        for hook in hooks:
+            hook.remove()
+        expected = NaiveLayer(model, layer, objective)(caught["hidden"], plan, documents)
+        assert_same(caught["attended"], expected)
+        weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+        outcomes = []
+        for attended in (caught["attended"], expected):
+            caught["hidden"].grad = None
+            (attended * weights).sum().backward(retain_graph=True)
+            outcomes.append({"hidden": caught["hidden"].grad.clone(), **gradients(attention)})
+        assert outcomes[0].keys() == outcomes[1].keys()
+        assert_same(outcomes[0], outcomes[1], 3e-5)
+
+    return check
 
 
 @variants
-def test_fot_attends_to_the_rows_of_the_plan_as_position_zero_and_differentiates_them(changes: dict[str, Any]) -> None:
+def test_fot_attends_to_the_rows_of_the_plan_as_position_zero_and_differentiates_them(
+    check_layer, focused, changes: dict[str, Any]
+) -> None:
     check_layer(focused(**changes), 1, "fot", PLAN)
 
 
 @variants
-def test_memorizing_attends_to_the_same_and_differentiates_only_what_is_local(changes: dict[str, Any]) -> None:
+def test_memorizing_attends_to_the_same_and_differentiates_only_what_is_local(
+    check_layer, focused, tokens, changes: dict[str, Any]
+) -> None:
     model = focused(**changes)
     check_layer(model, 1, "memorizing", PLAN)
     ids_RL, plan_Rd = tokens(3, 5), pad_plan(PLAN)
@@ -217,18 +173,20 @@ def test_memorizing_attends_to_the_same_and_differentiates_only_what_is_local(ch
 @variants
 @pytest.mark.parametrize("layer", [0, 1])
 def test_transformer_xl_attends_in_every_layer_to_the_previous_context_at_the_positions_before(
-    layer: int, changes: dict[str, Any]
+    check_layer, focused, layer: int, changes: dict[str, Any]
 ) -> None:
     check_layer(focused(**changes), layer, "transformer_xl", [[], [0], [1]])
 
 
 @variants
-def test_a_gate_mixes_memory_and_local_context_head_by_head(changes: dict[str, Any]) -> None:
+def test_a_gate_mixes_memory_and_local_context_head_by_head(check_layer, focused, changes: dict[str, Any]) -> None:
     check_layer(focused(mem_gate=True, **changes), 1, "memorizing", PLAN)
 
 
 @pytest.mark.parametrize("objective", ["fot", "memorizing"])
-def test_the_order_of_the_rows_of_a_plan_and_holes_in_it_do_not_matter(objective: str) -> None:
+def test_the_order_of_the_rows_of_a_plan_and_holes_in_it_do_not_matter(
+    focused, tokens, assert_same, objective: str
+) -> None:
     model, ids_RL = focused(mem_gate=True), tokens(3, 5)
     plans = [torch.tensor(plan) for plan in ([[-1, -1], [0, -1], [1, 0]], [[-1, -1], [-1, 0], [0, 1]])]
     first, second = (model(ids_RL, plan=plan_Rd, objective=objective).logits for plan_Rd in plans)
@@ -236,13 +194,15 @@ def test_the_order_of_the_rows_of_a_plan_and_holes_in_it_do_not_matter(objective
 
 
 @pytest.mark.parametrize("objective", ["fot", "memorizing"])
-def test_documents_joined_in_a_row_are_apart_in_the_local_context_of_a_memory_layer(objective: str) -> None:
+def test_documents_joined_in_a_row_are_apart_in_the_local_context_of_a_memory_layer(
+    check_layer, focused, objective: str
+) -> None:
     documents = [[0, 0, 1, 1, 1], [2, 2, 2, 2, 2], [3, 4, 4, 5, 5]]
     model = focused(num_key_value_heads=2, mem_gate=objective == "memorizing")
     check_layer(model, 1, objective, PLAN, documents)
 
 
-def test_a_plan_of_nothing_is_the_plain_llama() -> None:
+def test_a_plan_of_nothing_is_the_plain_llama(focused, tokens, assert_same) -> None:
     model, ids_RL = focused(num_key_value_heads=2, mem_layers=[0, 1, 2], mem_gate=True), tokens(2, 9)
     expected = model(ids_RL, use_cache=False).logits
     for plan_Rd in (torch.empty(2, 0, dtype=torch.long), torch.full((2, 3), -1), pad_plan([[], []]).int()):
@@ -251,7 +211,7 @@ def test_a_plan_of_nothing_is_the_plain_llama() -> None:
                 assert_same(model(ids_RL, plan=plan_Rd, objective=objective).logits, expected)
 
 
-def test_ordinary_layers_do_not_see_the_rows_of_the_plan() -> None:
+def test_ordinary_layers_do_not_see_the_rows_of_the_plan(focused, tokens, assert_same) -> None:
     model = focused(mem_layers=[2])
     caught: list[Tensor] = []
     model.model.layers[2].register_forward_pre_hook(lambda _, args: caught.append(args[0]))
@@ -264,7 +224,7 @@ def test_ordinary_layers_do_not_see_the_rows_of_the_plan() -> None:
 
 @pytest.mark.parametrize("objective", ["fot", "memorizing", "transformer_xl"])
 @pytest.mark.parametrize("gate", [False, True])
-def test_only_fot_trains_a_row_through_the_rows_it_sees(objective: str, gate: bool) -> None:
+def test_only_fot_trains_a_row_through_the_rows_it_sees(focused, tokens, objective: str, gate: bool) -> None:
     model = focused(mem_layers=[0, 2], mem_gate=gate)
     ids_RL = tokens(2, 5)
     embeddings_RLC = model.get_input_embeddings()(ids_RL).detach().requires_grad_()
@@ -279,7 +239,9 @@ def test_only_fot_trains_a_row_through_the_rows_it_sees(objective: str, gate: bo
 @pytest.mark.parametrize(
     "changes", [{}, {"num_key_value_heads": 2, "mem_layers": [0, 2], "mem_positionals": False}], ids=str
 )
-def test_memorizing_has_the_gradients_of_reading_with_the_same_in_memory(changes: dict[str, Any], gate: bool) -> None:
+def test_memorizing_has_the_gradients_of_reading_with_the_same_in_memory(
+    focused, tokens, trained, assert_same, changes: dict[str, Any], gate: bool
+) -> None:
     model, ids_RL = focused(mem_gate=gate, **changes), tokens(3, 6)
     how = {"plan": pad_plan(PLAN), "objective": "memorizing"}
     loss, expected = trained(model, ids_RL, last_row_only(ids_RL), **how)
@@ -296,7 +258,9 @@ def test_memorizing_has_the_gradients_of_reading_with_the_same_in_memory(changes
 
 @pytest.mark.parametrize("mem_layers", [[], [1], [0, 1, 2]])
 @pytest.mark.parametrize("rope", [None, YARN, LONGROPE], ids=lambda rope: rope["rope_type"] if rope else "default")
-def test_transformer_xl_reads_two_contexts_as_one_causal_context(mem_layers: list[int], rope: Any) -> None:
+def test_transformer_xl_reads_two_contexts_as_one_causal_context(
+    focused, plain, tokens, assert_same, mem_layers: list[int], rope: Any
+) -> None:
     model = focused(mem_layers=mem_layers, num_key_value_heads=2, rope_parameters=rope)
     ids_RL = tokens(2, 9)
     base = plain(model)
@@ -304,13 +268,13 @@ def test_transformer_xl_reads_two_contexts_as_one_causal_context(mem_layers: lis
     assert_same(got.flatten(0, 1), base(ids_RL.view(1, 18)).logits[0])
 
 
-def test_transformer_xl_without_positions_in_memory_layers_too() -> None:
+def test_transformer_xl_without_positions_in_memory_layers_too(focused, tokens, assert_same) -> None:
     model, ids_RL = focused(mem_layers=[0, 2], mem_positionals=False), tokens(2, 9)
     got = model(ids_RL, plan=pad_plan([[], [0]]), objective="transformer_xl").logits
     assert_same(got.flatten(0, 1), model(ids_RL.view(1, 18), use_cache=False).logits[0])
 
 
-def test_transformer_xl_sees_as_many_contexts_back_as_there_are_layers() -> None:
+def test_transformer_xl_sees_as_many_contexts_back_as_there_are_layers(focused, tokens) -> None:
     model, ids_RL = focused(num_hidden_layers=2, mem_layers=[1]), tokens(4, 5)
     plan_Rd = pad_plan([[], [0], [1], [2]])
     before = model(ids_RL, plan=plan_Rd, objective="transformer_xl").logits[3]
@@ -324,7 +288,9 @@ def test_transformer_xl_sees_as_many_contexts_back_as_there_are_layers() -> None
     assert changes == [False, True, True, True]
 
 
-def test_transformer_xl_does_not_differentiate_the_previous_context() -> None:
+def test_transformer_xl_does_not_differentiate_the_previous_context(
+    focused, plain, tokens, trained, gradients, assert_same
+) -> None:
     model, ids_RL = focused(num_key_value_heads=2), tokens(2, 9)
     how = {"plan": pad_plan([[], [0]]), "objective": "transformer_xl"}
     loss, got = trained(model, ids_RL, last_row_only(ids_RL), **how)
@@ -340,7 +306,7 @@ def test_transformer_xl_does_not_differentiate_the_previous_context() -> None:
 @pytest.mark.parametrize("objective", ["fot", "transformer_xl"])
 @pytest.mark.parametrize("L", [8, 16])
 def test_contexts_under_dynamic_rope_up_to_its_first_length_have_the_ordinary_frequencies(
-    L: int, objective: str
+    focused, tokens, assert_same, L: int, objective: str
 ) -> None:
     rope = {"rope_type": "dynamic", "factor": 4.0, **THETA}
     model, default = focused(max_position_embeddings=16, rope_parameters=rope), focused()
@@ -351,7 +317,9 @@ def test_contexts_under_dynamic_rope_up_to_its_first_length_have_the_ordinary_fr
 
 
 @pytest.mark.parametrize("L", [4, 6, 8])
-def test_transformer_xl_under_longrope_turns_back_by_the_frequencies_of_the_contexts(L: int) -> None:
+def test_transformer_xl_under_longrope_turns_back_by_the_frequencies_of_the_contexts(
+    focused, tokens, assert_same, L: int
+) -> None:
     """Short factors up to the original length, long factors beyond, whatever the two contexts' length together."""
     rope = {**LONGROPE, "original_max_position_embeddings": 6, "attention_factor": 1.3}
     fixed = {**rope, "original_max_position_embeddings": 64}
@@ -362,21 +330,22 @@ def test_transformer_xl_under_longrope_turns_back_by_the_frequencies_of_the_cont
     assert_same(got, expected)
 
 
-def test_a_gate_starts_half_open_in_every_memory_layer_also_where_a_plain_llama_is_loaded(tmp_path: Path) -> None:
-    base = randomised(LlamaForCausalLM(LlamaConfig(**{k: v for k, v in TINY.items() if k != "mem_layers"})))
-    base.save_pretrained(tmp_path)
+def test_a_gate_starts_half_open_in_every_memory_layer_also_where_a_plain_llama_is_loaded(
+    llama, tiny, assert_same, tmp_path: Path
+) -> None:
+    llama().save_pretrained(tmp_path)
     how = {"mem_layers": [0, 2], "mem_gate": True}
-    fresh = FotLlamaForCausalLM(FotLlamaConfig(**{**TINY, **how}))
-    for model in (fresh, FotLlamaForCausalLM.from_pretrained(tmp_path, **how)):
+    unloaded = FotLlamaForCausalLM(FotLlamaConfig(**{**tiny, **how}))
+    for model in (unloaded, FotLlamaForCausalLM.from_pretrained(tmp_path, **how)):
         gates = {name: parameter for name, parameter in model.named_parameters() if name.endswith("mem_gate")}
         assert gates.keys() == {f"model.layers.{layer}.self_attn.mem_gate" for layer in (0, 2)}
         assert all(torch.equal(gate, torch.zeros(4)) for gate in gates.values())
-    attention = fresh.model.layers[0].self_attn
+    attention = unloaded.model.layers[0].self_attn
     near, far = torch.randn(2, 4, 3, 8), torch.randn(2, 4, 3, 8)
     assert_same(attention._gated(near, far, torch.ones(1, dtype=torch.bool)), (near + far) / 2, 1e-6)
 
 
-def test_a_gate_is_trained_by_memorizing_alone_and_only_where_rows_have_memory() -> None:
+def test_a_gate_is_trained_by_memorizing_alone_and_only_where_rows_have_memory(focused, tokens, trained) -> None:
     model, ids_RL = focused(mem_gate=True), tokens(3, 5)
     name = "model.layers.1.self_attn.mem_gate"
     _, found = trained(model, ids_RL, plan=pad_plan(PLAN), objective="memorizing")
@@ -387,7 +356,7 @@ def test_a_gate_is_trained_by_memorizing_alone_and_only_where_rows_have_memory()
     assert name not in found
 
 
-def test_under_other_objectives_a_gate_changes_nothing() -> None:
+def test_under_other_objectives_a_gate_changes_nothing(focused, tokens) -> None:
     gated, ids_RL, plan_Rd = focused(mem_gate=True), tokens(3, 5), pad_plan([[], [0], [1]])
     bare = focused()
     bare.load_state_dict({k: v for k, v in gated.state_dict().items() if not k.endswith("mem_gate")})
@@ -397,7 +366,7 @@ def test_under_other_objectives_a_gate_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2}, {"mem_positionals": False}], ids=str)
-def test_reading_through_a_gate_is_training_through_it(changes: dict[str, Any]) -> None:
+def test_reading_through_a_gate_is_training_through_it(focused, tokens, assert_same, changes: dict[str, Any]) -> None:
     model, ids_RL = focused(mem_gate=True, mem_layers=[0, 2], **changes), tokens(4, 6)
     expected = model(ids_RL, plan=longllama_plan(4, 3), objective="memorizing").logits
     cache = FotCache(model.config)
@@ -406,7 +375,7 @@ def test_reading_through_a_gate_is_training_through_it(changes: dict[str, Any]) 
         cache.flush()
 
 
-def test_a_row_whose_memory_is_all_padding_reads_past_its_gate() -> None:
+def test_a_row_whose_memory_is_all_padding_reads_past_its_gate(focused, tokens, assert_same) -> None:
     model, ids_BL = focused(mem_gate=True, max_position_embeddings=8), tokens(2, 12)
     mask_BL = torch.ones_like(ids_BL)
     mask_BL[0, :8] = 0
@@ -414,158 +383,7 @@ def test_a_row_whose_memory_is_all_padding_reads_past_its_gate() -> None:
     assert_same(got, model(ids_BL[:1, 8:], use_cache=False).logits[0])
 
 
-DOCUMENTS = torch.tensor([[0] * 5 + [1] * 7, [2] * 12, [3] * 2 + [4] * 9 + [5]])
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("mem_layers", [[], [1], [0, 1, 2]])
-@pytest.mark.parametrize("objective", ["fot", "memorizing", "transformer_xl"])
-def test_documents_joined_in_a_row_are_read_as_each_alone(
-    objective: str, mem_layers: list[int], implementation: str
-) -> None:
-    model, ids_RL = focused(mem_layers=mem_layers, num_key_value_heads=2), tokens(3, 12)
-    model.set_attn_implementation(implementation)
-    plan_Rd = pad_plan([[], [], []])
-    logits_RLV = model(ids_RL, plan=plan_Rd, objective=objective, document_ids=DOCUMENTS).logits
-    for row, documents in enumerate(DOCUMENTS):
-        for document in documents.unique():
-            own_L = documents == document
-            assert_same(logits_RLV[row, own_L], model(ids_RL[row : row + 1, own_L], use_cache=False).logits[0])
-
-
-@pytest.mark.parametrize("mem_layers", [[], [1]])
-def test_documents_without_a_plan_are_kept_apart_too(mem_layers: list[int]) -> None:
-    model, ids_RL = focused(mem_layers=mem_layers), tokens(3, 12)
-    expected = model(ids_RL, plan=pad_plan([[], [], []]), document_ids=DOCUMENTS).logits
-    assert torch.equal(model(ids_RL, document_ids=DOCUMENTS).logits, expected)
-    assert (model(ids_RL, use_cache=False).logits - expected).abs().max() > 1e-2
-
-
-@pytest.mark.parametrize("how", [{}, {"plan": pad_plan([[], [0], [1]])}], ids=["no plan", "plan"])
-def test_where_no_row_joins_documents_no_mask_is_made(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids_RL = focused(), tokens(3, 12)
-    masks = []
-    plain = functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        functional,
-        "scaled_dot_product_attention",
-        lambda *args, **given: masks.append((given["attn_mask"], given["is_causal"])) or plain(*args, **given),
-    )
-    whole = model(ids_RL, document_ids=torch.tensor([[4] * 12, [4] * 12, [7] * 12]), **how).logits
-    assert masks == [(None, True)] * 2  # the third is the memory layer
-    assert torch.equal(whole, model(ids_RL, use_cache=False, **how).logits)
-    masks.clear()
-    model(ids_RL, document_ids=DOCUMENTS, **how)
-    assert [mask.shape for mask, _ in masks] == [(3, 1, 12, 12)] * 2
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_a_row_of_one_document_is_the_row_without_documents(implementation: str) -> None:
-    model, ids_RL, plan_Rd = focused(), tokens(3, 12), pad_plan([[], [], [1]])
-    model.set_attn_implementation(implementation)
-    joined, apart = (model(ids_RL, plan=plan_Rd, **how).logits for how in ({"document_ids": DOCUMENTS}, {}))
-    assert_same(joined[1], apart[1])
-    assert (joined[2] - apart[2]).abs().max() > 1e-2
-
-
-def test_rows_that_see_joined_documents_see_all_of_the_row() -> None:
-    model, ids_RL = focused(mem_layers=[0], num_hidden_layers=1), tokens(3, 12)
-    joined, apart = (
-        model(ids_RL, plan=pad_plan([[], [0], []]), **how).logits for how in ({"document_ids": DOCUMENTS}, {})
-    )
-    assert_same(joined[1], apart[1])
-
-
-def test_documents_are_refused_for_attention_that_has_no_mask_of_scores() -> None:
-    model, ids_RL = focused(), tokens(3, 12)
-    model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match=r"document_ids .*'flash_attention_2'.*'sdpa'"):
-        model(ids_RL, plan=pad_plan([[], [], []]), document_ids=DOCUMENTS)
-
-
-STEPS: dict[str, dict[str, Any]] = {
-    "fot": {"plan": pad_plan(PLAN)},
-    "memorizing": {"plan": pad_plan(PLAN), "objective": "memorizing"},
-    "transformer_xl": {"plan": pad_plan([[], [0], [1]]), "objective": "transformer_xl"},
-    "documents": {"plan": pad_plan([[], [0], [0]]), "document_ids": DOCUMENTS},
-}
-steps = pytest.mark.parametrize("how", STEPS.values(), ids=STEPS)
-
-
-@steps
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_trains_close_to_single(dtype: torch.dtype, how: dict[str, Any]) -> None:
-    exact, rounded = (focused(num_key_value_heads=2, mem_gate=True) for _ in range(2))
-    rounded = rounded.to(dtype)
-    exact.load_state_dict(rounded.state_dict())
-    ids_RL = tokens(3, 12)
-    got, expected = rounded(ids_RL, **how).logits, exact(ids_RL, **how).logits
-    assert got.dtype == dtype
-    assert (got.float() - expected).norm() < 0.03 * expected.norm()
-    _, found = trained(rounded, ids_RL, **how)
-    _, wanted = trained(exact, ids_RL, **how)
-    assert found.keys() == wanted.keys()
-    for name, gradient in found.items():
-        assert gradient.dtype == dtype
-        assert functional.cosine_similarity(gradient.float().flatten(), wanted[name].flatten(), dim=0) > 0.98, name
-
-
-@steps
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_autocast_trains_close_to_single(implementation: str, how: dict[str, Any]) -> None:
-    model, ids_RL = focused(num_key_value_heads=2, mem_gate=True), tokens(3, 12)
-    model.set_attn_implementation(implementation)
-    loss, wanted = trained(model, ids_RL, **how)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast_loss, found = trained(model, ids_RL, **how)
-    assert 0 < (cast_loss - loss).abs() < 0.02 * loss
-    assert found.keys() == wanted.keys()
-    for name, gradient in found.items():
-        assert gradient.dtype == torch.float32
-        assert functional.cosine_similarity(gradient.flatten(), wanted[name].flatten(), dim=0) > 0.98, name
-
-
-@steps
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_changes_neither_loss_nor_gradients(reentrant: bool, how: dict[str, Any]) -> None:
-    model = focused(mem_layers=[1, 2], num_key_value_heads=2, mem_gate=True).train()
-    ids_RL = tokens(3, 12)
-    passes: list[int] = []
-    model.model.layers[1].self_attn.o_proj.register_forward_hook(lambda *_: passes.append(1))
-    loss, wanted = trained(model, ids_RL, **how)
-    assert len(passes) == 1
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.enable_input_require_grads()
-    checkpointed_loss, found = trained(model, ids_RL, **how)
-    assert len(passes) == 3, "the memory layer was not recomputed"
-    assert_same(checkpointed_loss, loss, 1e-6)
-    assert found.keys() == wanted.keys()
-    assert_same(found, wanted, 1e-6)
-
-
-def test_a_compiled_model_has_the_same_loss_and_gradients() -> None:
-    model, ids_RL, how = focused(num_hidden_layers=2, num_key_value_heads=2).train(), tokens(3, 12), STEPS["documents"]
-    loss, wanted = trained(model, ids_RL, **how)
-    torch.compiler.reset()
-    compiled_loss = torch.compile(model, backend="aot_eager")(ids_RL, labels=ids_RL, **how).loss
-    compiled_loss.backward()
-    assert_same(compiled_loss.detach(), loss)
-    assert_same(gradients(model), wanted)
-
-
-@pytest.mark.parametrize("objective", ["memorizing", "transformer_xl"])
-def test_compiled_layers_have_the_same_loss_and_gradients(objective: str) -> None:
-    model, ids_RL = focused(num_hidden_layers=1, mem_layers=[0], mem_gate=True).train(), tokens(3, 12)
-    how = STEPS[objective]
-    loss, wanted = trained(model, ids_RL, **how)
-    torch.compiler.reset()
-    model.model.layers[0].compile(backend="aot_eager")
-    compiled_loss, found = trained(model, ids_RL, **how)
-    assert_same(compiled_loss, loss)
-    assert_same(found, wanted)
-
-
-def test_dropout_of_attention_is_refused_with_a_plan_in_training_only() -> None:
+def test_dropout_of_attention_is_refused_with_a_plan_in_training_only(focused, tokens) -> None:
     model, ids_RL = focused(attention_dropout=0.5), tokens(3, 5)
     expected = focused()(ids_RL, plan=pad_plan(PLAN)).logits
     assert torch.equal(model(ids_RL, plan=pad_plan(PLAN)).logits, expected)

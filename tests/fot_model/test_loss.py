@@ -1,5 +1,6 @@
 """The loss without all logits against the loss of all logits. Shapes: N tokens, C hidden size, V vocabulary."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fot_model import FotCache, FotLlamaConfig, FotLlamaForCausalLM, loss
+from fot_model import FotCache, FotLlamaForCausalLM, loss
 from fot_model.loss import IGNORE, LmHead
 from fot_model.plan import pad_plan
 
@@ -129,11 +130,10 @@ def test_never_more_logits_than_a_few_tokens_and_no_gradient_of_a_frozen_head(fr
     assert (made.weight.grad is not None) == (grad and not frozen)
 
 
-def model(**changes: Any) -> FotLlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": C, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = {"vocab_size": V, "max_position_embeddings": 8, "mem_layers": [1], "initializer_range": 0.4, **sizes}
-    return FotLlamaForCausalLM(FotLlamaConfig(**{**config, **changes})).train()
+@pytest.fixture(scope="session")
+def focused(focused) -> Callable[..., FotLlamaForCausalLM]:
+    """Makes models in training, with contexts of 8 tokens."""
+    return lambda **changes: focused(num_hidden_layers=2, max_position_embeddings=8, **changes).train()
 
 
 IDS = torch.randint(0, V, (3, 8), generator=torch.Generator().manual_seed(2))
@@ -150,8 +150,8 @@ def loss_and_gradients(made: FotLlamaForCausalLM, **how: Any) -> tuple[Tensor, d
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("how", [{}, PLAN, {"num_items_in_batch": 5}, {"num_items_in_batch": torch.tensor(5)}])
-def test_a_model_trains_without_its_logits_as_with_them(tied: bool, how: dict[str, Any]) -> None:
-    made = model(tie_word_embeddings=tied)
+def test_a_model_trains_without_its_logits_as_with_them(focused, tied: bool, how: dict[str, Any]) -> None:
+    made = focused(tie_word_embeddings=tied)
     labels = IDS.clone()
     labels[1, 3:6] = IGNORE
     got, expected = (loss_and_gradients(made, labels=labels, skip_logits=skips, **how) for skips in (True, False))
@@ -160,8 +160,8 @@ def test_a_model_trains_without_its_logits_as_with_them(tied: bool, how: dict[st
     torch.testing.assert_close(loss_and_gradients(made, shift_labels=shifted, **how), expected)
 
 
-def test_under_autocast_too() -> None:
-    made = model()
+def test_under_autocast_too(focused) -> None:
+    made = focused()
     with torch.autocast("cpu", torch.bfloat16):
         got, expected = (loss_and_gradients(made, labels=IDS, skip_logits=skips, **PLAN) for skips in (True, False))
     torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=0)
@@ -170,22 +170,22 @@ def test_under_autocast_too() -> None:
         assert (got[1][name] - gradient).norm() <= 0.02 * gradient.norm()
 
 
-def test_a_head_of_another_number_of_tokens_still_works_in_parts() -> None:
-    made = model()
+def test_a_head_of_another_number_of_tokens_still_works_in_parts(focused) -> None:
+    made = focused()
     made.resize_token_embeddings(V + 8, mean_resizing=False)
     assert isinstance(made.lm_head, LmHead)
     torch.testing.assert_close(*(loss_and_gradients(made, labels=IDS, skip_logits=skips) for skips in (True, False)))
 
 
-def test_a_loss_of_ones_own_gets_the_logits() -> None:
-    made = model()
+def test_a_loss_of_ones_own_gets_the_logits(focused) -> None:
+    made = focused()
     made.loss_function = lambda logits, labels, vocab_size, **_: logits.sum()
     got, _ = loss_and_gradients(made, labels=IDS)
     torch.testing.assert_close(got, made(IDS, use_cache=False).logits.sum())
 
 
-def test_in_reading_each_token_has_its_loss() -> None:
-    made, ids = model().eval(), torch.cat([IDS, IDS.flip(0)], dim=1)
+def test_in_reading_each_token_has_its_loss(focused) -> None:
+    made, ids = focused().eval(), torch.cat([IDS, IDS.flip(0)], dim=1)
     with torch.no_grad():
         logits = made(ids[:, :-1]).logits
         expected = functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
@@ -198,8 +198,8 @@ def test_in_reading_each_token_has_its_loss() -> None:
     torch.testing.assert_close(last, expected[:, -2:])
 
 
-def test_labels_for_other_positions_are_refused() -> None:
+def test_labels_for_other_positions_are_refused(focused) -> None:
     with pytest.raises(ValueError, match=r"labels \[3, 7\]: give \[3, 8\], one for each position that is kept"):
-        model()(IDS, shift_labels=IDS[:, 1:], use_cache=False)
+        focused()(IDS, shift_labels=IDS[:, 1:], use_cache=False)
     with pytest.raises(ValueError, match="reduction 'sum': give mean or none"):
-        model()(IDS, labels=IDS, reduction="sum")
+        focused()(IDS, labels=IDS, reduction="sum")

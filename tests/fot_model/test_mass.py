@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,48 +11,21 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from fot_model import (
-    DenseMemory,
-    FotCache,
-    FotLlamaConfig,
-    FotLlamaForCausalLM,
-    TopKMemory,
-    attention_mass,
-    key_mass,
-    memory_mass,
-)
+from fot_model import DenseMemory, FotCache, FotLlamaForCausalLM, TopKMemory, attention_mass, key_mass, memory_mass
 from fot_model import mass as mass_module
 from fot_model.plan import pad_plan
 from fot_model.rope import rotation
 
-VOCABULARY = 40
-TINY: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "mem_layers": [0, 2],
-}
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 16}
 PLAN = [[], [0], [1, 0], [0, 1]]
 OF_ROWS = torch.tensor([7, 7, 5, 7])
 OF_TOKENS = torch.tensor([[7, 7, 7, 5, 5], [5, 5, 5, 5, 5], [5, 6, 6, 6, 6], [8, 8, 7, 7, 7]])
 
 
-def focused(**changes: Any) -> FotLlamaForCausalLM:
-    torch.manual_seed(0)
-    model = FotLlamaForCausalLM(FotLlamaConfig(**{**TINY, **changes})).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape)
-    return model
-
-
-def tokens(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+@pytest.fixture(scope="session")
+def focused(focused) -> Callable[..., FotLlamaForCausalLM]:
+    """Makes models with two memory layers."""
+    return partial(focused, num_key_value_heads=2, mem_layers=[0, 2])
 
 
 def naive_masses(
@@ -109,7 +84,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_mass_is_what_one_softmax_gives_to_the_tokens_of_the_own_document(
-    changes: dict[str, Any], joined: bool, by: str
+    focused, tokens, changes: dict[str, Any], joined: bool, by: str
 ) -> None:
     model = focused(**changes)
     caught: dict[int, Tensor] = {}
@@ -134,7 +109,7 @@ def test_mass_is_what_one_softmax_gives_to_the_tokens_of_the_own_document(
         assert 0.05 < found.r_d()[layer] < 0.95
 
 
-def test_passes_add_up() -> None:
+def test_passes_add_up(focused, tokens) -> None:
     model, plan_Rd = focused(), pad_plan(PLAN)
     batches = [tokens(4, 5, seed=seed) for seed in (1, 2)]
     alone = []
@@ -155,7 +130,7 @@ def test_passes_add_up() -> None:
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 7])
-def test_a_model_that_does_not_tell_documents_apart_gives_each_of_d_contexts_its_share(d: int) -> None:
+def test_a_model_that_does_not_tell_documents_apart_gives_each_of_d_contexts_its_share(focused, tokens, d: int) -> None:
     model = focused()
     with torch.no_grad():
         for layer in model.model.layers:
@@ -173,7 +148,7 @@ def test_a_model_that_does_not_tell_documents_apart_gives_each_of_d_contexts_its
     assert found.layers[0].additional.tolist() == pytest.approx([R * sum(near_and_far)] * 4, abs=1e-4)
 
 
-def test_shares_are_one_with_positives_alone_and_nothing_without() -> None:
+def test_shares_are_one_with_positives_alone_and_nothing_without(focused, tokens) -> None:
     model = focused()
     with torch.no_grad():
         with attention_mass(model, torch.tensor([3, 3, 3, 3])) as own:
@@ -192,7 +167,7 @@ def hooks(model: FotLlamaForCausalLM) -> int:
     return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
 
 
-def test_nothing_stays_registered_not_even_after_an_error() -> None:
+def test_nothing_stays_registered_not_even_after_an_error(focused) -> None:
     model = focused()
     before = hooks(model)
     with attention_mass(model, OF_ROWS):
@@ -203,7 +178,7 @@ def test_nothing_stays_registered_not_even_after_an_error() -> None:
     assert hooks(model) == before
 
 
-def test_masses_stay_as_they_are_once_closed() -> None:
+def test_masses_stay_as_they_are_once_closed(focused, tokens) -> None:
     model = focused()
     with torch.no_grad():
         with attention_mass(model, OF_ROWS) as found:
@@ -213,7 +188,7 @@ def test_masses_stay_as_they_are_once_closed() -> None:
     assert found.r_d() == before
 
 
-def test_layers_are_all_memory_layers_or_those_asked_for() -> None:
+def test_layers_are_all_memory_layers_or_those_asked_for(focused, tokens) -> None:
     model = focused()
     with torch.no_grad():
         with attention_mass(model, OF_ROWS) as all_layers:
@@ -225,7 +200,7 @@ def test_layers_are_all_memory_layers_or_those_asked_for() -> None:
 
 
 @pytest.mark.parametrize("layers", [[1], [0, 1], [3], [-1]])
-def test_a_layer_that_is_no_memory_layer_is_refused_by_number(layers: list[int]) -> None:
+def test_a_layer_that_is_no_memory_layer_is_refused_by_number(focused, layers: list[int]) -> None:
     model = focused()
     wrong = [layer for layer in layers if layer != 0]
     with (
@@ -236,7 +211,7 @@ def test_a_layer_that_is_no_memory_layer_is_refused_by_number(layers: list[int])
     assert hooks(model) == 0
 
 
-def test_outputs_and_gradients_are_the_same_while_it_is_open() -> None:
+def test_outputs_and_gradients_are_the_same_while_it_is_open(focused, tokens) -> None:
     model, ids_RL, plan_Rd = focused().train(), tokens(4, 5), pad_plan(PLAN)
     outcomes = []
     for watched in (False, True):
@@ -249,7 +224,7 @@ def test_outputs_and_gradients_are_the_same_while_it_is_open() -> None:
     assert all(torch.equal(*pair) for pair in zip(*outcomes, strict=True))
 
 
-def test_recomputed_activations_are_counted_once() -> None:
+def test_recomputed_activations_are_counted_once(focused, tokens) -> None:
     model, ids_RL, plan_Rd = focused().train(), tokens(4, 5), pad_plan(PLAN)
     masses = []
     for recomputes in (False, True):
@@ -262,7 +237,7 @@ def test_recomputed_activations_are_counted_once() -> None:
 
 
 @pytest.mark.parametrize("how", ["bfloat16", "autocast"])
-def test_reduced_precision_measures_nearly_the_same(how: str) -> None:
+def test_reduced_precision_measures_nearly_the_same(focused, tokens, how: str) -> None:
     model, ids_RL, plan_Rd = focused(), tokens(4, 5), pad_plan(PLAN)
     shares = []
     for reduced in (False, True):
@@ -280,19 +255,16 @@ def test_reduced_precision_measures_nearly_the_same(how: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3,), (4, 6), (3, 5)], ids=str)
-def test_documents_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+def test_documents_of_another_shape_are_refused(focused, tokens, shape: tuple[int, ...]) -> None:
     model, documents = focused(), torch.zeros(shape)
     with pytest.raises(ValueError, match="documents"), attention_mass(model, documents), torch.no_grad():
         model(tokens(4, 5), plan=pad_plan(PLAN))
 
 
-def test_the_mass_of_an_objective_without_contexts_at_position_zero_is_refused() -> None:
+def test_the_mass_of_an_objective_without_contexts_at_position_zero_is_refused(focused, tokens) -> None:
     model = focused()
     with pytest.raises(ValueError, match="transformer_xl"), attention_mass(model, OF_ROWS), torch.no_grad():
         model(tokens(4, 5), plan=pad_plan([[], [0], [1], [2]]), objective="transformer_xl")
-
-
-# Reading
 
 
 def read_beside(model: FotLlamaForCausalLM, contexts_NL: Tensor, memory: DenseMemory | None = None) -> FotCache:
@@ -314,7 +286,7 @@ READ: dict[str, dict[str, Any]] = {**VARIANTS, "cosine": {"mem_qk_norm": True}}
 @pytest.mark.parametrize("place", [0, 2])
 @pytest.mark.parametrize("changes", READ.values(), ids=READ)
 def test_reading_with_contexts_in_memory_has_the_mass_of_training_on_them(
-    changes: dict[str, Any], place: int, monkeypatch: pytest.MonkeyPatch
+    focused, tokens, changes: dict[str, Any], place: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mass_module, "KEYS_AT_ONCE", 7)  # blocks that cut contexts
     model, rows_RL = focused(mem_layers=[1], **changes), tokens(5, 6)
@@ -332,7 +304,7 @@ def test_reading_with_contexts_in_memory_has_the_mass_of_training_on_them(
     assert 0.05 < read.r_d()[1] < 0.95
 
 
-def test_what_was_read_before_in_the_local_context_takes_its_part_of_the_softmax() -> None:
+def test_what_was_read_before_in_the_local_context_takes_its_part_of_the_softmax(focused, tokens) -> None:
     model, rows_RL = focused(mem_layers=[1]), tokens(3, 6)
     with torch.no_grad():
         masses = []
@@ -346,7 +318,7 @@ def test_what_was_read_before_in_the_local_context_takes_its_part_of_the_softmax
     torch.testing.assert_close(masses[0].positive, masses[1].positive, rtol=1e-5, atol=1e-6)
 
 
-def test_keys_that_are_ahead_of_the_window_take_the_same_part_of_the_softmax() -> None:
+def test_keys_that_are_ahead_of_the_window_take_the_same_part_of_the_softmax(focused, tokens) -> None:
     model, rows_BL = focused(mem_layers=[1], local_context=8), tokens(2, 15)
     with torch.no_grad():
         cache = FotCache(model.config)
@@ -355,7 +327,7 @@ def test_keys_that_are_ahead_of_the_window_take_the_same_part_of_the_softmax() -
         cache.evict(3)
         level = copy.deepcopy(cache)
         assert level._lead_B1.tolist() == [[7]]
-        level._turn_back(rotation(level._rope, level._lead_B1, level._reach))
+        level._turn_back(rotation(level._rope, level._lead_B1, level._positions_used))
         level._lead_B1, masses = None, []
         for each in (cache, level):
             with memory_mass(model, range(2)) as mass:
@@ -365,7 +337,7 @@ def test_keys_that_are_ahead_of_the_window_take_the_same_part_of_the_softmax() -
         torch.testing.assert_close(*(getattr(mass, name) for mass in masses), rtol=1e-5, atol=1e-6)
 
 
-def test_a_gated_memory_has_a_softmax_of_its_own() -> None:
+def test_a_gated_memory_has_a_softmax_of_its_own(focused, tokens) -> None:
     model, rows_RL = focused(mem_layers=[1], mem_gate=True), tokens(4, 6)
     plan_Rd = pad_plan([[], [], [], [0, 1, 2]])
     with torch.no_grad():
@@ -378,7 +350,7 @@ def test_a_gated_memory_has_a_softmax_of_its_own() -> None:
     torch.testing.assert_close(read.layers[1].positive, trained.layers[1].positive, rtol=1e-5, atol=1e-6)
 
 
-def test_top_k_and_16_bit_memories_are_measured_over_all_they_hold() -> None:
+def test_top_k_and_16_bit_memories_are_measured_over_all_they_hold(focused, tokens) -> None:
     model, rows_RL = focused(mem_layers=[1]), tokens(4, 6)
     shares = []
     with torch.no_grad():
@@ -391,7 +363,7 @@ def test_top_k_and_16_bit_memories_are_measured_over_all_they_hold() -> None:
     assert shares[2] == pytest.approx(shares[0], abs=0.02)
 
 
-def test_reading_without_memory_adds_nothing_and_padding_is_refused() -> None:
+def test_reading_without_memory_adds_nothing_and_padding_is_refused(focused, tokens) -> None:
     model, rows_RL = focused(), tokens(2, 6)
     seen_BL = torch.ones(2, 6, dtype=torch.long)
     seen_BL[0, :2] = 0
@@ -405,7 +377,7 @@ def test_reading_without_memory_adds_nothing_and_padding_is_refused() -> None:
     assert hooks(model) == 0
 
 
-def test_the_mass_in_memory_leaves_the_outputs_as_they_are() -> None:
+def test_the_mass_in_memory_leaves_the_outputs_as_they_are(focused, tokens) -> None:
     model, rows_RL = focused(), tokens(3, 6)
     with torch.no_grad():
         plain = model(rows_RL[2:], past_key_values=read_beside(model, rows_RL[:2])).logits
@@ -423,15 +395,11 @@ ROPES = [
 
 
 @pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
-def test_key_mass_is_that_of_the_models_own_weights(rope: dict) -> None:
-    torch.manual_seed(0)
-    shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    config = FotLlamaConfig(**shape, **heads, rope_parameters=rope, initializer_range=0.5)
-    model = FotLlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
-    ids_1L = torch.randint(50, (1, 30))
+def test_key_mass_is_that_of_the_models_own_weights(focused, tokens, rope: dict[str, Any]) -> None:
+    model, ids_1L = focused(mem_layers=[], rope_parameters=rope), tokens(1, 30)
+    model.set_attn_implementation("eager")
     queries_Q = torch.tensor([3, 29, 17])
-    keys_SQL = torch.rand(2, 3, 30) < 0.3
+    keys_SQL = torch.rand(2, 3, 30, generator=torch.Generator().manual_seed(0)) < 0.3
     with torch.no_grad(), key_mass(model, queries_Q, keys_SQL) as found:
         weights = model(ids_1L, output_attentions=True, use_cache=False).attentions
     assert list(found) == [0, 1, 2]

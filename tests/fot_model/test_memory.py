@@ -1,18 +1,18 @@
-"""Shapes: B batch, H query heads, Hk key/value heads, L local tokens, M tokens in memory, D head size."""
+"""A memory is attended to in one softmax over what it holds, whatever was appended, hidden, selected or forgotten.
+
+Shapes: B batch, H query heads, Hk key/value heads, L local tokens, M tokens in memory, D head size.
+"""
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fot_model import memory as memory_module
 from fot_model.attention import MASKED, Partial, attend, merge
@@ -78,10 +78,6 @@ def fill(
     return memory
 
 
-def assert_same(got: Any, wanted: Any, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(got, wanted, rtol=0, atol=atol)
-
-
 @contextmanager
 def steps(chunk: int, scores: int = 2**24) -> Iterator[None]:
     """Go through memory `chunk` keys at a time, `scores` scores at a time."""
@@ -120,7 +116,7 @@ def test_an_empty_memory_has_no_length_and_nothing_to_attend_to(make: Callable[.
 @given(sizes=part_sizes, seed=seeds)
 @few_examples
 def test_appending_in_any_split_of_calls_equals_appending_at_once(
-    make: Callable[..., DenseMemory], sizes: list[int], seed: int
+    assert_same, make: Callable[..., DenseMemory], sizes: list[int], seed: int
 ) -> None:
     M = sum(sizes)
     q_BHLD, (k_BHkMD, v_BHkMD) = randn(seed, 2, 4, 3, 5), pair(seed, 2, 2, M, 5)
@@ -134,7 +130,7 @@ def test_appending_in_any_split_of_calls_equals_appending_at_once(
 @pytest.mark.parametrize("Hk", [1, 2, 4])
 @pytest.mark.parametrize(("chunk", "scores"), [(1, 2**24), (3, 2**24), (7, 2**24), (21, 60), (22, 1), (4096, 2**24)])
 def test_a_dense_memory_is_attended_to_in_one_softmax_whatever_the_chunk(
-    chunk: int, scores: int, Hk: int, differentiated: bool
+    assert_same, chunk: int, scores: int, Hk: int, differentiated: bool
 ) -> None:
     q_BHLD, (k_BHkMD, v_BHkMD) = randn(0, 2, 4, 3, 5).requires_grad_(differentiated), pair(0, 2, Hk, 22, 5)
     memory = fill(DenseMemory(), k_BHkMD, v_BHkMD, [9, 1, 12])
@@ -148,7 +144,7 @@ def test_a_dense_memory_is_attended_to_in_one_softmax_whatever_the_chunk(
 )  # fmt: skip
 @settings(deadline=None, max_examples=60)
 def test_a_top_k_memory_is_attended_to_where_the_inner_product_is_largest_for_each_query_and_head(
-    Hk: int, M: int, k: int, chunk: int, scores: int, seed: int
+    assert_same, Hk: int, M: int, k: int, chunk: int, scores: int, seed: int
 ) -> None:
     q_BHLD, (k_BHkMD, v_BHkMD) = randn(seed, 2, 4, 3, 5), pair(seed, 2, Hk, M, 5)
     memory = fill(TopKMemory(k), k_BHkMD, v_BHkMD, [M])
@@ -158,7 +154,7 @@ def test_a_top_k_memory_is_attended_to_where_the_inner_product_is_largest_for_ea
 
 @pytest.mark.parametrize("k", [8, 9, 100])
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_top_k_memory_that_keeps_all_keys_is_a_dense_one(k: int, padded: bool) -> None:
+def test_a_top_k_memory_that_keeps_all_keys_is_a_dense_one(assert_same, k: int, padded: bool) -> None:
     q_BHLD, (k_BHkMD, v_BHkMD) = randn(0, 2, 4, 3, 5), pair(0, 2, 2, 8, 5)
     mask = [randn(3, 2, 8) > 0] if padded else None
     dense, top = (fill(memory, k_BHkMD, v_BHkMD, [8], mask) for memory in (DenseMemory(), TopKMemory(k)))
@@ -177,7 +173,9 @@ def test_a_top_k_memory_keeps_the_papers_128_keys_unless_told() -> None:
 
 @kinds
 @pytest.mark.parametrize("past", [0, 4])
-def test_merged_with_the_local_context_it_is_one_softmax_over_both(make: Callable[..., DenseMemory], past: int) -> None:
+def test_merged_with_the_local_context_it_is_one_softmax_over_both(
+    assert_same, make: Callable[..., DenseMemory], past: int
+) -> None:
     q_BHLD, (k_BHkMD, v_BHkMD), (near_k, near_v) = randn(0, 2, 4, 2, 5), pair(0, 2, 2, 9, 5), pair(3, 2, 2, 4, 5)
     memory = fill(make(), k_BHkMD, v_BHkMD, [9])
     far = expected(memory, q_BHLD, k_BHkMD, v_BHkMD)
@@ -202,7 +200,11 @@ def test_scores_beyond_the_range_of_the_exponential_do_not_overflow(make: Callab
 @given(parts=padding(rows=2), chunk=st.integers(1, 9), seed=seeds)
 @few_examples
 def test_padding_is_never_attended_to_whenever_it_appears(
-    make: Callable[..., DenseMemory], parts: tuple[list[int], list[Tensor | None], Tensor], chunk: int, seed: int
+    assert_same,
+    make: Callable[..., DenseMemory],
+    parts: tuple[list[int], list[Tensor | None], Tensor],
+    chunk: int,
+    seed: int,
 ) -> None:
     sizes, masks, seen_BM = parts
     q_BHLD, (k_BHkMD, v_BHkMD) = randn(seed, 2, 4, 3, 5), pair(seed, 2, 2, sum(sizes), 5)
@@ -219,7 +221,7 @@ def test_padding_is_never_attended_to_whenever_it_appears(
 @kinds
 @pytest.mark.parametrize("chunk", [2, 4096])
 def test_padding_alone_adds_nothing_to_the_local_context_and_what_follows_it_does(
-    make: Callable[..., DenseMemory], chunk: int
+    assert_same, make: Callable[..., DenseMemory], chunk: int
 ) -> None:
     q_BHLD, (k_BHkMD, v_BHkMD), (near_k, near_v) = randn(0, 2, 4, 3, 5), pair(0, 2, 2, 9, 5), pair(3, 2, 2, 4, 5)
     hidden, local = torch.zeros(2, 5, dtype=torch.bool), attend(q_BHLD, near_k, near_v, SCALE)
@@ -234,7 +236,9 @@ def test_padding_alone_adds_nothing_to_the_local_context_and_what_follows_it_doe
 
 
 @kinds
-def test_a_row_of_padding_alone_leaves_the_other_rows_as_they_are(make: Callable[..., DenseMemory]) -> None:
+def test_a_row_of_padding_alone_leaves_the_other_rows_as_they_are(
+    assert_same, make: Callable[..., DenseMemory]
+) -> None:
     q_BHLD, (k_BHkMD, v_BHkMD) = randn(0, 2, 4, 3, 5), pair(0, 2, 2, 6, 5)
     memory = fill(make(), k_BHkMD, v_BHkMD, [6], [torch.tensor([[False], [True]]).expand(2, 6)])
     out, lse = attended(memory, q_BHLD)
@@ -244,7 +248,7 @@ def test_a_row_of_padding_alone_leaves_the_other_rows_as_they_are(make: Callable
 
 
 @kinds
-def test_layers_do_not_share_their_memory(make: Callable[..., DenseMemory]) -> None:
+def test_layers_do_not_share_their_memory(assert_same, make: Callable[..., DenseMemory]) -> None:
     q_BHLD, memory = randn(0, 1, 2, 3, 4), make()
     held = {7: pair(0, 1, 2, 5, 4), 2: pair(2, 1, 2, 5, 4), 12: pair(4, 1, 2, 5, 4)}
     masks = {7: None, 2: torch.tensor([[True, False, True, True, False]]), 12: None}
@@ -260,6 +264,7 @@ def test_layers_do_not_share_their_memory(make: Callable[..., DenseMemory]) -> N
 @given(parts=padding(rows=1), new=padding(rows=1), kept=st.integers(0, 45), seed=seeds)
 @few_examples
 def test_appending_after_truncation_follows_the_tokens_kept(
+    assert_same,
     make: Callable[..., DenseMemory],
     parts: tuple[list[int], list[Tensor | None], Tensor],
     new: tuple[list[int], list[Tensor | None], Tensor],
@@ -282,7 +287,9 @@ def test_appending_after_truncation_follows_the_tokens_kept(
 
 
 @kinds
-def test_truncation_forgets_in_every_layer_and_to_zero_leaves_nothing(make: Callable[..., DenseMemory]) -> None:
+def test_truncation_forgets_in_every_layer_and_to_zero_leaves_nothing(
+    assert_same, make: Callable[..., DenseMemory]
+) -> None:
     q_BHLD, (k_BHkMD, v_BHkMD), memory = randn(0, 1, 2, 3, 4), pair(0, 1, 2, 6, 4), make()
     for layer in (1, 3):
         memory.append(layer, k_BHkMD, v_BHkMD)
@@ -296,7 +303,7 @@ def test_truncation_forgets_in_every_layer_and_to_zero_leaves_nothing(make: Call
 
 
 @kinds
-def test_a_reset_memory_is_empty_and_takes_another_batch_size(make: Callable[..., DenseMemory]) -> None:
+def test_a_reset_memory_is_empty_and_takes_another_batch_size(assert_same, make: Callable[..., DenseMemory]) -> None:
     memory = fill(make(), *pair(0, 3, 2, 5, 4), [5], [randn(2, 3, 5) > 0])
     memory.reset()
     assert len(memory) == 0
@@ -313,6 +320,7 @@ def test_a_reset_memory_is_empty_and_takes_another_batch_size(make: Callable[...
 )
 @few_examples
 def test_selecting_rows_is_selecting_them_of_every_tensor(
+    assert_same,
     make: Callable[..., DenseMemory],
     parts: tuple[list[int], list[Tensor | None], Tensor],
     kept: int,
@@ -336,7 +344,7 @@ def test_selecting_rows_is_selecting_them_of_every_tensor(
 
 
 @kinds
-def test_selecting_rows_of_every_layer_and_of_an_empty_memory(make: Callable[..., DenseMemory]) -> None:
+def test_selecting_rows_of_every_layer_and_of_an_empty_memory(assert_same, make: Callable[..., DenseMemory]) -> None:
     memory = make()
     memory.select(torch.tensor([0, 0]))
     held = {layer: pair(layer, 2, 1, 4, 3) for layer in (0, 5)}
@@ -353,6 +361,7 @@ def test_selecting_rows_of_every_layer_and_of_an_empty_memory(make: Callable[...
 @given(parts=padding(rows=2), seed=seeds)
 @settings(deadline=None, max_examples=15)
 def test_what_was_saved_comes_back_bit_for_bit_and_goes_its_own_way(
+    assert_same,
     make: Callable[..., DenseMemory],
     dtype: torch.dtype | None,
     parts: tuple[list[int], list[Tensor | None], Tensor],
@@ -385,7 +394,7 @@ def test_what_was_saved_comes_back_bit_for_bit_and_goes_its_own_way(
 @kinds
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_memory_of_a_number_type_takes_what_another_saved_in_its_own(
-    make: Callable[..., DenseMemory], dtype: torch.dtype
+    assert_same, make: Callable[..., DenseMemory], dtype: torch.dtype
 ) -> None:
     k_BHkMD, v_BHkMD = pair(0, 2, 2, 5, 4)
     memory, mask = make(dtype=dtype), torch.tensor([[False] * 2 + [True] * 3, [True] * 5])
@@ -398,7 +407,7 @@ def test_a_memory_of_a_number_type_takes_what_another_saved_in_its_own(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("chunk", [4, 4096])
 def test_what_is_remembered_is_rounded_to_the_number_type_and_nothing_else_changes(
-    make: Callable[..., DenseMemory], dtype: torch.dtype, chunk: int
+    assert_same, make: Callable[..., DenseMemory], dtype: torch.dtype, chunk: int
 ) -> None:
     q_BHLD, (k_BHkMD, v_BHkMD) = randn(0, 2, 4, 3, 5), pair(0, 2, 2, 9, 5)
     mask: list[Tensor | None] = [randn(5, 2, 9) > -1]
@@ -421,7 +430,7 @@ def test_by_default_it_keeps_the_models_number_type(make: Callable[..., DenseMem
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("held", [None, torch.float32])
 def test_queries_of_16_bits_are_scored_in_float32(
-    make: Callable[..., DenseMemory], dtype: torch.dtype, held: torch.dtype | None
+    assert_same, make: Callable[..., DenseMemory], dtype: torch.dtype, held: torch.dtype | None
 ) -> None:
     q_BHLD, k_BHkMD, v_BHkMD = (x.to(dtype) for x in (4 * randn(0, 1, 4, 6, 32), *pair(0, 1, 2, 200, 32)))
     memory = fill(make(dtype=held), k_BHkMD, v_BHkMD, [200])
@@ -433,7 +442,7 @@ def test_queries_of_16_bits_are_scored_in_float32(
 
 
 @kinds
-def test_float64_stays_float64(make: Callable[..., DenseMemory]) -> None:
+def test_float64_stays_float64(assert_same, make: Callable[..., DenseMemory]) -> None:
     q_BHLD, (k_BHkMD, v_BHkMD) = randn(0, 2, 4, 3, 5).double(), (x.double() for x in pair(0, 2, 2, 9, 5))
     memory = fill(make(), k_BHkMD, v_BHkMD, [9])
     with steps(2):
@@ -442,55 +451,10 @@ def test_float64_stays_float64(make: Callable[..., DenseMemory]) -> None:
     assert_same((out.float(), lse.float()), expected(memory, q_BHLD, k_BHkMD, v_BHkMD), 1e-6)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Notes the largest tensor that any operation makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for made in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(made, Tensor) and not func.is_view:
-                self.elements = max(self.elements, made.numel())
-        return result
-
-
 @kinds
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("differentiated", [False, True], ids=["fused", "written out"])
-def test_attending_makes_no_tensor_that_grows_with_memory(
-    make: Callable[..., DenseMemory], dtype: torch.dtype | None, padded: bool, differentiated: bool
+def test_what_was_remembered_does_not_change_with_the_tensor_it_came_from(
+    assert_same, make: Callable[..., DenseMemory]
 ) -> None:
-    q_BHLD = randn(0, 1, 2, 16, 4).requires_grad_(differentiated)
-    largest = []
-    for M in (16, 512):
-        mask: list[Tensor | None] = [randn(3, 1, M) > 0 if padded else None]
-        memory = fill(make(dtype=dtype), *pair(0, 1, 1, M, 4), [M], mask)
-        with steps(8), LargestTensor() as seen:
-            memory.attend(0, q_BHLD, SCALE)
-        largest.append(seen.elements)
-    assert largest[0] == largest[1] > 0
-
-
-def test_where_scores_are_written_out_no_more_are_made_at_once_than_asked_for() -> None:
-    memory, q_BHLD = fill(DenseMemory(), *pair(0, 1, 2, 400, 4), [400]), randn(0, 1, 4, 8, 4).requires_grad_()
-    with steps(4096, 640), LargestTensor() as seen:
-        memory.attend(0, q_BHLD, SCALE)
-    assert seen.elements == 640
-
-
-def test_a_top_k_search_of_many_queries_makes_no_tensor_larger_than_its_answer() -> None:
-    memory, q_BHLD = fill(TopKMemory(2), *pair(0, 1, 2, 40, 4), [40]), randn(0, 1, 4, 32, 4)
-    with steps(8, 4 * (8 + 2)), LargestTensor() as seen:
-        memory.attend(0, q_BHLD, SCALE)
-    assert seen.elements == q_BHLD.numel()
-
-
-@kinds
-def test_what_was_remembered_does_not_change_with_the_tensor_it_came_from(make: Callable[..., DenseMemory]) -> None:
     q_BHLD, (k_BHkMD, v_BHkMD), mask = randn(0, 1, 2, 3, 4), pair(0, 1, 2, 5, 4), torch.tensor([[True] * 4 + [False]])
     memory = fill(make(), k_BHkMD, v_BHkMD, [5], [mask])
     before = attended(memory, q_BHLD)
@@ -522,53 +486,3 @@ def test_the_gradient_of_queries_is_that_of_the_softmax(make: Callable[..., Dens
     memory = fill(make(), k_BHkMD, v_BHkMD, [8])
     with steps(3):
         assert torch.autograd.gradcheck(lambda q: attended(memory, q), q_BHLD.requires_grad_())
-
-
-class Allocations(TorchDispatchMode):
-    """Counts buffers made and elements written into any."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.buffers = self.written = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not func.is_view:
-            if func.overloadpacket is torch.ops.aten.copy_:
-                self.written += result.numel()
-            elif func.overloadpacket is not torch.ops.aten.detach:
-                self.buffers += 1
-                self.written += result.numel()
-        return result
-
-
-@pytest.mark.parametrize("step", [1, 3])
-@pytest.mark.parametrize("padded", [False, True])
-def test_appending_reallocates_logarithmically_often_and_writes_a_constant_number_of_times(
-    step: int, padded: bool
-) -> None:
-    k_BHkLD, v_BHkLD = pair(0, 1, 1, step, 2)
-    mask = torch.zeros(1, step, dtype=torch.bool) if padded else None
-    tensors = 3 if padded else 2
-    buffers, written = [], []
-    for tokens in (256, 512, 1024, 2048):
-        memory = DenseMemory()
-        with Allocations() as seen:
-            for _ in range(tokens):
-                memory.append(0, k_BHkLD, v_BHkLD, mask)
-        assert len(memory) == tokens * step
-        buffers.append(seen.buffers)
-        written.append(seen.written / (tokens * step * (4 + padded)))
-    assert all(0 <= later - earlier <= tensors for earlier, later in pairwise(buffers)), "one more doubling"
-    assert 2 <= buffers[0] <= tensors * (math.log2(256) + 2) + padded
-    assert all(1 <= times <= 6 for times in written)
-
-
-def test_appending_goes_on_at_constant_cost_after_truncation() -> None:
-    memory = fill(DenseMemory(), *pair(0, 1, 1, 512, 2), [512])
-    memory.truncate(500)
-    with Allocations() as seen:
-        for _ in range(12):
-            memory.append(0, *pair(0, 1, 1, 1, 2))
-        assert seen.buffers <= 2 * 12, "the memory's own buffers are held"
-    assert seen.written < 500

@@ -3,7 +3,6 @@
 import json
 import re
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from fot_model.plan import c_prev_plan, check_plan, cross_batch_plan, longllama_plan, pad_plan
 
-CONFORMANCE = Path(__file__).parent / "conformance"
 SETS = ["cross_batch_range2_pack1", "cross_batch_range3_pack4_stepping", "cross_batch_range6_pack4_stepping"]
 LONGLLAMA_3B = [(0, 0), (1, 1), (2, 1), (3, 0)]
 TWO_APART = [[True, False], [False, True]]
@@ -292,8 +290,8 @@ def test_negative_counts_are_refused(counts: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_longllama_plan_is_that_of_the_reference_implementation(name: str) -> None:
-    meta = json.loads(str(np.load(CONFORMANCE / f"{name}.npz")["meta"]))
+def test_longllama_plan_is_that_of_the_reference_implementation(conformance, name: str) -> None:
+    meta = json.loads(str(np.load(conformance / f"{name}.npz")["meta"]))
     rows = meta["additional_rows"]
     plan_Rd = longllama_plan(
         len(rows), meta["cross_batch_range"], meta["dataset_packing"], meta["cross_batch_stepping"]

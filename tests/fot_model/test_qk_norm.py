@@ -6,50 +6,37 @@ Shapes: R rows, B batch, L tokens, H query heads, D head size.
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from fot_model import DenseMemory, FotCache, FotLlamaConfig, FotLlamaForCausalLM, TopKMemory, attention_mass
-from fot_model.cache_file import SHAPE, fingerprint
+from fot_model.cache_file import DECIDING, sampled_fingerprint
 from fot_model.layer import TEMPERATURE, unit
 from fot_model.plan import pad_plan
 
-VOCABULARY = 40
-TINY: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "mem_layers": [1],
-}
 POSITIONS = pytest.mark.parametrize("mem_positionals", [False, True])
 PLAN = [[], [0], [1, 0], [0]]
 NAME = "model.layers.1.self_attn.mem_temperature"
 
 
-def cosine(**changes: Any) -> FotLlamaForCausalLM:
-    """A model with large random weights, and another temperature for each head."""
-    torch.manual_seed(0)
-    model = FotLlamaForCausalLM(FotLlamaConfig(**{**TINY, "mem_qk_norm": True, **changes})).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape)
-        for name, parameter in model.named_parameters():
-            if name.endswith("mem_temperature"):
-                parameter.copy_(torch.tensor([2.0, 4.0, 6.0, 8.0]))
-    return model
+@pytest.fixture(scope="session")
+def cosine(focused) -> Callable[..., FotLlamaForCausalLM]:
+    """Makes models with large random weights, and another temperature for each head."""
 
+    def make(**changes: Any) -> FotLlamaForCausalLM:
+        model = focused(**{"num_key_value_heads": 2, "mem_qk_norm": True, **changes})
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("mem_temperature"):
+                    parameter.copy_(torch.tensor([2.0, 4.0, 6.0, 8.0]))
+        return model
 
-def tokens(*shape: int) -> Tensor:
-    return torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(1))
+    return make
 
 
 def naive_layer(model: FotLlamaForCausalLM, hidden_RLC: Tensor, plan: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -98,7 +85,7 @@ def caught(model: FotLlamaForCausalLM, run: Any) -> tuple[Tensor, Tensor]:
 
 @POSITIONS
 @torch.no_grad()
-def test_training_scores_by_temperature_times_cosine(mem_positionals: bool) -> None:
+def test_training_scores_by_temperature_times_cosine(cosine, tokens, mem_positionals: bool) -> None:
     model = cosine(mem_positionals=mem_positionals)
     hidden, out = caught(model, lambda: model(tokens(4, 6), plan=pad_plan(PLAN)))
     torch.testing.assert_close(out, naive_layer(model, hidden, PLAN)[0], rtol=1e-4, atol=1e-5)
@@ -107,7 +94,7 @@ def test_training_scores_by_temperature_times_cosine(mem_positionals: bool) -> N
 @POSITIONS
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
-def test_without_plan_and_memory_it_does_too(mem_positionals: bool, implementation: str) -> None:
+def test_without_plan_and_memory_it_does_too(cosine, tokens, mem_positionals: bool, implementation: str) -> None:
     model = cosine(mem_positionals=mem_positionals, attn_implementation=implementation)
     hidden, out = caught(model, lambda: model(tokens(2, 6), use_cache=False))
     torch.testing.assert_close(out, naive_layer(model, hidden, [[], []])[0], rtol=1e-4, atol=1e-5)
@@ -116,7 +103,9 @@ def test_without_plan_and_memory_it_does_too(mem_positionals: bool, implementati
 @pytest.mark.parametrize("top_k", [None, 1000])
 @POSITIONS
 @torch.no_grad()
-def test_reading_with_memory_equals_training_with_the_plan(mem_positionals: bool, top_k: int | None) -> None:
+def test_reading_with_memory_equals_training_with_the_plan(
+    cosine, tokens, mem_positionals: bool, top_k: int | None
+) -> None:
     model = cosine(mem_positionals=mem_positionals)
     ids = tokens(2, 6)
     trained = model(ids, plan=pad_plan([[], [0]])).logits[1]
@@ -127,7 +116,7 @@ def test_reading_with_memory_equals_training_with_the_plan(mem_positionals: bool
 
 
 @torch.no_grad()
-def test_token_by_token_equals_one_call() -> None:
+def test_token_by_token_equals_one_call(cosine, tokens) -> None:
     model, ids = cosine(local_context=8), tokens(1, 20)
     at_once = FotCache(model.config)
     whole = model(ids, past_key_values=at_once).logits
@@ -138,7 +127,7 @@ def test_token_by_token_equals_one_call() -> None:
 
 
 @torch.no_grad()
-def test_top_k_takes_the_keys_of_largest_cosine() -> None:
+def test_top_k_takes_the_keys_of_largest_cosine(cosine, tokens) -> None:
     model, ids = cosine(mem_positionals=False), tokens(2, 12)
     with torch.no_grad():  # lengths that would decide, were they not taken away
         model.model.layers[1].self_attn.k_proj.weight.mul_(torch.logspace(-1, 1, 16)[:, None])
@@ -162,7 +151,7 @@ def test_top_k_takes_the_keys_of_largest_cosine() -> None:
 
 @POSITIONS
 @torch.no_grad()
-def test_attention_mass_is_that_of_the_same_softmax(mem_positionals: bool) -> None:
+def test_attention_mass_is_that_of_the_same_softmax(cosine, tokens, mem_positionals: bool) -> None:
     model, documents = cosine(mem_positionals=mem_positionals), torch.tensor([7, 7, 5, 7])
     with attention_mass(model, documents) as found:
         hidden, _ = caught(model, lambda: model(tokens(4, 6), plan=pad_plan(PLAN)))
@@ -178,7 +167,7 @@ def test_attention_mass_is_that_of_the_same_softmax(mem_positionals: bool) -> No
     )
 
 
-def test_temperatures_learn_and_lengths_do_not() -> None:
+def test_temperatures_learn_and_lengths_do_not(cosine, tokens) -> None:
     model = cosine(mem_positionals=False).train()
     model(tokens(4, 6), labels=tokens(4, 6), plan=pad_plan(PLAN)).loss.backward()
     attention = model.model.layers[1].self_attn
@@ -188,24 +177,22 @@ def test_temperatures_learn_and_lengths_do_not() -> None:
         assert along.abs().max() < 1e-4 * projection.weight.grad.norm()
 
 
-def test_a_temperature_a_head_is_all_that_is_new_and_starts_at_ten() -> None:
-    plain = FotLlamaForCausalLM(FotLlamaConfig(**TINY)).state_dict()
-    model = FotLlamaForCausalLM(FotLlamaConfig(**{**TINY, "mem_qk_norm": True})).state_dict()
+def test_a_temperature_a_head_is_all_that_is_new_and_starts_at_ten(tiny) -> None:
+    plain = FotLlamaForCausalLM(FotLlamaConfig(**tiny, mem_layers=[1])).state_dict()
+    model = FotLlamaForCausalLM(FotLlamaConfig(**tiny, mem_layers=[1], mem_qk_norm=True)).state_dict()
     assert {name: (tensor.tolist()) for name, tensor in model.items() if name not in plain} == {NAME: [TEMPERATURE] * 4}
     assert plain.keys() <= model.keys()
     assert TEMPERATURE == 10
 
 
-def test_without_it_a_model_is_a_llama_bit_for_bit() -> None:
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(LlamaConfig(**{name: value for name, value in TINY.items() if name != "mem_layers"})).eval()
-    model = FotLlamaForCausalLM(FotLlamaConfig(**TINY)).eval()
-    model.load_state_dict(base.state_dict())
+def test_without_it_a_model_is_a_llama_bit_for_bit(focused, plain, tokens) -> None:
+    model = focused()
+    base = plain(model)
     assert model.model.layers[1].self_attn.mem_temperature is None
     assert torch.equal(model(tokens(2, 9), use_cache=False).logits, base(tokens(2, 9), use_cache=False).logits)
 
 
-def test_a_checkpoint_keeps_its_temperatures(tmp_path) -> None:
+def test_a_checkpoint_keeps_its_temperatures(cosine, tokens, tmp_path) -> None:
     model = cosine()
     model.save_pretrained(tmp_path)
     loaded = FotLlamaForCausalLM.from_pretrained(tmp_path)
@@ -215,25 +202,25 @@ def test_a_checkpoint_keeps_its_temperatures(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_checkpoint_without_temperatures_gets_the_first(tmp_path, dtype: torch.dtype) -> None:
+def test_a_checkpoint_without_temperatures_gets_the_first(cosine, tmp_path, dtype: torch.dtype) -> None:
     cosine(mem_qk_norm=False).save_pretrained(tmp_path)
     loaded = FotLlamaForCausalLM.from_pretrained(tmp_path, mem_qk_norm=True, dtype=dtype)
     assert loaded.state_dict()[NAME].tolist() == [TEMPERATURE] * 4
 
 
-def test_the_longllama_layout_refuses_it(tmp_path) -> None:
+def test_the_longllama_layout_refuses_it(cosine, tmp_path) -> None:
     with pytest.raises(ValueError, match="the longllama layout has no mem_qk_norm True"):
         cosine(num_key_value_heads=4).save_pretrained(tmp_path, form="longllama")
 
 
-def test_the_longllama_layout_does_not_speak_of_it(tmp_path) -> None:
+def test_the_longllama_layout_does_not_speak_of_it(cosine, tmp_path) -> None:
     cosine(num_key_value_heads=4, mem_qk_norm=False, last_context_length=8).save_pretrained(tmp_path, form="longllama")
     assert "mem_qk_norm" not in (tmp_path / "config.json").read_text()
 
 
-def test_a_memory_belongs_to_models_that_score_alike(tmp_path) -> None:
+def test_a_memory_belongs_to_models_that_score_alike(cosine, tokens, tmp_path) -> None:
     model, ids = cosine(), tokens(1, 9)
-    with_it, without = fingerprint(model), fingerprint(cosine(mem_qk_norm=False))
+    with_it, without = sampled_fingerprint(model), sampled_fingerprint(cosine(mem_qk_norm=False))
     assert with_it != without
     cache = FotCache(model.config)
     model(ids, past_key_values=cache)
@@ -243,7 +230,7 @@ def test_a_memory_belongs_to_models_that_score_alike(tmp_path) -> None:
     assert torch.equal(model(ids, past_key_values=again).logits, model(ids, past_key_values=cache).logits)
 
 
-def test_sixteen_bits_keep_queries_and_keys_in_sixteen() -> None:
+def test_sixteen_bits_keep_queries_and_keys_in_sixteen(cosine) -> None:
     model = cosine().to(torch.bfloat16)
     q, k, v = model.model.layers[1].self_attn.project(torch.randn(1, 3, 32, dtype=torch.bfloat16))
     assert {x.dtype for x in (q, k, v)} == {torch.bfloat16}
@@ -256,15 +243,15 @@ def test_a_vector_of_zeros_stays_one() -> None:
     assert math.isclose(unit(torch.tensor([3.0, 4.0]))[1].item(), 0.8, rel_tol=1e-6)
 
 
-def test_the_fingerprint_of_a_model_without_it_is_what_it_was_before_there_was_such_a_thing() -> None:
+def test_the_fingerprint_of_a_model_without_it_is_what_it_was_before_there_was_such_a_thing(cosine) -> None:
     model = cosine(mem_qk_norm=False)
     digest = hashlib.sha256()
-    shape = {name: getattr(model.config, name) for name in SHAPE if name != "mem_qk_norm"}
+    shape = {name: getattr(model.config, name) for name in DECIDING if name != "mem_qk_norm"}
     digest.update(json.dumps(shape, sort_keys=True).encode())
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 64)].to("cpu", torch.bfloat16).contiguous()
         digest.update(f"{name}{list(parameter.shape)}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
-    assert fingerprint(model) == digest.hexdigest()
-    assert fingerprint(cosine()) != digest.hexdigest()
+    assert sampled_fingerprint(model) == digest.hexdigest()
+    assert sampled_fingerprint(cosine()) != digest.hexdigest()
