@@ -117,7 +117,8 @@ def make_checkpoints(where, identity=None, base_seed=0, **settings):
         if rank == 0 and not path.exists():
             base.save_pretrained(path)
         frozen = Frozen(path, Adapter(fingerprint(base), settings_of(base.config)))
-    return Checkpoints(str(where), identity or {"case": str(where)}, CheckpointSettings(**settings), here / "tokenizer", frozen)
+    named = identity or {"case": str(where)}
+    return Checkpoints(str(where), named, CheckpointSettings(**settings), here / "tokenizer", frozen)
 
 def write_weights(engine, path):
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
