@@ -118,6 +118,11 @@ class FotAttention(LlamaAttention):
         """Of the query heads that this rank has: all, but under tensor parallelism."""
         if heads == len(of_heads_H):
             return of_heads_H
+        if of_heads_H.requires_grad and torch.is_grad_enabled():  # each rank would learn its own heads' alone
+            raise ValueError(
+                "tensor parallelism does not train mem_gate and mem_qk_norm: freeze them (requires_grad_(False)), read "
+                "under torch.no_grad(), or train with ZeRO or FSDP"
+            )
         weight: Any = self.q_proj.weight  # a DTensor
         mesh = weight.device_mesh
         return of_heads_H.chunk(len(of_heads_H) // heads)[mesh.get_local_rank(mesh.ndim - 1)]

@@ -195,6 +195,10 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
             )
         if L == 0:
             raise ValueError("the input has no tokens: give at least one, such as the tokenizer's bos")
+        if position_ids is None and document_ids is None and kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError(
+                "cu_seq_lens_q alone does not tell documents apart here: give position_ids that start again at each"
+            )
         if plan is None and document_ids is not None:
             plan = torch.empty(B, 0, dtype=torch.long)
         if plan is not None:

@@ -6,6 +6,7 @@ size, V vocabulary.
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from fot_model import FotCache, FotLlamaConfig, FotLlamaForCausalLM, longllama_plan
+from fot_model.layer import FotAttention
 from fot_model.plan import pad_plan
 
 THETA = {"rope_theta": 10000.0}
@@ -389,3 +391,16 @@ def test_dropout_of_attention_is_refused_with_a_plan_in_training_only(focused, t
     assert torch.equal(model(ids_RL, plan=pad_plan(PLAN)).logits, expected)
     with pytest.raises(ValueError, match=r"attention_dropout 0\.5 with a plan: set it to 0"):
         model.train()(ids_RL, plan=pad_plan(PLAN))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_heads_that_each_rank_would_learn_alone_are_not_trained(trained: bool) -> None:
+    """Under tensor parallelism a rank has some of the heads, and all numbers of the gate."""
+    mesh = SimpleNamespace(ndim=1, get_local_rank=lambda _: 1)
+    layer = SimpleNamespace(q_proj=SimpleNamespace(weight=SimpleNamespace(device_mesh=mesh)))
+    gate_H = torch.arange(4.0).requires_grad_(trained)
+    if trained:
+        with pytest.raises(ValueError, match="tensor parallelism does not train mem_gate and mem_qk_norm: freeze"):
+            FotAttention._own(layer, gate_H, 2)
+    with torch.no_grad():
+        assert FotAttention._own(layer, gate_H, 2).tolist() == [2.0, 3.0]

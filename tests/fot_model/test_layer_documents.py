@@ -80,3 +80,12 @@ def test_documents_are_refused_for_attention_that_has_no_mask_of_scores(focused,
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match=r"document_ids .*'flash_attention_2'.*'sdpa'"):
         model(ids_RL, plan=pad_plan([[], [], []]), document_ids=DOCUMENTS)
+
+
+@pytest.mark.parametrize("mem_layers", [[], [1]])
+def test_lengths_without_positions_are_refused(focused, tokens, mem_layers: list[int]) -> None:
+    """transformers' attentions but flash ignore them; a collator that flattens gives both."""
+    model, ids_RL = focused(mem_layers=mem_layers), tokens(1, 12)
+    lengths = {"cu_seq_lens_q": torch.tensor([0, 5, 12]), "cu_seq_lens_k": torch.tensor([0, 5, 12])}
+    with pytest.raises(ValueError, match="position_ids that start again"):
+        model(ids_RL, use_cache=False, **lengths)
