@@ -9,6 +9,7 @@ Shapes: B batch, Hk key/value heads, L tokens, D head size.
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -46,9 +47,9 @@ def write(path: str | os.PathLike[str], model: PreTrainedModel, tensors: Mapping
 
 
 def _write(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    unfinished = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
+    unfinished = Path(f"{os.fspath(path)}.{secrets.token_hex(8)}.tmp")
     try:
-        unfinished.touch()
+        unfinished.touch(exist_ok=False)
         mode = unfinished.stat().st_mode
         save_file(tensors, unfinished, metadata)
         unfinished.chmod(mode)  # safetensors lets no one else read it

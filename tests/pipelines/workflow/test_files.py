@@ -1,3 +1,4 @@
+import os
 import signal
 
 import pytest
@@ -42,3 +43,14 @@ def test_a_killed_writer_leaves_what_was_there_before(tmp_path, python):
     assert (tmp_path / "file").read_bytes() == b"before"
     write_atomically(tmp_path / "file", b"after")
     assert (tmp_path / "file").read_bytes() == b"after"
+
+
+def test_two_writers_of_one_file_do_not_write_over_each_other(tmp_path, contents, monkeypatch):
+    """Not even where they have the same number, as in two containers that share a disk."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    with complete_or_invisible(tmp_path / "file") as first:
+        first.write_bytes(b"first, begun before")
+        with complete_or_invisible(tmp_path / "file") as second:
+            second.write_bytes(b"second")
+        assert (tmp_path / "file").read_bytes() == b"second"
+    assert contents(tmp_path) == {"file": b"first, begun before"}
