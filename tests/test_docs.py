@@ -96,3 +96,9 @@ def test_every_command_of_the_pages_is_one_that_there_is(page: Path, program: st
 def test_what_is_installed_with_the_package_is_one_of_its_extras(page: Path) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert set(re.findall(r"(?:fot|\$W|\.whl\))\[(\w+)\]", page.read_text())) <= set(extras)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    named = re.findall(r"\b(?:fot_model|pipelines|jobs|tests|recipes|benchmarks)/[a-z0-9_/]+\.\w+", page.read_text())
+    assert [path for path in named if not (ROOT / path).exists()] == []
