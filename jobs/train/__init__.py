@@ -7,6 +7,7 @@ model.py             what it starts with
 engine.py            DeepSpeed, parameter groups, schedules
 objective.py         who sees whom at a step, and the loss
 checkpoints.py       taken in the background, restored; checkpoint_store.py: where they lie
+pickled.py           checkpoints that hold code are refused
 export.py            to a Hugging Face directory, or as an adapter
 bad_loss.py          no numbers and spikes: stop, or skip
 measure.py           held-out perplexity and attention mass on the way

@@ -39,6 +39,7 @@ from jobs.train.checkpoint_store import (
     step_name,
     superseded,
 )
+from jobs.train.pickled import foreign_code
 from pipelines.workflow.errors import UserError
 from pipelines.workflow.progress import say
 from pipelines.workflow.store import RECORD
@@ -211,6 +212,10 @@ class Checkpoints:
                     say(f"checkpoint {name} is damaged ({first}): the one before is taken")
                 return False
             parent = local or temporary
+            read = [parent / name / file for file in self._to_read(checkpoint, convert)]
+            foreign = next((what for what in _of_all_ranks(foreign_code(read)) if what is not None), None)
+            if foreign is not None:
+                raise UserError(f"{foreign}: no training of fot wrote that, and nothing of it was loaded")
             if convert:
                 if _local_rank() == 0:
                     _make_universal(parent / name, temporary)

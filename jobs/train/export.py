@@ -253,9 +253,14 @@ def _on_its_base(adapter: "Adapter", base: Path, dtype: str) -> "FotLlamaForCaus
 
 
 def _weights(checkpoint: Path) -> dict[str, Any]:
-    """The tensors that the checkpoint holds, or under ZeRO 3 what `contiguous()` makes them."""
+    """The tensors that the checkpoint holds, or under ZeRO 3 what `contiguous()` makes them. Raises UserError, before
+    anything is loaded, for one that holds code."""
     import torch
 
+    from jobs.train.pickled import foreign_code
+
+    if (foreign := foreign_code(sorted(checkpoint.glob("*.pt")))) is not None:
+        raise UserError(f"{foreign}: no training of fot wrote that, and nothing of it was loaded")
     if not any(checkpoint.glob("*_optim_states.pt")):
         return dict(torch.load(checkpoint / WEIGHTS, map_location="cpu", mmap=True, weights_only=False)["module"])
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # the import has something to say, too

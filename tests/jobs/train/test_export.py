@@ -96,6 +96,29 @@ def test_a_part_is_exported_on_its_base(part, checkpoints, tmp_path):
     assert not {"adapter.json", "adapter.safetensors"} & names
 
 
+class Ran:
+    """What runs a command when it is loaded."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("as_adapter", [True, False])
+def test_a_checkpoint_that_holds_code_is_refused_and_does_not_run_it(part, checkpoints, tmp_path, as_adapter):
+    store = CheckpointStore(str(checkpoints))
+    record = store.all()[0].records[0]
+    content = {"module": {QUERY: torch.zeros(1)}, "more": Ran(f"touch {tmp_path}/ran")}
+    files = {**record.files, WEIGHTS: store.write(1, WEIGHTS, partial(torch.save, content))}
+    store.write_record(replace(record, files=files))
+    with pytest.raises(UserError, match=rf"{WEIGHTS} holds \w+\.system, which to load would be to run"):
+        export(str(checkpoints), tmp_path / "model", None, as_adapter=as_adapter, base=None)
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_part_is_exported_as_an_adapter_and_put_on_its_base_again(part, checkpoints, tmp_path):
     export(str(checkpoints), tmp_path / "adapter", None, as_adapter=True, base=None)
     adapter = Adapter.load(tmp_path / "adapter")
