@@ -380,7 +380,7 @@ class Resources(Part):
     """
 
     workers: Positive = 1
-    cpus_per_worker: Positive = 1
+    cpus_per_worker: Positive = Field(1, description="also the threads that a worker computes with on CPUs")
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
     ranks_per_micro_batch: Positive = 1
     wait_minutes: Annotated[float, Field(ge=0)] = 10

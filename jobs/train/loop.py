@@ -50,6 +50,7 @@ def train_loop(spec: TrainSpec) -> None:
     training, objective, seed = spec.training, spec.training.objective, spec.seed
     ranks = Ranks.of(spec.resources)
     log_to_file(spec.logs / f"rank{ranks.rank}.log")
+    torch.set_num_threads(spec.resources.cpus_per_worker)  # offloaded optimizers step on them, too
     torch.manual_seed(seed)
 
     model, adapter = build_model(spec)

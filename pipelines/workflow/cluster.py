@@ -5,12 +5,15 @@ import json
 import logging
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import RayError
 
 from pipelines.workflow.environment import WORKERS
 from pipelines.workflow.errors import UserError
@@ -33,7 +36,7 @@ KEEP_OFF = {"role": "!training"}  # tasks without GPUs stay away from nodes labe
 def ray_cluster() -> Iterator[None]:
     """Ray for the block: the one this process is connected to, or RAY_ADDRESS's, or a local one, which ends with it.
 
-    Raises UserError where RAY_ADDRESS names a cluster that does not answer.
+    Raises UserError where RAY_ADDRESS names a cluster that does not answer, and where none starts on this machine.
     """
     if ray.is_initialized():
         yield
@@ -49,8 +52,12 @@ def ray_cluster() -> Iterator[None]:
             runtime_env={"env_vars": WORKERS},
             **local,
         )
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, RayError) as error:
         if address == "local":
+            place = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "session_latest" / "logs"
+            why = str(error).strip().partition("\n")[0]
+            raise UserError(f"Ray does not start on this machine ({why}): its logs are in {place}") from error
+        if not isinstance(error, ConnectionError | ValueError):
             raise
         raise UserError(f"no Ray cluster at RAY_ADDRESS={address}: start it or unset RAY_ADDRESS") from error
     try:

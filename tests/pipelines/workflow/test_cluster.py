@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing, suppress
+from pathlib import Path
 
 import psutil
 import pytest
@@ -201,3 +202,19 @@ def test_workers_that_come_are_taken() -> None:
         assert waiting.communicate(timeout=60)[0] == "there\n"
     finally:
         cluster.shutdown()
+
+
+def test_a_ray_that_does_not_start_is_a_line_that_names_its_logs(tmp_path: Path) -> None:
+    """Here its temporary directory is too deep for the paths of sockets."""
+    code = (
+        "from pipelines.workflow.environment import prepare_environment; prepare_environment()\n"
+        "from pipelines.workflow.cluster import ray_cluster\n"
+        "from pipelines.workflow.errors import UserError\n"
+        "try:\n    with ray_cluster(): pass\nexcept UserError as error: print(error)\n"
+    )
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    environment = {**os.environ, "RAY_TMPDIR": str(deep), "RAY_ADDRESS": ""}
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout
+    assert said.startswith("Ray does not start on this machine (")
+    assert said.strip().endswith(f"its logs are in {deep}/ray/session_latest/logs")
