@@ -3,9 +3,10 @@
 #   docker build --tag registry.example/fot:1 .
 #   docker build --tag registry.example/fot:1 --build-arg EXTRAS=s3,lm_eval .
 #
-# Runs as Ray's user (1000, group 100). torch is the build for CUDA 13, which runs without a GPU, too.
+# Builds and runs as Ray's user (1000, group 100). torch is the build for CUDA 13, which runs without a GPU, too.
 FROM rayproject/ray:2.60.0-py311-gpu
 ARG EXTRAS=s3
+RUN mkdir /home/ray/fot
 COPY --chown=ray:users pyproject.toml README.md LICENSE constraints.txt /home/ray/fot/
 COPY --chown=ray:users fot_model /home/ray/fot/fot_model
 COPY --chown=ray:users pipelines /home/ray/fot/pipelines

@@ -213,7 +213,8 @@ def test_the_image_has_the_pinned_ray_and_the_package(checkout, install, tmp_pat
             else:
                 at.mkdir(parents=True, exist_ok=True)
                 shutil.copy(checkout / source, at)
-    (run,), (extras,) = of["RUN"], of["ARG"]
+    (made, run), (extras,) = of["RUN"], of["ARG"]
+    assert made == "mkdir /home/ray/fot"  # not by COPY, whose directories some builders give to root
     # What builds it comes from the index, too; here it is what is installed.
     offline = run.replace("pip install", "pip install --no-build-isolation").replace("/home/ray", f"{image}/home/ray")
     install(f"export {extras}; {offline}")
