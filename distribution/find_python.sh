@@ -1,8 +1,8 @@
 #!/bin/sh
 # Usage: find_python.sh PYTHON...
 # Prints the first of these Pythons that can install this project: in pyproject.toml's range, with what makes virtual
-# environments. Names that are not on PATH are passed over. Where there is none, or no compiler, one line says what is
-# missing, and the exit code is 1.
+# environments. Names that are not on PATH are passed over. Where there is none, or no compiler (llama-cpp-python's build
+# asks for one, so do torch.compile and Triton as they run), one line says what is missing, and the exit code is 1.
 set -u
 
 range=$(sed -n 's/^requires-python = ">=3\.\([0-9]*\),<3\.\([0-9]*\)"$/\1 \2/p' "$(dirname "$0")/../pyproject.toml")

@@ -17,6 +17,15 @@ NAMES = FOUND_BY_MAKE[1].split()
 PYTHON = '#!/bin/sh\nexec "{real}" -c "import sys; {before}; exec(sys.argv[1])" "$2"\n'
 BOTH = ("cc", "c++")
 INHERITED = ("CC", "CXX", "PYTHON", "MAKE", "MFLAGS")  # from the make that runs these tests
+MAKES_ENVIRONMENTS = """#!/bin/sh
+[ "$1" = -c ] && exit
+[ "$*" = "-m venv .venv" ] || exit 9
+mkdir -p .venv/bin
+for program in pip fot; do
+    printf '#!/bin/sh\necho %s "$PIP_CONSTRAINT" "$@"\n' $program > .venv/bin/$program
+    chmod +x .venv/bin/$program
+done
+"""
 SHIM = "#!/bin/sh\necho $0: command not found >&2\nexit 127\n"
 
 
@@ -35,7 +44,7 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     """Runs a command where these programs, a compiler and what the script itself uses are all that is on PATH."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name in ("sh", "sed", "dirname", "touch"):
+    for name in ("sh", "sed", "dirname", "touch", "mkdir", "chmod"):
         (programs / name).symlink_to(str(shutil.which(name)))
 
     def run(command: list, compilers: tuple[str, ...] = BOTH, cwd: Path = tmp_path, **pythons: str):
@@ -128,3 +137,14 @@ def test_make_takes_the_python_that_is_named(run, checkout) -> None:
     assert done.returncode == 2
     assert "(none of mine runs; " in done.stderr
     assert not (checkout / ".venv").exists()
+
+
+def test_make_installs_once_with_the_python_that_it_found_and_runs(run, checkout) -> None:
+    make = [shutil.which("make"), "--silent", "quickstart"]
+    first = run(make, cwd=checkout, python3_13=SHIM, python3_12=MAKES_ENVIRONMENTS, python3=of_version(3, 9, 2))
+    assert first.stdout.splitlines() == [
+        f"pip {checkout}/constraints.txt install --quiet --editable .[dev]",
+        "fot  run recipes/quickstart.yaml",
+    ]
+    assert (first.returncode, first.stderr) == (0, "")
+    assert run(make, cwd=checkout).stdout == "fot  run recipes/quickstart.yaml\n"
