@@ -145,7 +145,7 @@ def test_every_node_mounts_what_is_shared_before_anything_else(cluster) -> None:
 def checkout(tmp_path_factory) -> Path:
     """A copy of what the package consists of, in which and as whose home the commands of docs/cluster.md were run."""
     copy = tmp_path_factory.mktemp("checkout")
-    for name in ("pyproject.toml", "README.md", "constraints.txt"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "constraints.txt"):
         shutil.copy(ROOT / name, copy)
     for name in ("fot_model", "pipelines", "jobs"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -196,14 +196,39 @@ def test_the_setup_commands_install_the_package(cluster, install) -> None:
     install(command.replace("'ray[default]' ", ""))  # of the index
 
 
-def test_the_pages_image_has_the_pinned_ray_and_the_package(checkout, install, tmp_path) -> None:
-    image, copied, run = block("dockerfile", "Kubernetes").splitlines()
+def test_the_image_has_the_pinned_ray_and_the_package(checkout, install, tmp_path) -> None:
+    lines = [line.split(maxsplit=1) for line in (ROOT / "Dockerfile").read_text().splitlines() if line[:1] not in "#"]
+    of = {name: [rest for each, rest in lines if each == name] for name in ("FROM", "ARG", "COPY", "RUN")}
+    assert sum(map(len, of.values())) == len(lines)
     gpu = yaml.safe_load(AWS.read_text())["available_node_types"]["training"]["docker"]["worker_image"]
-    assert image == f"FROM {gpu}"
-    source, target = copied.removeprefix("COPY --chown=ray ").split()
-    assert (checkout / source).is_dir()
-    assert target in run
-    install(run.removeprefix("RUN ").replace(target, str(tmp_path / "fot")))
+    assert of["FROM"] == [gpu]
+    image, ignored = tmp_path / "image", (ROOT / ".dockerignore").read_text().splitlines()
+    for line in of["COPY"]:
+        *sources, target = line.removeprefix("--chown=ray:users ").split()
+        for source in sources:
+            assert f"!{source}" in ignored
+            at = image / target.removeprefix("/")
+            if (checkout / source).is_dir():
+                shutil.copytree(checkout / source, at)
+            else:
+                at.mkdir(parents=True, exist_ok=True)
+                shutil.copy(checkout / source, at)
+    (made, run), (extras,) = of["RUN"], of["ARG"]
+    assert made == "mkdir /home/ray/fot"  # not by COPY, whose directories some builders give to root
+    # What builds it comes from the index, too; here it is what is installed.
+    offline = run.replace("pip install", "pip install --no-build-isolation").replace("/home/ray", f"{image}/home/ray")
+    install(f"export {extras}; {offline}")
+
+
+def test_the_dockerfile_is_without_a_linters_complaint(tmp_path) -> None:
+    def linted(dockerfile: Path) -> str:
+        hadolint = Path(sys.executable).parent / "hadolint"
+        return subprocess.run([hadolint, dockerfile], stdout=subprocess.PIPE, text=True).stdout
+
+    assert linted(ROOT / "Dockerfile") == ""
+    worse = tmp_path / "Dockerfile"
+    worse.write_text((ROOT / "Dockerfile").read_text().replace("--no-cache-dir ", ""))
+    assert "DL3042" in linted(worse)
 
 
 @pytest.mark.parametrize("there", [True, False])

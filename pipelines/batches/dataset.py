@@ -33,7 +33,7 @@ class TokenDataset:
     """
 
     def __init__(self, shards: Path, index: Path) -> None:
-        self.directory = shards
+        self.directory, self._index = shards, index
         self.manifest = Manifest.read(shards)
         self._columns = _only_batch(index / INDEX)
         self.length, self.source, self.cluster = (self._column(name) for name in ("length", "source", "cluster"))
@@ -43,6 +43,10 @@ class TokenDataset:
         self._checked: set[int] = set()
         self._dtype = np.dtype(self.manifest.token_type)
         self._file = lru_cache(OPEN_FILES)(self._open)
+
+    def __reduce__(self) -> tuple[type, tuple[Path, Path]]:
+        """Pickled by path: a process that it is sent to opens files of its own."""
+        return type(self), (self.directory.absolute(), self._index.absolute())
 
     def _column(self, name: str) -> np.ndarray:
         return self._columns.column(name).to_numpy()

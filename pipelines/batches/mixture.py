@@ -24,8 +24,11 @@ class Mixture:
         if (wrong := too_small(weights)) is not None:
             raise UserError(wrong)
         self.slots = share_out(list(weights.values()), BLOCK)
-        self._seed = seed
+        self._weights, self._seed = weights, seed
         self._block = lru_cache(4)(self._deal)
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, float], int]]:
+        return type(self), (self._weights, self._seed)  # the cache is each process's own
 
     def at(self, place: int) -> tuple[int, int]:
         """(source, how many groups of it come before) of a place."""

@@ -1,4 +1,6 @@
 import os
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,6 +72,22 @@ def test_a_forked_process_reads_beside_its_parent(dataset_of):
     in_parent = all(read(range(49, -1, -1)) for _ in range(100))
     assert os.waitpid(child, 0)[1] == 0
     assert in_parent
+
+
+def test_what_is_pickled_are_its_paths_and_files_are_opened_anew(dataset_of, monkeypatch, tmp_path):
+    small, large = dataset_of([3] * 50, shards=5), dataset_of([3] * 5000)
+    assert abs(len(pickle.dumps(large)) - len(pickle.dumps(small))) < 10
+    small.tokens(0)  # a file is open
+    monkeypatch.chdir(small.directory.parent)
+    relative = TokenDataset(*[Path(small.directory.name)] * 2)
+    sent = [pickle.dumps(dataset) for dataset in (small, relative)]
+    monkeypatch.chdir(tmp_path)
+    before, received = open_files(), [pickle.loads(each) for each in sent]
+    for dataset in received:
+        for number in range(50):
+            assert dataset.tokens(number).tolist() == [3 * number, 3 * number + 1, 3 * number + 2]
+        assert dataset.id(7) == small.id(7)
+    assert open_files() >= before + 10
 
 
 def test_ids_sources_and_clusters_are_those_of_the_documents(dataset_of):

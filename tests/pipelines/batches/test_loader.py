@@ -1,6 +1,8 @@
 import gc
 import itertools
+import multiprocessing
 from dataclasses import replace
+from multiprocessing import get_context
 
 import numpy as np
 import psutil
@@ -109,6 +111,21 @@ def test_a_damaged_shard_is_an_error_of_one_line_at_its_turn(dataset_of, workers
         next(reading)
     assert type(error.value) is DamagedShardError
     assert str(error.value) == f"{path} is corrupt: rebuild it with `fot data repair RECIPE`"
+
+
+def test_a_worker_that_is_not_forked_reads_the_same(dataset_of, monkeypatch):
+    """As all are from Python 3.14 on: the sampler comes to it pickled."""
+    dataset = dataset_of([70, 3, 41, 8, 100, 1, 33, 64, 17, 80], sources={"a": 5, "b": 5}, shards=3)
+    own = [dataset.training[dataset.source[dataset.training] == number] for number in range(2)]
+    groups = [pack(numbers, dataset.length[numbers], SHAPE.group_tokens) for numbers in own]
+    sources = [Source(name=name, path="x", weight=weight) for name, weight in (("a", 1), ("b", 3))]
+    mixed = CrossBatchSampler(dataset, groups, sources, SHAPE, seed=0)
+    expected = [
+        mixed.micro_batch(step, number) for step in range(2) for number in range(4)
+    ]  # opens files, deals blocks
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", get_context("forkserver"))
+    for tensors, batch in zip(rank_batches(mixed, range(2), 0, 1, workers=1), expected, strict=True):
+        same(tensors, batch)
 
 
 def test_without_workers_nothing_is_read_ahead(batches, monkeypatch):
