@@ -121,7 +121,8 @@ def _first_error(model: type[BaseModel], error: ValidationError) -> str:
         del names[names.index("objective") + 1]
     where = ".".join(names)
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(names[-1], set(_keys(model, names[:-1])), 1, 0.5)
+        known = set(_keys(model, names[:-1]))  # of another kind of objective, it may be among them
+        near = difflib.get_close_matches(names[-1], known, 1, 0.5) if names[-1] not in known else []
         hint = f": did you mean {'.'.join([*names[:-1], near[0]])}?" if near else ": remove it"
         return f"unknown key {where}{hint}"
     if first["type"] == "missing":

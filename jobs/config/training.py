@@ -181,8 +181,8 @@ class OwnObjective(MemoryRows):
     contexts: Annotated[int, Field(ge=2)] = 4
 
     def plan(self, rows: Any, step: int, seed: int) -> Any:
-        """The rows that each row of a step's micro-batch (rows.group, rows.segment, rows.related) sees besides itself:
-        a plan [R, d] as `fot_model.pad_plan` makes of lists, or None. A function of its arguments and the settings alone."""
+        """Which rows each row of a step's micro-batch (rows.group, rows.segment, rows.related) sees besides itself: a
+        plan [R, d], as `fot_model.pad_plan` makes of lists, or None. A function of its arguments and the settings."""
         raise NotImplementedError
 
     @property

@@ -14,7 +14,7 @@ from jobs.config.registry import Registry
 from jobs.config.settings import override, validated
 from jobs.config.train_spec import MODEL
 from jobs.evaluate.subject import check_models, read_tokenizer
-from jobs.evaluate.tasks import NEED_NO_TOKENIZER, check_installed, reads_documents, task_names
+from jobs.evaluate.tasks import MODULES, NEED_NO_TOKENIZER, check_installed, reads_documents, task_names
 from jobs.measures.tables import print_results
 from jobs.models.base import check_vocabulary, look_at_checkpoint
 from jobs.registry.record import register
@@ -103,7 +103,7 @@ def chosen(tasks: Sequence[str], overrides: Sequence[str], rivals: Sequence[str]
             near = difflib.get_close_matches(task, names, 1, 0.4)
             hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(names)}"
             raise UserError(f"--task {task} is unknown: {hint}")
-    content: dict[str, object] = {name: {} if name in tasks else None for name in names}
+    content: dict[str, object] = {**dict.fromkeys(MODULES), **{name: {} for name in tasks}}
     if rivals:
         content["rivals"] = list(dict.fromkeys(rivals))
     for text in overrides:
