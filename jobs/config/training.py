@@ -225,7 +225,8 @@ def _load_objective(kind: str, plugin: Plugin) -> type[OwnObjective]:
 
 
 def _objective(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
-    """An objective by its kind: ours, or a plugin's, which is loaded when it is asked for."""
+    """An objective by its kind: ours, or a plugin's, which is loaded when it is asked for. (The `handler` knows ours
+    alone, and not by their kinds.)"""
     if isinstance(value, OwnObjective):
         return value
     kind = value.get("kind") if isinstance(value, dict) else None

@@ -1,7 +1,7 @@
 """The evaluations by name. Each is a module with two functions: `cells(subject, settings)`, what is to be measured,
 which raises UserError at once for what cannot be; and `summarize(subject, settings, results, output)`, which makes the
-Result of the cells' results and draws its plots into `output`. Those of plugins (docs/plugins.md) also
-have `Settings`."""
+Result of the cells' results and draws its plots into `output`. Those of plugins (docs/plugins.md) also have
+`Settings`."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
