@@ -52,11 +52,12 @@ class Source(Part):
     opens); `python:stdlib`, the running interpreter's standard library; `python:site-packages`, the packages installed
     beside it, each a document; or `synthetic:recall`, made-up documents with the settings of `recall`.
 
-    A .jsonl or .json file holds a document a line, a .parquet, .arrow, .csv or .tsv file a document a row, any other
-    file is one document; each may be compressed. In a directory each top-level entry is a document of its own, a
-    subdirectory as its files concatenated directory by directory, unless it holds records (sources/directories.py);
-    with `directory: one_document` the whole directory is a single document (a repository). A directory written by
-    Hugging Face datasets' `save_to_disk` is read as that data set.
+    A .jsonl or .json file holds a document a line, a .parquet, .arrow, .csv or .tsv file a document a row, a file whose
+    ending a plugin reads (docs/plugins.md) what that finds in it, any other file is one document; each may be
+    compressed. In a directory each top-level entry is a document of its own, a subdirectory as its files concatenated
+    directory by directory, unless it holds records (sources/directories.py); with `directory: one_document` the whole
+    directory is a single document (a repository). A directory written by Hugging Face datasets' `save_to_disk` is read
+    as that data set.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]

@@ -14,6 +14,7 @@ from jobs.config.training import (
     FotObjective,
     MemorizingObjective,
     Objective,
+    OwnObjective,
     Resources,
     StandardObjective,
     Switch,
@@ -152,6 +153,8 @@ def _seen(objective: Objective, steps: int, memory: int, layers: int) -> str:
             return "each sees itself"
         case TransformerXlObjective():
             d = "0 or 1"
+        case OwnObjective(kind=kind):
+            d = f"what {kind} says"
         case MemorizingObjective(contexts=contexts):
             d = ", ".join(map(str, range(contexts)))
         case FotObjective(segments=segments) if segments is not None:

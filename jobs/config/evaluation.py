@@ -1,13 +1,15 @@
 """The recipe's evaluation parts. Lengths are multiples of the local context; results say tokens."""
 
 import difflib
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, create_model, model_validator
 
 from jobs.config.dictionary import DictionaryEvaluation
 from jobs.config.training import Positive
 from pipelines.config import Part
+from pipelines.workflow.plugins import Plugin, find_plugins
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Lengths = Annotated[tuple[Positive, ...], Field(min_length=1)]
@@ -19,6 +21,11 @@ RIVALS = {  # ways to read a long text without memory -> what they are called in
     "bm25": "retrieval (BM25)",
 }
 RIVALS_STAGE = "rivals"
+EVALUATIONS = "fot.evaluations"  # entry points
+STAGES = (  # beside the evaluations, whose stages have the tasks' names
+    *("checkpoint", "tokenizer", "shards", "index", "documents", "base", "probe", "finetune", "model", "report"),
+    RIVALS_STAGE,
+)
 READERS_TASKS = ("perplexity", "passkey")  # those that can be read in any of these ways
 READ_WITH_MEMORY = ("attention_mass", "dictionary", "trec", "webquestions")
 HOW = ("memory", "local", "dtype", "reader", "rivals", "rivals_up_to")  # of `Evaluation`, beside the tasks
@@ -119,7 +126,10 @@ class Evaluation(Part):
     context).
     `rivals`: other ways for the base to read, without any training, measured beside it in perplexity and passkey at
     lengths of up to `rivals_up_to` tokens (full attention's cost grows with the square of the length).
+    The tasks of plugins (docs/plugins.md) stand beside these by their names.
     """
+
+    model_config = ConfigDict(extra="allow")  # what is there must be a plugin's
 
     memory: MemorySettings = MemorySettings()
     local: Positive | None = None
@@ -135,10 +145,30 @@ class Evaluation(Part):
     webquestions: FewShot | None = None
     lm_eval: LmEval | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _others_are_of_plugins(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not (
+            others := {name: values[name] for name in values if name not in cls.model_fields}
+        ):
+            return values
+        plugins = evaluation_plugins()
+        known: dict[str, Any] = {
+            name: (load_evaluation(plugins[name]).Settings | None, None) for name in others if name in plugins
+        }
+        return {**values, **dict(create_model("Plugins", __base__=Part, **known).model_validate(others))}
+
+    @classmethod
+    def more_keys(cls) -> Mapping[str, Callable[[], Any]]:
+        """The tasks of plugins, with the types of their settings."""
+        plugins = evaluation_plugins()
+        return {name: lambda plugin=plugin: load_evaluation(plugin).Settings for name, plugin in plugins.items()}
+
     @property
     def tasks(self) -> dict[str, Part]:
         """What is asked for, by the task's name."""
         parts = {name: getattr(self, name) for name in type(self).model_fields if name not in HOW}
+        parts |= self.model_extra or {}
         return {name: part for name, part in parts.items() if part is not None}
 
     @property
@@ -159,10 +189,31 @@ class Evaluation(Part):
             )
         if self.dtype is not None and self.dictionary is not None:
             raise ValueError("evaluation.dtype: the dictionary is asked in the model's own: leave it out")
-        if self.reader == "full" and (others := [name for name in self.tasks if name in READ_WITH_MEMORY]):
+        if self.reader == "full" and (
+            others := [name for name in self.tasks if name in (*READ_WITH_MEMORY, *(self.model_extra or ()))]
+        ):
             raise ValueError(f"evaluation.reader: {others[0]} is read with memory: leave it out, or reader: full")
         if self.reader == "full" and self.perplexity is not None and self.perplexity.others:
             raise ValueError(
                 "evaluation.perplexity.others: other documents are read into memory; reader: full has none"
             )
         return self
+
+
+OURS = frozenset((*Evaluation.model_fields, *STAGES))
+
+
+def evaluation_plugins() -> Mapping[str, Plugin]:
+    """By the tasks' names. Raises UserError as `find_plugins` does."""
+    return find_plugins(EVALUATIONS, OURS)
+
+
+def load_evaluation(plugin: Plugin) -> Any:
+    """The plugin's module or class. Raises UserError for what is no evaluation."""
+    own = plugin.load()
+    settings = getattr(own, "Settings", None)
+    if not (isinstance(settings, type) and issubclass(settings, Part)):
+        raise plugin.mistake("has no Settings that derive from pipelines.config.Part")
+    if missing := [name for name in ("cells", "summarize") if not callable(getattr(own, name, None))]:
+        raise plugin.mistake(f"has no function {missing[0]}")
+    return own

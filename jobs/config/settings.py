@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -121,7 +121,8 @@ def _first_error(model: type[BaseModel], error: ValidationError) -> str:
         del names[names.index("objective") + 1]
     where = ".".join(names)
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(names[-1], set(_keys(model, names[:-1])), 1, 0.5)
+        known = set(_keys(model, names[:-1]))  # of another kind of objective, it may be among them
+        near = difflib.get_close_matches(names[-1], known, 1, 0.5) if names[-1] not in known else []
         hint = f": did you mean {'.'.join([*names[:-1], near[0]])}?" if near else ": remove it"
         return f"unknown key {where}{hint}"
     if first["type"] == "missing":
@@ -137,10 +138,17 @@ def _keys(model: Any, path: Iterable[str]) -> list[str]:
     """Names of the keys a recipe takes at a path."""
     models = [model]
     for name in path:
-        found = [child.model_fields[name].annotation for child in models if name in child.model_fields]
+        found = [fields[name]() for fields in map(_fields, models) if name in fields]
         if found:  # otherwise a place in a list, or a key of a mapping
             models = [child for annotation in found for child in _models_in(annotation)]
-    return [name for child in models for name in child.model_fields]
+    return [name for child in models for name in _fields(child)]
+
+
+def _fields(model: Any) -> Mapping[str, Callable[[], Any]]:
+    """The keys that a model takes, with what gives their types; of plugins, too, which need not be loaded for the names
+    alone."""
+    own = {name: lambda field=field: field.annotation for name, field in model.model_fields.items()}
+    return {**(model.more_keys() if hasattr(model, "more_keys") else {}), **own}
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

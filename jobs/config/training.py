@@ -1,12 +1,23 @@
 """The recipe's training parts: objective, batch, optimizer, schedule, DeepSpeed, checkpoints, what is watched."""
 
 import re
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    TypeAdapter,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from pipelines.config import Part
+from pipelines.workflow.plugins import Plugin, find_plugins
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -56,6 +67,17 @@ class Rows(Part):
     separate_documents: bool = True
 
 
+class MemoryRows(Rows):
+    """What an objective has whose model has memory layers.
+
+    `mem_layers`: numbers; `auto`, or `{auto: 4}`, has them chosen by a probe of the base; by default those the paper
+    would choose for the model's depth.
+    """
+
+    mem_layers: MemLayers = None
+    mem_positionals: bool = True
+
+
 class StandardObjective(Rows):
     """Next-token prediction within the local context."""
 
@@ -80,7 +102,7 @@ class Draw(Part):
     of: Annotated[tuple[Positive, ...], Field(min_length=1)]
 
 
-class FotObjective(Rows):
+class FotObjective(MemoryRows):
     """The Focused Transformer: in memory layers a context also sees additional contexts (CrossBatch).
 
     Who sees whom is either a table or a number:
@@ -88,17 +110,12 @@ class FotObjective(Rows):
     - `segments`: (positives, negatives) for each of the consecutive contexts of a document group (LongLLaMA);
     - `d`: a context sees the one before it in its document and those at the same place in the d - 1 next documents
       (the paper's small models), with `contexts` consecutive contexts a group.
-
-    `mem_layers`: numbers; `auto`, or `{auto: 4}`, has them chosen by a probe of the base; by default those the paper
-    would choose for the model's depth.
     """
 
     kind: Literal["fot"] = "fot"
     segments: Annotated[tuple[Seen, ...], Field(min_length=2)] | None = None
     d: Positive | Switch | Draw | None = None
     contexts: Annotated[int, Field(ge=2)] = 4
-    mem_layers: MemLayers = None
-    mem_positionals: bool = True
 
     @model_validator(mode="before")
     @classmethod
@@ -138,7 +155,7 @@ class FotObjective(Rows):
                 return [constant]
 
 
-class MemorizingObjective(Rows):
+class MemorizingObjective(MemoryRows):
     """The Memorizing Transformer: memory layers see all earlier contexts of the group, undifferentiated.
 
     With `gate` through a learnt gate a head, else in one softmax: so the paper fine-tunes a FoT model for 1k steps.
@@ -147,8 +164,6 @@ class MemorizingObjective(Rows):
     kind: Literal["memorizing"] = "memorizing"
     contexts: Annotated[int, Field(ge=2)] = 4
     gate: bool = True
-    mem_layers: MemLayers = None
-    mem_positionals: bool = True
 
 
 class TransformerXlObjective(Rows):
@@ -158,20 +173,86 @@ class TransformerXlObjective(Rows):
     contexts: Annotated[int, Field(ge=2)] = 4
 
 
+class OwnObjective(MemoryRows):
+    """What the objective of a plugin (docs/plugins.md) derives from: trained as the Focused Transformer is, where the
+    plugin says who sees whom. It gives `kind` a literal type, the plugin's name."""
+
+    kind: str
+    contexts: Annotated[int, Field(ge=2)] = 4
+
+    def plan(self, rows: Any, step: int, seed: int) -> Any:
+        """Which rows each row of a step's micro-batch (rows.group, rows.segment, rows.related) sees besides itself: a
+        plan [R, d], as `fot_model.pad_plan` makes of lists, or None. A function of its arguments and the settings."""
+        raise NotImplementedError
+
+    @property
+    def seen(self) -> float:
+        """How many a row sees on average, or at most: what `fot plan` reckons time and memory by."""
+        raise NotImplementedError
+
+    @classmethod
+    def more_keys(cls) -> Mapping[str, Callable[[], Any]]:
+        """Keys of the plugins that are loaded, with their types."""
+        fields = {name: field for each in cls.__subclasses__() for name, field in each.model_fields.items()}
+        return {name: lambda field=field: field.annotation for name, field in fields.items()}
+
+
+OBJECTIVES = "fot.objectives"  # entry points
+OURS = (StandardObjective, FotObjective, MemorizingObjective, TransformerXlObjective)
+KINDS = frozenset(each.model_fields["kind"].default for each in OURS)
+
+
+def objective_plugin(kind: str) -> Plugin | None:
+    """The plugin that an objective comes from. Raises UserError as `find_plugins` does."""
+    return find_plugins(OBJECTIVES, KINDS).get(kind)
+
+
+@cache
+def _adapter(*own: type[OwnObjective]) -> TypeAdapter[Any]:
+    return TypeAdapter(Annotated[Union[(*OURS, *own)], Field(discriminator="kind")])
+
+
+def _load_objective(kind: str, plugin: Plugin) -> type[OwnObjective]:
+    """Raises UserError for what is no objective of that name."""
+    own = plugin.load()
+    if not (isinstance(own, type) and issubclass(own, OwnObjective)):
+        raise plugin.mistake("is no class that derives from jobs.config.training.OwnObjective")
+    if get_args(own.model_fields["kind"].annotation) != (kind,):
+        raise plugin.mistake(f"has a kind other than its name: write kind: Literal[{kind!r}] = {kind!r}")
+    if missing := [name for name in ("plan", "seen") if getattr(own, name) is getattr(OwnObjective, name)]:
+        raise plugin.mistake(f"has no {missing[0]} of its own")
+    return own
+
+
+def _objective(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """An objective by its kind: ours, or a plugin's, which is loaded when it is asked for. (The `handler` knows ours
+    alone, and not by their kinds.)"""
+    if isinstance(value, OwnObjective):
+        return value
+    kind = value.get("kind") if isinstance(value, dict) else None
+    plugins = find_plugins(OBJECTIVES, KINDS)
+    if plugins and isinstance(kind, str) and kind not in KINDS:
+        if kind not in plugins:
+            raise ValueError(f"objective.kind {kind} is unknown: give one of {', '.join([*sorted(KINDS), *plugins])}")
+        return _adapter(_load_objective(kind, plugins[kind])).validate_python(value)
+    return _adapter().validate_python(value)
+
+
 Objective = Annotated[
-    StandardObjective | FotObjective | MemorizingObjective | TransformerXlObjective, Field(discriminator="kind")
+    SerializeAsAny[StandardObjective | FotObjective | MemorizingObjective | TransformerXlObjective | OwnObjective],
+    WrapValidator(_objective),
 ]
 
 
 def named_layers(objective: Objective) -> tuple[int, ...]:
     """The memory layers that the recipe names; none where a probe or the model's depth decides."""
-    layers = objective.mem_layers if isinstance(objective, FotObjective | MemorizingObjective) else None
+    layers = objective.mem_layers if isinstance(objective, MemoryRows) else None
     return layers if isinstance(layers, tuple) else ()
 
 
 def auto_layers(objective: Objective) -> Auto | None:
     """What a probe of the base is to choose, if it is."""
-    layers = objective.mem_layers if isinstance(objective, FotObjective | MemorizingObjective) else None
+    layers = objective.mem_layers if isinstance(objective, MemoryRows) else None
     return layers if isinstance(layers, Auto) else None
 
 

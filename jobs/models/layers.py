@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from jobs.config.training import (
-    FotObjective,
     MemorizingObjective,
+    MemoryRows,
     Objective,
     TransformerXlObjective,
     auto_layers,
@@ -15,7 +15,7 @@ from jobs.config.training import (
 def memory_layer_numbers(objective: Objective, layers: int) -> list[int]:
     """The memory layers, of a base that has none itself. Which ones a probe will choose nobody knows before it: then as
     many, spread evenly."""
-    if not isinstance(objective, FotObjective | MemorizingObjective):
+    if not isinstance(objective, MemoryRows):
         return []
     if named := named_layers(objective):
         return sorted(set(named))

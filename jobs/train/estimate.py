@@ -45,6 +45,7 @@ from jobs.config.training import (
     FotObjective,
     MemorizingObjective,
     Objective,
+    OwnObjective,
     Resources,
     StandardObjective,
     Switch,
@@ -71,6 +72,8 @@ def contexts_seen(objective: Objective, steps: int) -> float:
             return (contexts - 1) / 2
         case TransformerXlObjective(contexts=contexts):
             return (contexts - 1) / contexts
+        case OwnObjective():
+            return objective.seen
     if objective.segments is not None:
         return sum(map(sum, objective.segments)) / objective.contexts
     match objective.d:
@@ -99,7 +102,7 @@ def step_flops(shape: Shape, training: Training, seen: float | None = None) -> f
     if seen is None:
         seen = contexts_seen(objective, training.steps)
     back, layers, pair = Backward.of(shape, training), shape.num_hidden_layers, 12
-    if not isinstance(objective, FotObjective):
+    if not isinstance(objective, FotObjective | OwnObjective):
         pair = 8
     local = sum(12 if back.reaches_attention(layer) else 4 for layer in range(layers)) * (objective.context + 1) / 2
     far = sum(pair if back.reaches_attention(layer) else 4 for layer in seeing_layers(objective, layers))

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.config.training import FotObjective, MemorizingObjective, Objective
+from jobs.config.training import MemoryRows, Objective
 from jobs.models.layers import memory_layer_numbers
 from jobs.train.checkpoint_store import MODEL_FILES, Checkpoint, CheckpointStore, Record, split_step, step_name
 from pipelines.workflow.errors import UserError
@@ -100,7 +100,7 @@ def check_adapter(adapter: Path, base: Path, objective: Objective) -> None:
     from fot_model import FotLlamaConfig
 
     loaded = load_adapter(adapter)
-    if isinstance(objective, FotObjective | MemorizingObjective):
+    if isinstance(objective, MemoryRows):
         layers = FotLlamaConfig.from_pretrained(base).num_hidden_layers
         ours = {
             "mem_layers": memory_layer_numbers(objective, layers),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fot_model import FotLlamaForCausalLM, attention_mass
-from jobs.config.training import FotObjective, MemorizingObjective, Objective
+from jobs.config.training import MemoryRows, Objective
 from jobs.measures.scoring import score
 from jobs.measures.windows import Window, read_contexts
 from jobs.train.objective import seen_by
@@ -67,7 +67,7 @@ def mass_on_positives(
     team: torch.distributed.ProcessGroup | None,
 ) -> dict[str, float]:
     """{"attention_mass/layer8": r_d over all heads, "attention_mass/layer8_best_head": ...} of a micro-batch a team."""
-    if not isinstance(objective, FotObjective | MemorizingObjective):
+    if not isinstance(objective, MemoryRows):
         return {}
     arguments: dict[str, Any] = seen_by(batch, objective, step, seed, team)
     with attention_mass(model, batch.document_ids) as mass:

@@ -11,8 +11,8 @@ from fot_model.adapter import settings_of
 from jobs.config.recipe import ModelShape
 from jobs.config.train_spec import TrainSpec
 from jobs.config.training import (
-    FotObjective,
     MemorizingObjective,
+    MemoryRows,
     Objective,
     TransformerXlObjective,
     auto_layers,
@@ -127,7 +127,7 @@ def _base_config(base: Path, objective: Objective) -> FotLlamaConfig:
     """The base's configuration; with the memory layers and windows it is trained with, where it is."""
     config = FotLlamaConfig.from_pretrained(base)
     config.previous_context = isinstance(objective, TransformerXlObjective)
-    if isinstance(objective, FotObjective | MemorizingObjective):
+    if isinstance(objective, MemoryRows):
         assert auto_layers(objective) is None, "what a probe chose is in the spec"
         config.mem_layers = list(named_layers(objective) or default_mem_layers(config.num_hidden_layers))
         config.mem_positionals = objective.mem_positionals

@@ -10,18 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fot_model import c_prev_plan, cross_batch_plan
+from fot_model import c_prev_plan, check_plan, cross_batch_plan
 from jobs.config.training import (
     Draw,
     FotObjective,
     MemorizingObjective,
     Objective,
+    OwnObjective,
     StandardObjective,
     Switch,
     TransformerXlObjective,
 )
 from pipelines.batches.loader import TensorBatch
 from pipelines.batches.sampler import MicroBatch
+from pipelines.workflow.errors import UserError
 
 
 def plan_of(objective: Objective, rows: MicroBatch | TensorBatch, step: int, seed: int) -> Tensor | None:
@@ -33,11 +35,35 @@ def plan_of(objective: Objective, rows: MicroBatch | TensorBatch, step: int, see
             return c_prev_plan(rows.group, rows.segment, rows.related, d_at(objective, step, seed))
         case FotObjective(segments=segments) if segments is not None:
             table: Sequence[tuple[int, int]] = segments
+        case OwnObjective():
+            return _checked(objective.plan(rows, step, seed), rows, objective.kind)
         case MemorizingObjective(contexts=contexts):
             table = [(earlier, 0) for earlier in range(contexts)]
         case TransformerXlObjective(contexts=contexts):
             table = [(min(earlier, 1), 0) for earlier in range(contexts)]
     return cross_batch_plan(rows.group, rows.segment, rows.related, table)
+
+
+def _checked(plan_Rd: Any, rows: MicroBatch | TensorBatch, kind: str) -> Tensor | None:
+    """A plugin's plan. Raises UserError for what is none, and where a row would see the future of its document, or as
+    negative what is related to it."""
+    if plan_Rd is None:
+        return None
+    try:
+        check_plan(plan_Rd, len(rows.group))
+    except ValueError as error:
+        raise UserError(f"objective {kind}: {error}") from None
+    for row, seen in enumerate(plan_Rd.tolist()):
+        own = rows.group[row]
+        for other in (each for each in seen if each >= 0):
+            if rows.group[other] == own and other > row:
+                raise UserError(f"objective {kind}: plan: row {row} sees row {other}, the future of its own document")
+            if rows.group[other] != own and rows.related[own][rows.group[other]]:
+                raise UserError(
+                    f"objective {kind}: plan: row {row} sees row {other}, whose group is related to its own: pass over "
+                    f"what rows.related names"
+                )
+    return torch.as_tensor(plan_Rd, dtype=torch.int64)
 
 
 def d_at(objective: FotObjective, step: int, seed: int) -> int:
@@ -82,5 +108,9 @@ def seen_by(
     plan_Rd = plan_of(objective, batch, step, seed)
     if plan_Rd is not None:
         own = slice(batch.first, batch.first + len(batch.input_ids))
-        arguments |= {"plan": plan_Rd[own], "objective": objective.kind, "ranks": team}
+        arguments |= {
+            "plan": plan_Rd[own],
+            "objective": "fot" if isinstance(objective, OwnObjective) else objective.kind,
+            "ranks": team,
+        }
     return arguments

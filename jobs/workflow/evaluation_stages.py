@@ -9,7 +9,7 @@ from jobs.config.evaluation import READERS_TASKS, RIVALS_STAGE, Evaluation, Perp
 from jobs.config.train_spec import MODEL
 from jobs.evaluate.side_by_side import Measured, side_by_side
 from jobs.evaluate.subject import Reading, Subject
-from jobs.evaluate.tasks import READ_DOCUMENTS, SEE_BASE, check_installed, evaluate
+from jobs.evaluate.tasks import SEE_BASE, check_installed, evaluate, plugin_version, reads_documents
 from jobs.measures.result import RESULT, Result
 from jobs.workflow.data_stages import INDEX, SHARDS, Inputs, directory_files
 from pipelines.config import Part
@@ -48,7 +48,7 @@ def _stage(
 ) -> Stage:
     settings = evaluation.tasks[name]
     seen = {who: stage for who, stage in models.items() if who == "model" or name in SEE_BASE}
-    texts = (SHARDS, INDEX) if name in READ_DOCUMENTS else ()
+    texts = (SHARDS, INDEX) if reads_documents(name) else ()
     reading = Reading(evaluation.reader) if name in READERS_TASKS else Reading()
 
     def run(output: Path, inputs: Inputs) -> None:
@@ -67,6 +67,8 @@ def _stage(
         params["dtype"] = evaluation.dtype
     if name == "lm_eval":
         params["version"] = _version("lm_eval")
+    if (made_by := plugin_version(name)) is not None:
+        params["plugin"] = made_by
     inputs = (*texts, *seen.values())
     return Stage(name, run, params, inputs, version=4 if name in READERS_TASKS else 3, content=RESULT)
 
@@ -87,7 +89,7 @@ def _rival_stage(evaluation: Evaluation, task: str, rival: str, base: str, local
     if isinstance(settings, Perplexity):
         settings = settings.model_copy(update={"others": ()})  # read into memory, which rivals have not
     reading = Reading(rival, up_to, max(within))
-    texts = (SHARDS, INDEX) if task in READ_DOCUMENTS else ()
+    texts = (SHARDS, INDEX) if reads_documents(task) else ()
 
     def run(output: Path, inputs: Inputs) -> None:
         evaluate(task, _subject(inputs, {"model": base}, local, seed, evaluation, reading), settings, output)

@@ -11,13 +11,13 @@ from jobs.common.version import made_by
 from jobs.config.recipe import ModelShape, Recipe
 from jobs.config.train_spec import ADAPTER, CHECKPOINTS, METRICS, MODEL, Start, TrainSpec
 from jobs.config.training import (
-    FotObjective,
-    MemorizingObjective,
+    MemoryRows,
     Objective,
     Patterns,
     Training,
     auto_layers,
     named_layers,
+    objective_plugin,
 )
 from jobs.evaluate import attention_mass, lm_eval_tasks, passkey, perplexity, trec, webquestions
 from jobs.measures.windows import choose_windows
@@ -243,8 +243,11 @@ def _continuing(start: Start | None) -> dict[str, Any]:
 
 
 def _deciding(training: Training, also: Set[str] = frozenset()) -> dict[str, Any]:
-    """The settings that decide a training's numbers, less those that `also` do not."""
-    return _dump(training, NOT_DECIDING | also)
+    """What decides a training's numbers: its settings, less those that `also` do not, and the plugin that its objective
+    comes from, if it does."""
+    plugin = objective_plugin(training.objective.kind)
+    made_by = {} if plugin is None else {"plugin": plugin.made_by}
+    return {**_dump(training, NOT_DECIDING | also), **made_by}
 
 
 def _content(output: Path) -> str:
@@ -258,7 +261,7 @@ def _dump(part: Any, without: Set[str] = frozenset()) -> dict[str, Any]:
 
 def _mem_layers(objective: Objective, base: Path | ModelShape) -> Sequence[int]:
     """The memory layers that the objective comes to with this base."""
-    if not isinstance(objective, FotObjective | MemorizingObjective):
+    if not isinstance(objective, MemoryRows):
         return ()
     depth = base.num_hidden_layers if isinstance(base, ModelShape) else read_config(base)["num_hidden_layers"]
     return named_layers(objective) or default_mem_layers(depth)

@@ -58,8 +58,8 @@ class Unit:
 class Document:
     """A document's text with its lineage.
 
-    `start`, `end`: its bytes in `file` (decompressed, lines without newline); of a table, its row number and the next;
-    of a tree, `file` is the document's name and the bytes are those of the joined text.
+    `start`, `end`: its bytes in `file` (decompressed, lines without newline); of a table (a plugin's file), its row's
+    (record's) number and the next; of a tree, `file` is the document's name and the bytes are those of the joined text.
     """
 
     id: str

@@ -13,7 +13,16 @@ from dataclasses import dataclass, field
 from typing import IO
 
 from pipelines.config import Source
-from pipelines.sources.formats import CERTAIN, RECORDS, SEPARATED, TABLES, companion, suffix_and_codec, unread
+from pipelines.sources.formats import (
+    RECORDS,
+    SEPARATED,
+    TABLES,
+    companion,
+    is_certain,
+    plugin_of,
+    suffix_and_codec,
+    unread,
+)
 from pipelines.sources.separated import read_separated
 from pipelines.sources.storage import Item, open_decompressed, readable
 from pipelines.sources.tables import column_names
@@ -49,7 +58,7 @@ def look_into(files: Sequence[Named], source: Source) -> Found:
             found.beside.setdefault(kind, []).append((name, item))
         elif (kind := unread(name)) is not None:
             found.lost.setdefault(kind, []).append((name, item))
-        elif suffix in CERTAIN:
+        elif is_certain(name):
             records.append((name, item))
         else:
             (possible if suffix in RECORDS else texts).append((name, item))
@@ -93,6 +102,8 @@ def _holds(file: Named, source: Source) -> bool | None:
     because it is damaged."""
     name, item = file
     suffix = suffix_and_codec(name)[0]
+    if plugin_of(name) is not None:  # made for nothing else
+        return True
     try:
         if suffix in TABLES:
             return source.text_field in column_names(item.path)

@@ -4,6 +4,8 @@ import os
 import posixpath
 import re
 
+from pipelines.workflow.plugins import Plugin, find_plugins
+
 LINES = (".jsonl", ".json")  # a JSON object a line
 TABLES = (".parquet", ".arrow")
 SEPARATED = {".csv": ",", ".tsv": "\t"}
@@ -21,6 +23,8 @@ ALIASES = {
     ".ipc": ".arrow",
 }
 CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bzip2", ".xz": "xz"}
+READERS = "fot.readers"  # entry points; each is named as the ending of the files that it reads
+OURS = frozenset(ending.removeprefix(".") for ending in (*RECORDS, *PROSE, *ALIASES, *CODECS))
 IN_TREES = (".gz", ".zst")  # endings of what is decompressed in a tree: a repository keeps others for its programs
 
 ABOUT = ("README", "LICENSE", "LICENCE", "COPYING", "NOTICE", "CITATION", "AUTHORS", "CHANGELOG")
@@ -56,9 +60,19 @@ def suffix_and_codec(name: str) -> tuple[str, str | None]:
     return ALIASES.get(suffix, suffix), codec
 
 
+def plugin_of(name: str) -> Plugin | None:
+    """The plugin that reads a file, if one does. Raises UserError as `find_plugins` does."""
+    return find_plugins(READERS, OURS).get(suffix_and_codec(name)[0].removeprefix("."))
+
+
 def holds_records(name: str) -> bool:
-    """Whether a file of its own is read line by line or row by row."""
-    return suffix_and_codec(name)[0] in RECORDS
+    """Whether a file of its own is read line by line, row by row, or by a plugin."""
+    return suffix_and_codec(name)[0] in RECORDS or plugin_of(name) is not None
+
+
+def is_certain(name: str) -> bool:
+    """Whether the ending is made for records alone."""
+    return suffix_and_codec(name)[0] in CERTAIN or plugin_of(name) is not None
 
 
 def companion(name: str, size: int) -> str | None:
@@ -68,8 +82,8 @@ def companion(name: str, size: int) -> str | None:
     suffix = suffix_and_codec(base)[0]
     if any(directory in LOGS for directory in directories) or (base.startswith("_") and "." not in base):
         return "marks and logs of what wrote records"  # _SUCCESS, _metadata, _committed_123
-    if suffix in RECORDS:
-        return None if size or suffix in CERTAIN else "empty files"
+    if holds_records(name):
+        return None if size or is_certain(name) else "empty files"
     if suffix in CHECKSUMS or base.upper().startswith(SUMS):
         return "checksums"
     if suffix in MEDIA:
@@ -80,6 +94,8 @@ def companion(name: str, size: int) -> str | None:
 def unread(name: str) -> str | None:
     """What kind of data a file holds that nothing here reads, by its name. None for any other."""
     suffix, codec = suffix_and_codec(name)
+    if plugin_of(name) is not None:
+        return None
     for kind, suffixes in UNREAD.items():
         if suffix in suffixes:
             return kind

@@ -21,7 +21,7 @@ from pipelines.sources.corpus import Entry, File
 from pipelines.sources.directories import look_into
 from pipelines.sources.distributions import find_distributions, site_packages
 from pipelines.sources.file_hashes import FileHashes
-from pipelines.sources.formats import IN_TREES, holds_records, is_url, suffix_and_codec, unread
+from pipelines.sources.formats import IN_TREES, holds_records, is_url, plugin_of, suffix_and_codec, unread
 from pipelines.sources.storage import Item, open_binary, printable, readable, storage_of
 from pipelines.sources.synthetic import SYNTHETIC, TAG, recall_names
 from pipelines.sources.trees import beginning, import_order, random_order
@@ -324,9 +324,13 @@ class _Search:
 
 
 def _read_as(name: str, in_tree: bool) -> str:
-    """What names the content of a compressed file besides its bytes: that it is decompressed, where it was not once."""
-    codec = suffix_and_codec(name)[1]
-    return "" if codec is None or in_tree or name.endswith(IN_TREES) else f"{codec}/"
+    """What names the content of a file besides its bytes: that it is decompressed, where it was not once; the plugin
+    that reads it, of which another version may read another text."""
+    if in_tree:
+        return ""
+    codec, plugin = suffix_and_codec(name)[1], plugin_of(name)
+    decompressed = "" if codec is None or name.endswith(IN_TREES) else f"{codec}/"
+    return decompressed if plugin is None else f"{decompressed}{plugin.made_by}/"
 
 
 def _some(files: Sequence[tuple[str, Item]]) -> str:

@@ -1,4 +1,4 @@
-"""From units of work to documents: lines, rows, whole files and trees.
+"""From units of work to documents: lines, rows, what plugins read, whole files and trees.
 
 Memory holds one document and a buffer, however long the file. What is no document comes back as `Dropped`, in its
 place.
@@ -7,12 +7,12 @@ place.
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
 from pipelines.config import Source
 from pipelines.sources.corpus import Document, Dropped, Entry, File, Unit
-from pipelines.sources.formats import IN_TREES, PROSE, ROWS, SEPARATED, TABLES, suffix_and_codec
+from pipelines.sources.formats import IN_TREES, LINES, PROSE, ROWS, SEPARATED, TABLES, plugin_of, suffix_and_codec
 from pipelines.sources.separated import read_separated
 from pipelines.sources.storage import (
     BLOCK,
@@ -26,6 +26,7 @@ from pipelines.sources.storage import (
 from pipelines.sources.synthetic import is_synthetic
 from pipelines.sources.tables import choose_columns, name_some, read_rows
 from pipelines.workflow.errors import UserError
+from pipelines.workflow.plugins import said
 
 BEGINNING = 1 << 16  # bytes of a file of lines in which its first one begins
 
@@ -43,17 +44,27 @@ def read_unit(unit: Unit, source: Source) -> Iterator[Document | Dropped]:
             yield from _read_rows(entry, unit.span, source)
         elif suffix in SEPARATED:
             yield from _read_separated(entry, source)
-        else:
+        elif suffix in LINES:
             yield from _read_lines(entry, unit.span, source)
+        else:
+            yield from _read_by_plugin(entry, source)
+
+
+def plugins_used(units: Sequence[Unit]) -> dict[str, str]:
+    """{distribution: version} of the plugins that read some of the units."""
+    read = [plugin_of(unit.entries[0].files[0].path) for unit in units if unit.span is not None]
+    return {plugin.distribution: plugin.version for plugin in read if plugin is not None}
 
 
 def describe(dropped: Dropped) -> str:
-    """What was dropped, where and why, for people. Lines count from 1, a table's rows from 0."""
+    """What was dropped, where and why, for people. Lines count from 1, rows and records from 0."""
     path, what = printable(dropped.path), f"{dropped.reason} ({dropped.detail})" if dropped.detail else dropped.reason
     if dropped.at is None:
         return f"{path}: {what}"
     if suffix_and_codec(path)[0] in ROWS:
         return f"{path}, row {dropped.at}: {what}"
+    if suffix_and_codec(path)[0] not in LINES:
+        return f"{path}, record {dropped.at}: {what}"
     newlines, left = 0, dropped.at
     with readable(dropped.path), open_decompressed(dropped.path) as stream:
         while left > 0 and (block := stream.read(min(left, BLOCK))):
@@ -216,6 +227,38 @@ def _read_separated(entry: Entry, source: Source) -> Iterator[Document | Dropped
             yield Dropped("row is not UTF-8", file.path, row, bad=True)
             continue
         yield _document(source, file, row, row + 1, text, next(filter(None, identity), None))
+
+
+def _read_by_plugin(entry: Entry, source: Source) -> Iterator[Document | Dropped]:
+    (file,) = entry.files
+    for number, (identity, text) in enumerate(_records(file.path)):
+        if isinstance(text, str):
+            yield _document(source, file, number, number + 1, text, identity)
+        else:
+            detail = f"its reader gave {type(text).__name__}"
+            yield Dropped("record has no text", file.path, number, bad=True, detail=detail)
+
+
+def _records(path: str) -> Iterator[tuple[Any, Any]]:
+    """(id, text) of what a plugin finds in a file, of whatever types it gives them."""
+    plugin = plugin_of(path)
+    if plugin is None:
+        raise UserError(
+            f"{printable(path)}: no plugin here reads files that end so, where it was listed one did: install it on "
+            f"every node"
+        )
+    read = plugin.load()
+    with readable(path), open_decompressed(path) as stream:
+        refuse_pointer(path, stream.peek(len(POINTER)))  # type: ignore[attr-defined]  # all that are opened are buffered
+        try:
+            yield from ((identity, text) for identity, text in read(stream))
+        except (OSError, EOFError, UserError):
+            raise
+        except Exception as error:  # of code that is not ours, anything
+            raise UserError(
+                f"{printable(path)} cannot be read by {plugin.point.group} {plugin.point.name} of {plugin.made_by} "
+                f"({said(error)}): mend the file or the reader"
+            ) from error
 
 
 def _document(source: Source, file: File, start: int, end: int, text: str, identity: Any) -> Document | Dropped:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pipelines.sources.corpus import Entry, File, Unit
-from pipelines.sources.formats import SEPARATED, TABLES, suffix_and_codec
+from pipelines.sources.formats import LINES, TABLES, suffix_and_codec
 from pipelines.sources.tables import part_sizes
 
 
@@ -42,7 +42,7 @@ def _spans(file: File, task_bytes: int) -> list[tuple[tuple[int, int], int]]:
     suffix, codec = suffix_and_codec(file.path)
     if suffix in TABLES:
         return _group_parts(part_sizes(file.path, file.size), task_bytes)
-    if codec is not None or suffix in SEPARATED:
+    if codec is not None or suffix not in LINES:
         return [((0, 1), file.size)]
     starts = range(0, file.size, task_bytes)
     return [((start, end), end - start) for start in starts for end in [min(start + task_bytes, file.size)]]

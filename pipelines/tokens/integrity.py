@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import closing
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pyarrow as pa
@@ -78,7 +78,14 @@ def _difference(there: object, here: object) -> str:
 
 
 def _here(manifest: Manifest) -> dict[str, str]:
-    return {name: version(name) for name in manifest.libraries}
+    return {name: _version(name) for name in manifest.libraries}
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:  # a plugin's distribution
+        return "not installed"
 
 
 def _libraries(versions: dict[str, str]) -> str:

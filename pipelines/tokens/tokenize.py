@@ -21,7 +21,7 @@ import numpy as np
 
 from pipelines.config import Data, Source
 from pipelines.sources.corpus import Document, Dropped, Unit
-from pipelines.sources.readers import read_unit
+from pipelines.sources.readers import plugins_used, read_unit
 from pipelines.tokens.minhash import signature
 from pipelines.tokens.precheck import too_many_bad
 from pipelines.tokens.shards import Encoded, Manifest, Shard, token_dtype, write_shard
@@ -99,7 +99,11 @@ def tokenize(
         shards=(*inherited, *(shards[number] for number in range(len(units)))),
         parent=before.hash if before else None,
         generations=[*(before.generations if before else ()), len(units)],
-        libraries={name: version(name) for name in ("numpy", "pyarrow", "tokenizers")},
+        libraries={
+            **(before.libraries if before else {}),
+            **{name: version(name) for name in ("numpy", "pyarrow", "tokenizers")},
+            **plugins_used(units),
+        },
     )
     if manifest.documents == 0:
         dropped = ", ".join(f"{count} {reason}" for reason, count in manifest.dropped.items()) or "nothing in the files"

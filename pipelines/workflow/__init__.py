@@ -8,5 +8,6 @@ progress.py     bars, rates, ETA; library noise to a file
 visible.py      names and ids do nothing to a terminal
 files.py        nothing half-written is ever visible
 hashing.py      of JSON values and files
+plugins.py      what users add by entry points
 errors.py       a user's mistake
 """

@@ -14,7 +14,7 @@ from jobs.config.registry import Registry
 from jobs.config.settings import override, validated
 from jobs.config.train_spec import MODEL
 from jobs.evaluate.subject import check_models, read_tokenizer
-from jobs.evaluate.tasks import MODULES, NEED_NO_TOKENIZER, READ_DOCUMENTS, check_installed
+from jobs.evaluate.tasks import MODULES, NEED_NO_TOKENIZER, check_installed, reads_documents, task_names
 from jobs.measures.tables import print_results
 from jobs.models.base import check_vocabulary, look_at_checkpoint
 from jobs.registry.record import register
@@ -65,7 +65,7 @@ def evaluate_checkpoint(request: EvaluateRequest) -> None:
     validated(Named, {"name": request.name}, "fot evaluate")
     evaluation = chosen(request.tasks, request.overrides, request.rivals)
     check_installed(evaluation.rivals)
-    if needy := sorted(READ_DOCUMENTS & set(evaluation.tasks)) if not request.texts else []:
+    if needy := [] if request.texts else sorted(filter(reads_documents, evaluation.tasks)):
         raise UserError(f"{needy[0]} is measured on text: give some with --data FILES")
     work = WorkDir(request.name, request.work_dir, rebuild=request.rebuild)
     with work.with_ray():
@@ -98,18 +98,19 @@ def chosen(tasks: Sequence[str], overrides: Sequence[str], rivals: Sequence[str]
     """The settings of the tasks asked for, all others left out; keys may begin with `evaluation.` as in a recipe.
 
     Raises UserError for an unknown task, and for settings of one that is not asked for."""
+    names = task_names()
     for task in tasks:
-        if task not in MODULES:
-            near = difflib.get_close_matches(task, MODULES, 1, 0.4)
-            hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(MODULES)}"
+        if task not in names:
+            near = difflib.get_close_matches(task, names, 1, 0.4)
+            hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(names)}"
             raise UserError(f"--task {task} is unknown: {hint}")
-    content: dict[str, object] = {name: {} if name in tasks else None for name in MODULES}
+    content: dict[str, object] = {**dict.fromkeys(MODULES), **{name: {} for name in tasks}}
     if rivals:
         content["rivals"] = list(dict.fromkeys(rivals))
     for text in overrides:
         setting = text.removeprefix("evaluation.")
         task = re.split("[.=]", setting)[0]
-        if task in MODULES and task not in tasks:
+        if task in names and task not in tasks:
             raise UserError(f"--set {text}: {task} is not asked for: add --task {task} or leave this out")
         override(content, setting)
     return validated(Evaluation, content, "fot evaluate")
