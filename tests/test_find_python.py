@@ -67,7 +67,7 @@ def test_it_is_looked_for_under_the_names_of_all_versions_that_the_package_admit
     found = re.search(r'^requires-python = ">=3\.(\d+),<3\.(\d+)"$', project, re.MULTILINE)
     assert found is not None
     first, end = map(int, found.groups())
-    assert [*(f"python3.{minor}" for minor in range(end - 1, first - 1, -1)), "python3"] == NAMES
+    assert [*(f"python3.{minor}" for minor in range(first, end)), "python3"] == NAMES
     for minor in range(first, end):
         assert f'"Programming Language :: Python :: 3.{minor}"' in project
 
