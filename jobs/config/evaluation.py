@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, create_model, model_validator
@@ -117,6 +118,10 @@ class LmEval(Part):
     lengths: Annotated[tuple[Literal[4096, 8192, 16384, 32768, 65536, 131072], ...], Field(min_length=1)] = (4096,)
 
 
+def _settings_of(plugin: Plugin) -> Any:
+    return load_evaluation(plugin).Settings
+
+
 class Evaluation(Part):
     """What is measured after training; a task that is null is left out.
 
@@ -162,7 +167,7 @@ class Evaluation(Part):
     def more_keys(cls) -> Mapping[str, Callable[[], Any]]:
         """The tasks of plugins, with the types of their settings."""
         plugins = evaluation_plugins()
-        return {name: lambda plugin=plugin: load_evaluation(plugin).Settings for name, plugin in plugins.items()}
+        return {name: partial(_settings_of, plugin) for name, plugin in plugins.items()}
 
     @property
     def tasks(self) -> dict[str, Part]:

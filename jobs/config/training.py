@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import (
@@ -194,7 +194,7 @@ class OwnObjective(MemoryRows):
     def more_keys(cls) -> Mapping[str, Callable[[], Any]]:
         """Keys of the plugins that are loaded, with their types."""
         fields = {name: field for each in cls.__subclasses__() for name, field in each.model_fields.items()}
-        return {name: lambda field=field: field.annotation for name, field in fields.items()}
+        return {name: partial(getattr, field, "annotation") for name, field in fields.items()}
 
 
 OBJECTIVES = "fot.objectives"  # entry points
@@ -209,7 +209,8 @@ def objective_plugin(kind: str) -> Plugin | None:
 
 @cache
 def _adapter(*own: type[OwnObjective]) -> TypeAdapter[Any]:
-    return TypeAdapter(Annotated[Union[(*OURS, *own)], Field(discriminator="kind")])
+    kinds: Any = Annotated[Union[(*OURS, *own)], Field(discriminator="kind")]
+    return TypeAdapter(kinds)
 
 
 def _load_objective(kind: str, plugin: Plugin) -> type[OwnObjective]:
@@ -461,7 +462,7 @@ class Resources(Part):
     """
 
     workers: Positive = 1
-    cpus_per_worker: Positive = Field(1, description="also the threads that a worker computes with on CPUs")
+    cpus_per_worker: Positive = 1  # and the threads that a worker computes with on them
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
     ranks_per_micro_batch: Positive = 1
     wait_minutes: Annotated[float, Field(ge=0)] = 10
