@@ -9,4 +9,5 @@ visible.py      names and ids do nothing to a terminal
 files.py        nothing half-written is ever visible
 hashing.py      of JSON values and files
 errors.py       a user's mistake
+credentials.py  in URLs: found, refused, left out of what everybody may read
 """

@@ -451,3 +451,10 @@ def test_a_remote_stream_is_seekable_and_decompresses(memory):
     with open_binary("memory://b") as stream:
         assert (stream.seek(4), stream.read(3), stream.tell()) == (4, b"456", 7)
         assert (stream.seek(-2, 2), stream.read()) == (8, b"89")
+
+
+@pytest.mark.parametrize("path", ["nope://me:hidden@bucket/a.txt", "abfs://key:hidden@bucket/a.txt?sig=hidden"])
+def test_no_error_of_a_storage_repeats_what_a_url_tells(path):
+    with pytest.raises(UserError, match=r"bucket/a\.txt") as caught:
+        open_binary(path)
+    assert "hidden" not in str(caught.value)
