@@ -14,7 +14,7 @@ from urllib.parse import unquote
 NO_URL = r'\s"<>`'  # never in a URL: it ends before them. In JSON a quote comes after a backslash.
 
 _SCHEME = r"(?<![a-z0-9+.-])[a-z0-9+.-]+://"
-_FILE = r"(?:sqlite|file)(?:\+[a-z0-9]+)?://"  # names of this machine, with whatever in them
+_FILE = r"(?:sqlite|file)(?:\+[a-z0-9]+)?:///"  # names of this machine, with whatever in them
 _URL = re.compile(rf"(?:[a-z0-9+.-]+::)*(?!{_FILE}){_SCHEME}", re.IGNORECASE)  # what begins with one
 _URLS = re.compile(  # those in a text, and urllib3's "with url: /path?query"
     rf"(?:(?!{_FILE}){_SCHEME}|with url: /)(?:[^\\{NO_URL}]|\\[^{NO_URL}])+", re.IGNORECASE
@@ -99,7 +99,7 @@ def _without_user(url: str, certain: bool) -> str:
     place = _after_scheme(url)
     scheme = url[: len(url) - len(place)]
     name = scheme.partition("://")[0].lower()
-    authority = re.match(r"[^/?#]*", place)[0]  # type: ignore[index]
+    authority = re.split("[/?#]", place, maxsplit=1)[0]
     user, at, _ = authority.rpartition("@")
     password = ":" in (user if at else authority)
     if at and not password and name.endswith(_CONTAINERS):

@@ -106,6 +106,7 @@ def test_what_is_no_url_stays_as_it_is(text):
         ("https://host/x.jsonl#sig=secret", "https://host/x.jsonl"),
         ("simplecache::s3://key:se/cr@et@bucket/dir", "simplecache::s3://bucket/dir"),
         ("abfs://key:secret@container/x", "abfs://container/x"),
+        ("file://me:secret@host/x", "file://host/x"),
         ("https://b.s3/x?X-Amz-Signature=secret", "https://b.s3/x"),
         ("https://me:secret@b.s3/x?list=1&token=secret", "https://b.s3/x"),
         ("s3://bucket/x?region=us-west-2&access_key=secret", "s3://bucket/x"),
@@ -131,6 +132,7 @@ def test_what_is_secret_is_found_and_left_out(value: str, shown: str) -> None:
         "http://[::1]:5000/x",
         "a?token=b@c",
         "/data/me@home:x/what?#sig=1",
+        "file:///data/me@home:x/what?#sig=1",
     ],
 )
 def test_what_names_a_place_stays_as_it_is(path: str) -> None:
@@ -141,7 +143,12 @@ def test_what_names_a_place_stays_as_it_is(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["http://host:8080/a@b", "s3://bucket/x?region=us-west-2", "https://h/x?download=true"]
+    "path",
+    [
+        "http://host:8080/a@b",
+        "s3://bucket/x?region=us-west-2&endpoint_override=http://127.0.0.1:9000&scheme=http",
+        "https://h/x?download=true",
+    ],
 )
 def test_a_setting_keeps_what_only_might_be_secret(path: str) -> None:
     assert not has_credentials(path)
