@@ -13,5 +13,5 @@ Arrows of imports go down this list, never up:
     measures/    windows of text, losses of tokens, results
     models/      the LLaMA that is begun with
     config/      every part of a recipe
-    common/      small leaves: errors, stops, credentials, plots
+    common/      small leaves: errors, stops, plots
 """

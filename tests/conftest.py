@@ -9,7 +9,7 @@ prepare_environment()
 settings.register_profile("fot", deadline=None, max_examples=60, print_blob=True)
 settings.load_profile("fot")
 pytest_plugins = [
-    f"fixtures.{name}" for name in ("cluster", "dictionary", "registry", "schedule", "subjects", "training")
+    f"fixtures.{name}" for name in ("cluster", "dictionary", "registry", "schedule", "storage", "subjects", "training")
 ]
 
 

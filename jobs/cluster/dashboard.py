@@ -16,7 +16,7 @@ from urllib.parse import quote, urlsplit
 from urllib.request import Request, urlopen
 
 from jobs.cluster.job import Job, read_job
-from jobs.common.credentials import hide_credentials
+from pipelines.workflow.credentials import hide_credentials
 from pipelines.workflow.errors import UserError
 
 DEFAULT = "http://127.0.0.1:8265"

@@ -21,7 +21,6 @@ from typing import Any
 import yaml
 
 from jobs.cluster.job import make_metadata
-from jobs.common.credentials import has_credentials, hide_credentials
 from jobs.common.version import code_version
 from jobs.config.checkpoint_name import is_local
 from jobs.config.dictionary import DictionaryRecipe, load_dictionary
@@ -30,6 +29,7 @@ from jobs.config.settings import Content, read_overridden
 from jobs.config.variants import load_comparison
 from pipelines.config import BUILT_IN
 from pipelines.sources.formats import is_url
+from pipelines.workflow.credentials import has_credentials, hide_credentials
 from pipelines.workflow.errors import UserError
 from pipelines.workflow.hashing import hash_json
 

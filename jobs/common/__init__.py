@@ -2,7 +2,6 @@
 
 errors.py       exit codes, and the line a user sees of an error
 stop.py         a stop that somebody asks of a job
-credentials.py  found, refused, left out of what everybody may read
 child.py        servers as child processes
 cron.py         cron lines and clocks
 terminal.py     tables and sparklines

@@ -3,6 +3,7 @@
 import errno
 import os
 
+from pipelines.workflow.credentials import hide_credentials
 from pipelines.workflow.errors import UserError
 
 USER_ERROR, STOPPED, INTERRUPTED = 2, 3, 130  # exit codes
@@ -20,7 +21,7 @@ def user_message(error: BaseException) -> str | None:
     while (cause := getattr(error, "cause", None)) is not None and isinstance(cause, BaseException):
         error = cause
     if isinstance(error, UserError):
-        return str(error)
+        return hide_credentials(str(error))
     if any(sign in str(error) for sign in DISK_FULL):  # safetensors, SQLite and torch have errors of their own for it
         where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
         return f"no space left on the device{where}: free some, or set work_dir to a larger disk; then run again"

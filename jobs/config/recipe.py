@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from jobs.common.credentials import without_credentials
 from jobs.config.checkpoint_name import kind_of
 from jobs.config.evaluation import Evaluation
 from jobs.config.registry import Registry
 from jobs.config.settings import WorkDirectory, read_overridden, validated
 from jobs.config.training import Continued, Positive, Resources, Training, auto_layers, most_layers, named_layers
 from pipelines.config import Data, Part, TokenizerPart
+from pipelines.workflow.credentials import without_credentials
 from pipelines.workflow.errors import UserError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]

@@ -7,8 +7,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
-from jobs.common.credentials import NO_URL, hide_credentials
 from pipelines.config import Part, Positive
+from pipelines.workflow.credentials import NO_URL, hide_credentials
 
 SERVERS = ("http", "https")
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # with a driver behind a plus: postgresql+psycopg2

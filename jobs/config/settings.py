@@ -8,8 +8,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ValidationError
 
-from jobs.common.credentials import hide_credentials
 from jobs.config.yaml_text import YamlError, read_text, read_value
+from pipelines.workflow.credentials import hide_credentials
 from pipelines.workflow.errors import UserError
 
 Model = TypeVar("Model", bound=BaseModel)

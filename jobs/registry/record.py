@@ -16,7 +16,6 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from jobs.common.credentials import hide_credentials
 from jobs.common.version import JOB_TAG
 from jobs.config.registry import Condition, Registry
 from jobs.registry.gate import Decision, Metrics, decide, metrics_by_name, passkey_length
@@ -38,6 +37,7 @@ from jobs.registry.server import (
     tracking_uri,
 )
 from jobs.registry.tracking import RUN, TrainingFacts, upload_training
+from pipelines.workflow.credentials import hide_credentials
 from pipelines.workflow.errors import UserError
 from pipelines.workflow.progress import say
 

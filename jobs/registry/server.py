@@ -20,10 +20,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
-from jobs.common.credentials import hide_credentials
 from jobs.common.version import JOB_TAG, add_jobs
 from jobs.config.registry import SERVERS, check_tracking_uri
 from pipelines.sources.storage import EXTRAS
+from pipelines.workflow.credentials import hide_credentials
 from pipelines.workflow.errors import UserError
 from pipelines.workflow.files import complete_or_invisible
 

@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jobs.common.credentials import hide_credentials
 from jobs.registry.outbox import Entry, Outbox, settled
 from jobs.registry.record import read_entry, upload
 from jobs.registry.server import embedded_uri, locked
 from jobs.registry.tracking import RUN, TrainingFacts, upload_training
+from pipelines.workflow.credentials import hide_credentials
 from pipelines.workflow.errors import UserError
 
 

@@ -16,7 +16,6 @@ from typing import Any
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
-from jobs.common.credentials import hide_credentials
 from jobs.common.version import JOB_TAG, add_jobs
 from jobs.config.train_spec import METRICS
 from jobs.registry.outbox import Entry, Outbox, within
@@ -35,6 +34,7 @@ from jobs.registry.server import (
     talking_to,
 )
 from jobs.train.metrics import MetricsReader, read_metrics
+from pipelines.workflow.credentials import hide_credentials
 from pipelines.workflow.files import write_atomically
 from pipelines.workflow.progress import say
 

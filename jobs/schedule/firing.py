@@ -9,7 +9,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jobs.common.credentials import hide_credentials
 from jobs.common.errors import user_message
 from jobs.common.stop import StoppedError, stopping_on_sigterm
 from jobs.config.recipe import Recipe, load_recipe
@@ -40,6 +39,7 @@ from jobs.workflow.run import MadeRecipe, make
 from jobs.workflow.workspace import Workspace
 from pipelines.batches.fresh import fresh_documents
 from pipelines.tokens.shards import Manifest
+from pipelines.workflow.credentials import hide_credentials
 from pipelines.workflow.errors import UserError
 from pipelines.workflow.running import Around, as_it_is
 from pipelines.workflow.store import Output

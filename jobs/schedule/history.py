@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from jobs.common.credentials import hide_credentials
 from jobs.common.cron import firings
 from jobs.schedule.store import Schedule, ScheduleSettings, now
 from pipelines.config import Part
+from pipelines.workflow.credentials import hide_credentials
 
 Trigger = Literal["cron", "catch-up", "run-now"]
 State = Literal["running", "promoted", "refused", "skipped", "failed", "interrupted", "missed"]

@@ -4,7 +4,8 @@ launch.py            the driver's side
 loop.py              the training loop, as every rank runs it
 batches.py           what a training reads
 model.py             what it starts with
-engine.py            DeepSpeed, parameter groups, schedules
+engine.py            DeepSpeed
+optimizer.py         AdamW, parameter groups, schedules
 objective.py         who sees whom at a step, and the loss
 checkpoints.py       taken in the background, restored; checkpoint_store.py: where they lie
 pickled.py           checkpoints that hold code are refused

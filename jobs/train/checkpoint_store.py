@@ -24,6 +24,7 @@ from pyarrow import fs
 
 from pipelines.sources.formats import is_url
 from pipelines.sources.storage import BLOCK
+from pipelines.workflow.credentials import shown_url
 from pipelines.workflow.errors import UserError
 from pipelines.workflow.files import write_atomically
 
@@ -121,7 +122,7 @@ class CheckpointStore:
     """
 
     def __init__(self, where: str) -> None:
-        self.name = re.sub(r"//[^/]*@", "//", where.partition("?")[0])  # without what a URI may say of credentials
+        self.name = shown_url(where)
         try:
             self._fs: Any = fs.FileSystem.from_uri(where)[0] if is_url(where) else fs.LocalFileSystem()
             self._root: str = fs.FileSystem.from_uri(where)[1] if is_url(where) else os.path.abspath(where)

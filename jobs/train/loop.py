@@ -26,7 +26,7 @@ from jobs.models.shape import Shape
 from jobs.train.bad_loss import BadLossError, LossWatch, SkippedSteps
 from jobs.train.batches import make_sampler
 from jobs.train.checkpoints import Checkpoints, Frozen
-from jobs.train.engine import make_engine, schedule_factor, take_step
+from jobs.train.engine import make_engine, take_step
 from jobs.train.estimate import peak_flops, step_flops, tokens_per_step
 from jobs.train.export import export_adapter, export_checkpoint
 from jobs.train.machine import MachineWatch, memory_gigabytes
@@ -34,6 +34,7 @@ from jobs.train.measure import evaluating, held_out_perplexity, mass_on_positive
 from jobs.train.metrics import MetricsFile
 from jobs.train.model import build_model
 from jobs.train.objective import batch_loss, d_at
+from jobs.train.optimizer import schedule_factor
 from pipelines.batches.dataset import TokenDataset
 from pipelines.batches.loader import rank_batches
 from pipelines.batches.sampler import CrossBatchSampler

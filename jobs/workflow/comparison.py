@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jobs.common.credentials import without_credentials
 from jobs.common.plot import plot_curves
 from jobs.common.version import code_version
 from jobs.config.evaluation import READERS_TASKS
@@ -12,6 +11,7 @@ from jobs.evaluate.side_by_side import Measured, side_by_side
 from jobs.measures.result import RESULT, Point, Result, Table
 from jobs.workflow.data_stages import Inputs
 from jobs.workflow.outcome import report_stage
+from pipelines.workflow.credentials import without_credentials
 from pipelines.workflow.store import Output, Stage
 
 TASK = "comparison"

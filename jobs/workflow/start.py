@@ -13,6 +13,8 @@ from jobs.registry.runs import children
 from jobs.registry.server import connect, talking_to, tracking_uri
 from jobs.train.checkpoint_store import CheckpointStore, difference
 from jobs.workflow.data_stages import finished_data_sets
+from pipelines.sources.formats import is_url
+from pipelines.workflow.credentials import shown_url
 from pipelines.workflow.errors import UserError
 from pipelines.workflow.hashing import hash_json
 from pipelines.workflow.store import Store
@@ -80,5 +82,7 @@ def _trained_by(continued: Continued, uri: str) -> tuple[str, str]:
 
 def _with_options(where: str, path: str | None) -> str:
     """The place with what the recipe's own URL says after the question mark (an endpoint, say): runs do not show it."""
-    _, mark, options = (path or "").partition("?")
-    return f"{where}{mark}{options}" if mark and where.startswith(CheckpointStore(path or "").name) else where
+    if path is None or not is_url(path) or not where.startswith(shown_url(path)):
+        return where
+    _, mark, options = path.partition("?")
+    return f"{where}{mark}{options}"

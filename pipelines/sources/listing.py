@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import posixpath
+import re
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from pipelines.sources.formats import IN_TREES, holds_records, is_url, plugin_of
 from pipelines.sources.storage import Item, open_binary, printable, readable, storage_of
 from pipelines.sources.synthetic import SYNTHETIC, TAG, recall_names
 from pipelines.sources.trees import beginning, import_order, random_order
+from pipelines.workflow.credentials import has_credentials, is_chained, shown_url
 from pipelines.workflow.errors import UserError
 from pipelines.workflow.progress import say
 
@@ -76,6 +78,7 @@ class _Search:
     def __init__(self, source: Source, setting: str, seed: int) -> None:
         self.source, self.setting, self.seed = source, setting, seed
         self.suffixes = source.suffixes
+        _check_url(source)
         if source.path == STDLIB:
             self.path = sysconfig.get_paths()["stdlib"]
         elif source.path == SITE_PACKAGES:
@@ -85,13 +88,6 @@ class _Search:
             self.path = source.path.removeprefix("file://")
         else:
             self.path = os.path.abspath(os.path.expanduser(source.path))  # tasks run in directories of their own
-        if is_url(self.path) and "@" in self.path.split("/")[2] and ":" in self.path.split("/")[2]:
-            raise UserError(f"source {source.name!r}: its path holds a password: give it in the environment instead")
-        if self.path.startswith(("http://", "https://")) and "?" in self.path:
-            raise UserError(
-                f"source {source.name!r}: its URL holds a query, which may be secret and would become part of document "
-                f"ids: download the file, or give a URL without"
-            )
         self.follow_links = source.follow_links or source.path in (STDLIB, SITE_PACKAGES)  # some have links
         self.storage = storage_of(self.path)
         self.top = self.path  # what links may not lead out of
@@ -321,6 +317,20 @@ class _Search:
                 f"{item.path} leads to {item.link}, outside {self.top}: copy it in, or set {self.setting}.follow_links "
                 f"to true"
             )
+
+
+def _check_url(source: Source) -> None:
+    """Raise UserError where the path tells a credential, which would become part of document ids, or chains URLs."""
+    named, path = f"source {source.name!r}", source.path
+    if is_chained(path):
+        raise UserError(f"{named}: {shown_url(path)} chains URLs: give the last one alone, or copy the files")
+    if re.match("https?://", path, re.IGNORECASE) and re.search("[?#]", path):
+        raise UserError(
+            f"{named}: its URL holds a query or fragment, which may be secret and would become part of document ids: "
+            f"download the file, or give a URL without"
+        )
+    if has_credentials(path):
+        raise UserError(f"{named}: its path holds a password or token: give it in the environment instead")
 
 
 def _read_as(name: str, in_tree: bool) -> str:

@@ -18,6 +18,7 @@ import pyarrow as pa
 from pipelines.sources.compression import Decompressed
 from pipelines.sources.formats import is_url, suffix_and_codec
 from pipelines.sources.synthetic import is_synthetic, synthetic_text
+from pipelines.workflow.credentials import shown_url
 from pipelines.workflow.errors import UserError
 
 BLOCK = 1 << 20  # bytes read at once
@@ -92,7 +93,7 @@ def refuse_pointer(path: str, beginning: bytes) -> None:
     """Raise UserError for a git-lfs pointer in a file's place."""
     if beginning.startswith(POINTER):
         raise UserError(
-            f"{printable(path)} is a git-lfs pointer: fetch the file that it stands for with `git lfs pull`"
+            f"{printable(shown_url(path))} is a git-lfs pointer: fetch the file that it stands for with `git lfs pull`"
         )
 
 
@@ -102,12 +103,12 @@ def readable(path: str) -> Iterator[None]:
     try:
         yield
     except PermissionError:
-        raise UserError(f"{printable(path)} cannot be read: check its permissions") from None
+        raise UserError(f"{printable(shown_url(path))} cannot be read: check its permissions") from None
     except (OSError, EOFError, UnicodeDecodeError, pa.ArrowException) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:  # of a temporary file: the one that is read is good
             raise
         said = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"{printable(path)} cannot be read ({said}): mend or remove the file") from error
+        raise UserError(f"{printable(shown_url(path))} cannot be read ({said}): mend or remove the file") from error
 
 
 class _Local:
@@ -197,7 +198,7 @@ class _Remote:
         if directory:
             return Item(name, path, True, 0)
         if info["size"] is None:
-            raise UserError(f"{path}: the server does not say how long the file is: download it first")
+            raise UserError(f"{shown_url(path)}: the server does not say how long the file is: download it first")
         large = info.get("lfs") or {}  # hf:// names large files by their sha256
         tag = large.get("sha256") or next((info[key] for key in TAGS if info.get(key)), None)
         time = next((info[key] for key in TIMES if info.get(key)), None)
@@ -250,9 +251,9 @@ def _filesystem(url: str) -> Any:
     except ImportError as error:
         extra = EXTRAS.get(protocol)
         remedy = f"install it with `pip install 'fot[{extra}]'`" if extra else str(error).splitlines()[0]
-        raise UserError(f"{url}: the driver of {protocol}:// is missing: {remedy}") from None
+        raise UserError(f"{shown_url(url)}: the driver of {protocol}:// is missing: {remedy}") from None
     except ValueError:
-        raise UserError(f"{url}: nothing is known to open {protocol}://: check data.sources") from None
+        raise UserError(f"{shown_url(url)}: nothing is known to open {protocol}://: check data.sources") from None
     with _answering(url):
         return fsspec.url_to_fs(url)[0]
 
@@ -265,11 +266,11 @@ def _answering(url: str) -> Iterator[None]:
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{url} does not exist: check data.sources") from None
+        raise UserError(f"{shown_url(url)} does not exist: check data.sources") from None
     except PermissionError:
-        raise UserError(f"{url}: access is denied: check the credentials in the environment") from None
+        raise UserError(f"{shown_url(url)}: access is denied: check the credentials in the environment") from None
     except Exception as error:
         raise UserError(
-            f"{url}: the storage does not answer ({type(error).__name__}): check the address, the network and the "
-            f"credentials in the environment"
+            f"{shown_url(url)}: the storage does not answer ({type(error).__name__}): check the address, the network "
+            f"and the credentials in the environment"
         ) from None

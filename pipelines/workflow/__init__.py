@@ -10,4 +10,5 @@ files.py        nothing half-written is ever visible
 hashing.py      of JSON values and files
 plugins.py      what users add by entry points
 errors.py       a user's mistake
+credentials.py  in URLs: found, refused, left out of what everybody may read
 """

@@ -15,7 +15,6 @@ from mlflow.tracking import MlflowClient
 
 from jobs.cli.views.registry import curve, differing, lineage_lines, list_rows, metric_rows
 from jobs.common.child import HOST, answers, end, interrupt_when_asked_to_end, is_taken
-from jobs.common.credentials import hide_credentials
 from jobs.common.terminal import print_lines, print_table
 from jobs.config.registry import SERVERS, RunsPlace, check_tracking_uri
 from jobs.config.settings import read_yaml, validated
@@ -23,6 +22,7 @@ from jobs.registry.record import GATE, REASONS
 from jobs.registry.runs import children, find, histories, list_runs
 from jobs.registry.server import KIND, connect, database_file, embedded_uri, files_in, talking_to, tracking_uri
 from jobs.registry.sync import sync
+from pipelines.workflow.credentials import hide_credentials
 from pipelines.workflow.errors import UserError
 
 

@@ -21,8 +21,10 @@ from torch.nn import functional
 
 from fot_model import FotLlamaConfig, FotLlamaForCausalLM, c_prev_plan
 from jobs.config.dictionary import WINDOW, DictionaryOptimizer, DictionaryRecipe, DictionaryShape, Phase
+from jobs.config.training import Optimizer, ParameterGroup, RateSchedule
 from jobs.evaluate.dictionary.task import IGNORE, PAD, VOCABULARY, training_batch
 from jobs.train.metrics import MetricsFile
+from jobs.train.optimizer import make_optimizer, schedule_factor
 from pipelines.workflow.errors import UserError
 from pipelines.workflow.files import complete_or_invisible
 from pipelines.workflow.hashing import hash_json
@@ -43,16 +45,18 @@ def train_seed(recipe: DictionaryRecipe, seed: int, output: Path) -> None:
         [recipe.model.model_dump(mode="json"), settings.model_dump(mode="json", exclude={"checkpoint_every"}), seed]
     )
     model = build_model(recipe.model, seed).to(device).train()
-    optimizer = make_optimizer(model, settings.optimizer)
+    optimizer = make_optimizer(model, like_training(settings.optimizer))
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    warmup = RateSchedule(warmup_steps=settings.optimizer.warmup_steps)
     done, cpu_seconds = load_checkpoint(output / "checkpoint.pt", training, model, optimizer)
     begin = time.process_time() - cpu_seconds
     metrics = MetricsFile(output / "metrics.jsonl", done)
     with Progress(f"train seed {seed}", settings.steps, "steps") as progress:
         progress.resume_at(done)
         for step, phase, rate in itertools.islice(schedule(settings.phases), done, None):
-            rate *= min(1.0, (step + 1) / max(1, settings.optimizer.warmup_steps))
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["peak"]
+            rate *= schedule_factor(warmup, step, settings.steps)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = rate * peak
             hold_temperature(model, phase.temperature)
             loss, accuracy = batch_loss(model, phase, seed, step)
             optimizer.zero_grad()
@@ -98,23 +102,16 @@ def build_model(shape: DictionaryShape, seed: int) -> FotLlamaForCausalLM:
         return FotLlamaForCausalLM(model_config(shape))
 
 
-def make_optimizer(model: torch.nn.Module, settings: DictionaryOptimizer) -> torch.optim.Optimizer:
-    """AdamW with two groups, temperatures and the rest; `peak` is a group's learning rate."""
-    named = dict(model.named_parameters())
-    temperatures = [name for name in named if name.endswith("mem_temperature")]
-    groups: list[dict[str, Any]] = [
-        {
-            "params": [parameter for name, parameter in named.items() if name not in temperatures],
-            "peak": settings.learning_rate,
-            "weight_decay": settings.weight_decay,
-        },
-        {
-            "params": [named[name] for name in temperatures],
-            "peak": settings.temperature_learning_rate,
-            "weight_decay": 0.0,
-        },
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
+def like_training(settings: DictionaryOptimizer) -> Optimizer:
+    """The same as of any training, whose groups are: all but the temperatures, then these, by the optimizer's own."""
+    rest = ParameterGroup(
+        pattern="(?<!mem_temperature)$",
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+    )
+    return Optimizer(
+        learning_rate=settings.temperature_learning_rate, weight_decay=0.0, betas=settings.betas, groups=(rest,)
+    )
 
 
 def schedule(phases: tuple[Phase, ...]) -> Iterator[tuple[int, Phase, float]]:

@@ -23,22 +23,15 @@ import pytest
 import yaml
 
 from jobs.cli.commands.cluster import SubmitRequest, submit
-from jobs.cluster import package
 from jobs.cluster.dashboard import Dashboard, NoJobError
 from jobs.config.train_spec import METRICS
 from jobs.train.metrics import last_metrics, read_metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400), pytest.mark.usefixtures("in_a_directory_of_its_own")]
 TRAININGS = ("base", "finetune")
 STAGES = ("shards", *TRAININGS, "perplexity")
 DASHBOARD_AWAY = 60  # seconds
 SERVER_AWAY = float(os.environ.get("SERVER_AWAY", "60"))  # the tracking server's, at least the dashboard's
-
-
-@pytest.fixture(autouse=True)
-def in_a_directory_of_its_own(tmp_path: Path, code: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(package, "ROOT", code)
 
 
 @pytest.fixture

@@ -18,10 +18,7 @@ from pipelines.workflow.errors import UserError
 RECIPES = Path(__file__).parents[3] / "recipes"
 
 
-@pytest.fixture(autouse=True)
-def in_a_directory_of_its_own(tmp_path: Path, code: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(package, "ROOT", code)
+pytestmark = pytest.mark.usefixtures("in_a_directory_of_its_own")
 
 
 def test_the_same_recipe_and_code_have_the_same_id_and_any_change_gives_another(recipe, write_recipe, code) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 import boto3
 import pytest
 from mlflow.store.artifact import s3_artifact_repo
-from moto.server import ThreadedMotoServer
 
 from jobs.cli.commands.registry import show_run
 from jobs.registry.models import fetch_model
@@ -18,15 +17,6 @@ from jobs.registry.tracking import TrainingFacts, TrainingRun
 from pipelines.workflow.progress import console
 
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-
-
-@pytest.fixture(scope="module")
-def endpoint():
-    """Where a server of S3's answers."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
 
 
 @pytest.fixture
@@ -53,13 +43,13 @@ def reach(monkeypatch):
 
 
 @pytest.fixture
-def bucket(endpoint: str, reach, work_dir: Path):
+def bucket(s3_endpoint: str, reach, work_dir: Path):
     """A new bucket that the experiment's files go to. Yields it."""
-    reach(endpoint)
+    reach(s3_endpoint)
     made = boto3.resource("s3").create_bucket(Bucket=f"bucket-{work_dir.parent.name.replace('_', '-')[:40]}")
     connect(embedded_uri(work_dir)).create_experiment("tiny", f"s3://{made.name}/mlflow")
     yield made
-    reach(endpoint)
+    reach(s3_endpoint)
     made.objects.delete()
     made.delete()
 
@@ -94,11 +84,11 @@ def test_files_and_model_lie_in_the_bucket_and_come_back(
     ],
 )
 def test_while_the_bucket_cannot_be_used_what_is_made_waits(
-    bucket, endpoint: str, reach, work_dir: Path, make_outcome, address: str | None, keys: bool, why: str
+    bucket, s3_endpoint: str, reach, work_dir: Path, make_outcome, address: str | None, keys: bool, why: str
 ) -> None:
-    reach(endpoint)
+    reach(s3_endpoint)
     bucket.delete()
-    reach(address or endpoint, keys)
+    reach(address or s3_endpoint, keys)
     outcome = make_outcome()
     output, metrics = outcome.trainings[0], outcome.trainings[0] / "metrics.jsonl"
     with console.capture() as said:
@@ -112,7 +102,7 @@ def test_while_the_bucket_cannot_be_used_what_is_made_waits(
     assert "secret" not in said.get()
     assert [entry["key"] for entry in Outbox(work_dir).entries()] == ["finetune-one", "one"]
 
-    reach(endpoint)
+    reach(s3_endpoint)
     bucket.create()
     assert len(list(sync(work_dir))) == 2
     assert "report.html" in names(bucket)
@@ -144,9 +134,9 @@ def test_a_missing_package_is_named_with_what_brings_it(
 
 
 def test_a_session_token_in_an_error_is_not_told(
-    bucket, endpoint: str, reach, work_dir: Path, make_outcome, monkeypatch
+    bucket, s3_endpoint: str, reach, work_dir: Path, make_outcome, monkeypatch
 ) -> None:
-    reach(endpoint)
+    reach(s3_endpoint)
     with monkeypatch.context() as here, console.capture() as said:
         here.setenv("AWS_SESSION_TOKEN", "secret\n")
         record(make_outcome(), work_dir)

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from jobs.common.credentials import hide_credentials
 from jobs.config.registry import Condition, Registry, RunsPlace
 from jobs.config.settings import validated
 from jobs.registry.gate import decide, metrics_by_name, passkey_length
+from pipelines.workflow.credentials import hide_credentials
 from pipelines.workflow.errors import UserError
 
 METRICS = {

@@ -7,7 +7,6 @@ import pytest
 import s3fs
 from hypothesis import given
 from hypothesis import strategies as st
-from moto.server import ThreadedMotoServer
 
 from jobs.train.checkpoint_store import (
     HOUR,
@@ -43,23 +42,14 @@ def save(store: CheckpointStore, step: int, world: int = 1, ranks=None, identity
 
 
 @pytest.fixture(scope="module")
-def bucket():
+def bucket(s3_endpoint, s3_environment):
     """An S3 server with an empty bucket, and another program's view of it."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    endpoint = "http://{}:{}".format(*server.get_host_and_port())
-    other = s3fs.S3FileSystem(endpoint_url=endpoint, key="key", secret="secret", use_listings_cache=False)
+    other = s3fs.S3FileSystem(endpoint_url=s3_endpoint, key="key", secret="secret", use_listings_cache=False)
     other.mkdir("bucket")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():
+        for name, value in s3_environment.items():
             patch.setenv(name, value)
         yield other
-    server.stop()
 
 
 @pytest.fixture(params=["path", "file", "s3"])

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 import s3fs
 import torch
-from moto.server import ThreadedMotoServer
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from fot_model import Adapter, FotLlamaConfig, FotLlamaForCausalLM
@@ -269,19 +268,10 @@ class Ranks:
 
 
 @pytest.fixture(scope="module")
-def storage():
-    """The environment of an S3 server with a bucket."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    endpoint = "http://{}:{}".format(*server.get_host_and_port())
-    s3fs.S3FileSystem(endpoint_url=endpoint, key="key", secret="secret").mkdir("checkpoints")
-    yield {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    server.stop()
+def storage(s3_endpoint, s3_environment):
+    """The environment of an S3 server with a bucket `checkpoints`."""
+    s3fs.S3FileSystem(endpoint_url=s3_endpoint, key="key", secret="secret").mkdir("checkpoints")
+    return s3_environment
 
 
 @pytest.fixture(scope="module")

@@ -454,3 +454,19 @@ def test_a_query_in_a_url_is_refused_and_not_repeated(data_of, units_of):
     with pytest.raises(UserError, match="its URL holds a query") as error:
         units_of(data_of("https://127.0.0.1:1/a.jsonl?signature=verysecret"))
     assert "verysecret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "https://hidden@127.0.0.1:1/a.jsonl",
+        "https://127.0.0.1:1/a.jsonl#sig=hidden",
+        "sftp://me:hid/den@127.0.0.1/a.jsonl",
+        "simplecache::s3://key:hidden@bucket/a.txt",
+        "filecache::https://hidden@127.0.0.1:1/a.jsonl",
+    ],
+)
+def test_a_secret_in_a_url_reaches_no_document_id_and_no_message(data_of, units_of, path):
+    with pytest.raises(UserError, match="source 's': ") as error:
+        units_of(data_of(path))
+    assert "hid" not in str(error.value)

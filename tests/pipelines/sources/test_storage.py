@@ -75,14 +75,6 @@ def test_a_local_directory_is_listed(tmp_path, write_tree):
 # S3, as moto serves it
 
 
-@pytest.fixture(scope="session")
-def moto():
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
-
-
 @pytest.fixture
 def credentials(monkeypatch):
     """An S3 environment: `credentials(endpoint)`. No retries, as what does not answer here never will."""
@@ -121,14 +113,14 @@ def client(endpoint):
 
 
 @pytest.fixture(scope="session")
-def other(moto):
-    return client(moto)
+def other(s3_endpoint):
+    return client(s3_endpoint)
 
 
 @pytest.fixture
-def bucket(moto, other, credentials, tmp_path):
+def bucket(s3_endpoint, other, credentials, tmp_path):
     """Put files into a bucket of the test's own: `bucket(files)` gives its URL."""
-    credentials(moto)
+    credentials(s3_endpoint)
     name = re.sub(r"[^a-z0-9]+", "-", tmp_path.name.lower())[-60:].strip("-")
     other.mkdir(name)
 
@@ -257,8 +249,8 @@ def test_a_bad_line_in_a_bucket_is_described(bucket, read):
 @pytest.mark.parametrize(
     "path", ["s3://no-such-bucket", "s3://no-such-bucket/a.txt", "s3://no-such-bucket/*.txt", "s3://no-such-bucket/**"]
 )
-def test_a_bucket_that_is_not_there_is_named(moto, credentials, read, path):
-    credentials(moto)
+def test_a_bucket_that_is_not_there_is_named(s3_endpoint, credentials, read, path):
+    credentials(s3_endpoint)
     with pytest.raises(UserError) as caught:
         read(path)
     assert re.fullmatch(r"(source 's': )?s3://no-such-bucket\S* does not exist: check data.sources", str(caught.value))
@@ -451,3 +443,10 @@ def test_a_remote_stream_is_seekable_and_decompresses(memory):
     with open_binary("memory://b") as stream:
         assert (stream.seek(4), stream.read(3), stream.tell()) == (4, b"456", 7)
         assert (stream.seek(-2, 2), stream.read()) == (8, b"89")
+
+
+@pytest.mark.parametrize("path", ["nope://me:hidden@bucket/a.txt", "abfs://key:hidden@bucket/a.txt?sig=hidden"])
+def test_no_error_of_a_storage_repeats_what_a_url_tells(path):
+    with pytest.raises(UserError, match=r"bucket/a\.txt") as caught:
+        open_binary(path)
+    assert "hidden" not in str(caught.value)

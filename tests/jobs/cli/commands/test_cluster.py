@@ -25,11 +25,7 @@ from jobs.registry.server import connect, embedded_uri
 from jobs.train.metrics import read_metrics
 from pipelines.workflow.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def in_a_directory_of_its_own(tmp_path: Path, code: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(package, "ROOT", code)
+pytestmark = pytest.mark.usefixtures("in_a_directory_of_its_own")
 
 
 def test_a_tag_and_an_owner_are_looked_at_before_anything_is_asked(recipe, write_recipe) -> None:

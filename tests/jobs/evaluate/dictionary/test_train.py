@@ -17,8 +17,9 @@ from torch.nn import functional
 from fot_model import FotLlamaForCausalLM
 from jobs.config.dictionary import DictionaryOptimizer, DictionaryShape, Phase
 from jobs.evaluate.dictionary.task import training_batch
-from jobs.evaluate.dictionary.train import batch_loss, build_model, make_optimizer, plan_of, schedule, train_seed
+from jobs.evaluate.dictionary.train import batch_loss, build_model, like_training, plan_of, schedule, train_seed
 from jobs.train.metrics import read_metrics
+from jobs.train.optimizer import make_optimizer
 from pipelines.workflow.errors import UserError
 
 WORKER = """
@@ -104,7 +105,7 @@ def test_the_model_that_is_saved_is_the_one_that_was_trained(make_recipe, tmp_pa
 
 def test_it_learns_to_look_up_the_only_record() -> None:
     model = build_model(DictionaryShape(hidden_size=64, intermediate_size=96, head_dim=32), 0).train()
-    optimizer = make_optimizer(model, DictionaryOptimizer(learning_rate=3e-3))
+    optimizer = make_optimizer(model, like_training(DictionaryOptimizer(learning_rate=3e-3)))
     phase, accuracies = Phase(steps=200, records=1, documents=32), [0.0]
     while accuracies[-1] < 0.9 and len(accuracies) <= phase.steps:
         loss, accuracy = batch_loss(model, phase, 0, len(accuracies) - 1)
@@ -148,10 +149,11 @@ def test_learning_rates_follow_the_phases(make_recipe) -> None:
 
 def test_temperatures_have_a_rate_of_their_own_and_no_decay(make_recipe) -> None:
     recipe = make_recipe(optimizer={"learning_rate": 1e-3, "temperature_learning_rate": 0.5, "weight_decay": 0.1})
-    rest, temperatures = make_optimizer(build_model(recipe.model, 0), recipe.training.optimizer).param_groups
+    settings = like_training(recipe.training.optimizer)
+    rest, temperatures = make_optimizer(build_model(recipe.model, 0), settings).param_groups
     assert [parameter.shape for parameter in temperatures["params"]] == [torch.Size([2])]
-    assert (temperatures["peak"], temperatures["weight_decay"]) == (0.5, 0.0)
-    assert (rest["peak"], rest["weight_decay"]) == (1e-3, 0.1)
+    assert (temperatures["lr"], temperatures["weight_decay"]) == (0.5, 0.0)
+    assert (rest["lr"], rest["weight_decay"]) == (1e-3, 0.1)
 
 
 def test_the_first_steps_warm_up(make_recipe, tmp_path: Path) -> None:

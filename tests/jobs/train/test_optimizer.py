@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.config.training import Optimizer, RateSchedule
-from jobs.train.engine import parameter_groups, schedule_factor
+from jobs.train.optimizer import parameter_groups, schedule_factor
 from pipelines.workflow.errors import UserError
 
 KINDS = ("constant", "cosine", "inverse_sqrt")
