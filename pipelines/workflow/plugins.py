@@ -46,9 +46,9 @@ def find_plugins(group: str, taken: Set[str] = frozenset()) -> dict[str, Plugin]
     underscores.
     """
     found: dict[str, Plugin] = {}
-    for point in sorted(entry_points(group=group)):
-        assert point.dist is not None, "it was found in one"
-        plugin = Plugin(point, point.dist.name, point.dist.version)
+    plugins = [Plugin(point, point.dist.name, point.dist.version) for point in entry_points(group=group) if point.dist]
+    for plugin in sorted(plugins, key=lambda plugin: (plugin.point.name, plugin.distribution)):
+        point = plugin.point
         if not re.fullmatch(r"[a-z0-9_]+", point.name):
             raise plugin.mistake("has a name that is not of small letters, digits and _")
         if point.name in taken:
