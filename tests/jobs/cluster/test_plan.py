@@ -70,7 +70,7 @@ def test_the_plan_of_a_part_says_how_far_the_backward_pass_goes(plan) -> None:
     assert "  checkpoint   17.2 MB" in lines  # 14 bytes each
     code, lines = plan(LONGLLAMA_3B, "--set", "finetune.train={patterns: [qproj]}")
     assert code == 2
-    assert "finetune.train.patterns.0 'qproj' matches no parameter" in lines[-1]
+    assert any("finetune.train.patterns.0 'qproj' matches no parameter" in line for line in lines)
 
 
 def test_the_page_on_plans_shows_what_is_printed(plan) -> None:
