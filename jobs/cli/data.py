@@ -4,10 +4,7 @@ from pathlib import Path
 
 import click
 
-from jobs.cli.options import (
-    recipe_argument,
-    set_option,
-)
+from jobs.cli.options import recipe_argument, set_option
 
 training_option = click.option(
     "--training",

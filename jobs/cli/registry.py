@@ -4,9 +4,7 @@ from pathlib import Path
 
 import click
 
-from jobs.cli.options import (
-    work_dir_option,
-)
+from jobs.cli.options import work_dir_option
 
 uri_option = click.option("--uri", metavar="URI", help="A tracking server or database instead.")
 

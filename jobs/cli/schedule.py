@@ -5,11 +5,7 @@ from typing import Any
 
 import click
 
-from jobs.cli.options import (
-    recipe_argument,
-    set_option,
-    work_dir_option,
-)
+from jobs.cli.options import recipe_argument, set_option, work_dir_option
 
 schedule_name = click.argument("name")
 

@@ -261,7 +261,7 @@ def _weights(checkpoint: Path) -> dict[str, Any]:
 
     if (foreign := foreign_code(sorted(checkpoint.glob("*.pt")))) is not None:
         raise UserError(f"{foreign}: no training of fot wrote that, and nothing of it was loaded")
-    if not any(checkpoint.glob("*_optim_states.pt")):
+    if not any(checkpoint.glob("*_optim_states.pt")):  # with DeepSpeed's loss scaler in it, which torch alone refuses
         return dict(torch.load(checkpoint / WEIGHTS, map_location="cpu", mmap=True, weights_only=False)["module"])
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # the import has something to say, too
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

@@ -1,6 +1,7 @@
 """Starts a training on Ray and follows it: the driver's side."""
 
-import pickle
+import builtins
+import json
 import secrets
 import shutil
 import threading
@@ -17,8 +18,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs.common.stop import StoppedError, ending_by_itself
 from jobs.config.train_spec import METRICS, MODEL, TrainSpec
+from jobs.train.bad_loss import BadLossError
 from jobs.train.checkpoint_store import check_identity
 from jobs.train.metrics import last_metrics
+from pipelines.batches.dataset import DamagedShardError
 from pipelines.workflow.cluster import WantedWorkers
 from pipelines.workflow.errors import UserError
 from pipelines.workflow.files import write_atomically
@@ -32,6 +35,10 @@ LASTING = (
     UserError, ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError,
     NotImplementedError, TypeError, ValueError,
 )  # fmt: skip
+KINDS: dict[str, Callable[..., Exception]] = {  # that are told by name
+    **{kind.__name__: kind for kind in (UserError, StoppedError, BadLossError, DamagedShardError)},
+    **{name: kind for name, kind in vars(builtins).items() if isinstance(kind, type) and issubclass(kind, LASTING)},
+}
 PATIENCE = 7200  # seconds that ranks wait for one that writes or converts a checkpoint; a dead one is seen at once
 
 
@@ -84,7 +91,7 @@ def train(spec: TrainSpec, on_metrics: Callable[[Path], None] = lambda path: Non
         if follower.error is not None:
             raise follower.error
         if failure.exists():
-            error = pickle.loads(failure.read_bytes())
+            error = told_error(failure.read_bytes())
             failure.unlink()
             raise error
         if fit_error is not None:
@@ -103,23 +110,33 @@ def _worker(config: dict[str, Any]) -> None:
     try:
         train_loop(config["spec"])
     except LASTING as error:
-        write_atomically(failure, _pickled(error))
+        write_atomically(failure, tell_error(error))
         raise
 
 
-def _pickled(error: Exception) -> bytes:
-    """The error; of a bug also where it came from, as a note that the driver's traceback shows."""
-    if isinstance(error, UserError):
-        return pickle.dumps(error)
-    where = "in a worker:\n" + "".join(traceback.format_exception(error))
-    error.add_note(where)
+def tell_error(error: Exception) -> bytes:
+    """The error as JSON: it goes over a disk, from which nothing is unpickled; of a bug also where it came from."""
+    note = "" if isinstance(error, UserError) else "in a worker:\n" + "".join(traceback.format_exception(error))
+    told = {"kind": type(error).__name__, "mistake": isinstance(error, UserError), "text": str(error), "note": note}
     try:
-        pickle.loads(content := pickle.dumps(error))
-        return content
-    except Exception:  # some kinds cannot be pickled, or not be made again
-        told = RuntimeError(f"{type(error).__name__}: {error}")
-        told.add_note(where)
-        return pickle.dumps(told)
+        return json.dumps({**told, "arguments": error.__reduce__()[1]}).encode()
+    except (TypeError, ValueError):  # they are more than numbers and texts
+        return json.dumps({**told, "arguments": None}).encode()
+
+
+def told_error(content: bytes) -> Exception:
+    """What `tell_error` told: of its own kind where that is known here, with a note that the traceback shows."""
+    told = json.loads(content)
+    kind, arguments = KINDS.get(told["kind"]), told["arguments"]
+    if kind is not None and arguments is not None:
+        error = kind(*arguments)
+    elif told["mistake"]:
+        error = UserError(told["text"])
+    else:
+        error = RuntimeError(f"{told['kind']}: {told['text']}")
+    if told["note"]:
+        error.add_note(told["note"])
+    return error
 
 
 def _cause(error: Exception) -> Exception:

@@ -10,5 +10,6 @@ distributions.py   the installed packages
 units.py           entries cut into tasks' worth
 readers.py         units -> documents; tables.py: rows of Parquet and Arrow; separated.py: of CSV
 synthetic.py       made-up documents as files
-recall.py          documents that train recall; recall_facts.py: what they tell; recall_carrier.py: between
+recall.py          documents that train recall; recall_facts.py: what they tell, of
+                   recall_names.py; recall_carrier.py: between
 """

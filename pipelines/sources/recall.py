@@ -13,7 +13,8 @@ from random import Random
 
 from pipelines.config import DISTANCE, LEAST_CHARACTERS
 from pipelines.sources.recall_carrier import carrier_text
-from pipelines.sources.recall_facts import DIALOGUES, KINDS, Fact, Names
+from pipelines.sources.recall_facts import DIALOGUES, KINDS, Fact
+from pipelines.sources.recall_names import Names
 
 VERSION = 1  # of the generator: another gives other texts
 QUESTIONS = 20, 60  # the least and the most facts in a document

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from pipelines.workflow.errors import UserError
-from pipelines.workflow.files import write_atomically
+from pipelines.workflow.files import complete_or_invisible, write_atomically
 from pipelines.workflow.hashing import hash_file, hash_json
 
 RECORD = "stage.json"
@@ -142,7 +142,7 @@ class Store:
         found = f"stage {stage.name}: {file} is {what}" + (f" (and {len(damage) - 1} more)" if len(damage) > 1 else "")
         aside = f"what is there stays as {_aside(path).name}"
         took_long = output is None or (output.seconds > LONG and not stage.mends)
-        if took_long and output is not None and not _decide(damage, path, stage.content):
+        if took_long and output is not None and not _in_content(damage, path, stage.content):
             warn(f"{found}; no later stage reads it, and all else is whole: it is left so")
             return output
         if took_long and not self._rebuild:
@@ -262,7 +262,7 @@ def damage_of(output: Output) -> dict[Path, str]:
     return damage
 
 
-def _decide(damage: Mapping[Path, str], path: Path, content: str) -> bool:
+def _in_content(damage: Mapping[Path, str], path: Path, content: str) -> bool:
     """Whether any of what is damaged is part of the content."""
     return any(str(file.relative_to(path)).startswith(content) for file in damage)
 
@@ -284,7 +284,11 @@ def _begin(partial: Path, whole: Path | None) -> None:
         file, here = whole / name, partial / name
         if not here.exists() and file.is_file() and file.stat().st_size == size and hash_file(file) == checksum:
             here.parent.mkdir(parents=True, exist_ok=True)
-            os.link(file, here)
+            try:
+                os.link(file, here)
+            except OSError:  # a disk without links
+                with complete_or_invisible(here) as temporary:
+                    shutil.copyfile(file, temporary)
 
 
 def _recorded_files(path: Path) -> dict[str, list[Any]]:

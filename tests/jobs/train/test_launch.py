@@ -2,7 +2,6 @@
 
 import errno
 import os
-import pickle
 import shutil
 import signal
 import sys
@@ -20,7 +19,9 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from fot_model import FotLlamaForCausalLM
 from jobs.config.train_spec import CHECKPOINTS, METRICS, MODEL, TrainSpec
-from jobs.train.launch import _worker, train
+from jobs.train.bad_loss import BadLossError
+from jobs.train.batches import NothingNewError
+from jobs.train.launch import _worker, told_error, train
 from jobs.train.metrics import last_metrics
 from pipelines.batches.dataset import DamagedShardError
 from pipelines.batches.index import BATCHES
@@ -98,8 +99,8 @@ def test_a_shard_that_is_damaged_stops_the_training_and_is_named(spec: TrainSpec
     assert len(losses(spec.output)) == spec.training.steps
 
 
-class UnpicklableError(ValueError):
-    """One that pickle cannot make again."""
+class UnknownError(ValueError):
+    """One that the driver does not know."""
 
     def __init__(self, one: str, two: str) -> None:
         super().__init__(one)
@@ -109,10 +110,13 @@ class UnpicklableError(ValueError):
     ("raised", "told"),
     [
         (UserError("mend it"), UserError),
+        (DamagedShardError("shard-1 is missing"), DamagedShardError),
+        (BadLossError(7, "its loss is nan", "lower it"), BadLossError),
+        (NothingNewError("there is nothing new"), UserError),
         (ValueError("of the code"), ValueError),
         (KeyError("q"), KeyError),
         (NotImplementedError("not yet"), NotImplementedError),
-        (UnpicklableError("a", "b"), RuntimeError),
+        (UnknownError("a", "b"), RuntimeError),
         (RuntimeError("connection closed by peer"), None),
         (OSError("stale file handle"), None),
     ],
@@ -136,8 +140,8 @@ def test_what_would_come_again_is_left_for_the_driver(
         return
     _worker({"spec": 1, "failure": failure})
     assert len(started) == 1  # not started again
-    left = pickle.loads(failure.read_bytes())
+    left = told_error(failure.read_bytes())
     assert type(left) is told
     assert str(raised) in str(left)
     notes = "".join(getattr(left, "__notes__", []))
-    assert ("train_loop" in notes) is (told is not UserError)
+    assert ("train_loop" in notes) is not isinstance(raised, UserError)

@@ -10,7 +10,8 @@ import pytest
 from jobs.evaluate import passkey
 from pipelines.sources.recall import LEAST_CHARACTERS, QUESTIONS, _facts, recall_document
 from pipelines.sources.recall_carrier import carrier_text
-from pipelines.sources.recall_facts import DIALOGUES, KINDS, Names
+from pipelines.sources.recall_facts import DIALOGUES, KINDS
+from pipelines.sources.recall_names import Names
 from pipelines.tokens.minhash import signature
 
 FORMS = [form for kind in KINDS for form in (*kind.states, *kind.questions, *kind.answers, *kind.recalls)]

@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import json
 import os
@@ -213,8 +214,15 @@ def test_a_rebuild_that_fails_leaves_what_is_there(store, trained):
     assert not list(output.path.parent.glob("*.damaged-*"))
 
 
-def test_a_stage_that_mends_finds_what_is_whole_and_its_readers_keep_what_they_opened(store):
+@pytest.mark.parametrize("links", [True, False])
+def test_a_stage_that_mends_finds_what_is_whole_and_its_readers_keep_what_they_opened(store, monkeypatch, links):
     seen = []
+    if not links:
+
+        def refuse(source, target):
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refuse)
 
     def mend(output, inputs):
         seen.append(sorted(path.name for path in output.iterdir() if path.name != ".seconds"))
