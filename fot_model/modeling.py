@@ -195,7 +195,8 @@ class FotLlamaForCausalLM(LlamaForCausalLM):
             )
         if L == 0:
             raise ValueError("the input has no tokens: give at least one, such as the tokenizer's bos")
-        if position_ids is None and document_ids is None and kwargs.get("cu_seq_lens_q") is not None:
+        heeded = not self.config.mem_layers and "flash" in (self.config._attn_implementation or "")
+        if position_ids is None and document_ids is None and kwargs.get("cu_seq_lens_q") is not None and not heeded:
             raise ValueError(
                 "cu_seq_lens_q alone does not tell documents apart here: give position_ids that start again at each"
             )

@@ -112,7 +112,7 @@ def _read_whole(entry: Entry, text_field: str) -> Iterator[Document | Dropped]:
 def _is_json_lines(text: str, text_field: str) -> bool:
     """Whether a text's first two lines that are not blank, or the only one, are JSON objects with a text: part-00000 of
     what Spark and its like write."""
-    lines = [line for line in text[: 2 * BEGINNING].split("\n", 4)[:4] if line.strip()][:2]
+    lines = [line for line in text.split("\n", 4)[:4] if line.strip()][:2]
     try:
         objects = [json.loads(line) for line in lines]
     except ValueError:

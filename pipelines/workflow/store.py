@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -170,9 +170,12 @@ class Store:
             return None
 
     def finished(self, stage: str) -> Iterator[Output]:
-        """All finished outputs of a stage whose record can be read, by key."""
+        """All finished outputs of a stage whose record can be read here, by key."""
         for path in sorted((self.root / stage).glob("*")):
-            if path.suffix == "" and (output := self.read(path)) is not None:
+            output = None
+            with suppress(UserError):  # of later code
+                output = self.read(path) if path.suffix == "" else None
+            if output is not None:
                 yield output
 
     def find(self, stage: Stage, outputs: Mapping[str, Output]) -> tuple[State, float, Path | None]:

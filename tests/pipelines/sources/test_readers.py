@@ -279,7 +279,7 @@ def test_a_table_without_the_text_column_is_a_mistake(tmp_path, read, suffix):
 
 
 def test_records_without_an_ending_are_named_and_no_document(tmp_path, read):
-    lines = '{"text": "one"}\n\n{"text": "two"}\n'
+    lines = f'{{"text": "{"long " * 40_000}"}}\n\n{{"text": "two"}}\n'
     for name, content in {
         "part-00000": lines,
         "log.out": lines,
